@@ -1,0 +1,38 @@
+# make demo | test | lint | bench. Each does all of its set-up: Python 3.11+, make and a C++ compiler are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo   install, then pretrain, evaluate, export and report a small masked autoencoder (about 5 minutes)"
+	@echo "make test   install, then run the default test suite"
+	@echo "make lint   install, then ruff and mypy"
+	@echo "make bench  install, then the benchmarks of the loader and of the training step"
+
+# One environment for all targets; made again when the dependencies change.
+$(BIN)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(BIN)/.installed
+	$(BIN)/python tools/demo.py
+
+test: $(BIN)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(BIN)/.installed
+	$(BIN)/python tools/bench_data.py
+	$(BIN)/python tools/bench_step.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
