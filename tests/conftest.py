@@ -1,0 +1,54 @@
+"""Fixtures of the whole suite: real data where it is at hand, and one thread per process (tests run side by side)."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+from PIL import Image
+
+from data_pipes.index import index_shards
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real pictures beside the repository; tests that need it skip where it is absent."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data beside the repository ({folder.name}/ with cifar10_*.zip and photos_300.zip)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """61 grey pictures of 8 x 8 pixels in 3 shards, written by stock webdataset and indexed."""
+    folder = tmp_path_factory.mktemp("tiny") / "train"
+    folder.mkdir()
+    generator = np.random.Generator(np.random.PCG64(0))
+    for shard in range(3):
+        with wds.TarWriter(str(folder / f"shard-{shard:06d}.tar")) as writer:
+            for index in range(shard, 61, 3):
+                rows = np.linspace(0, 255, 8)[:, None] * generator.random() + generator.integers(0, 60, (8, 8))
+                file = io.BytesIO()
+                Image.fromarray(rows.clip(0, 255).astype(np.uint8)).save(file, "PNG")
+                writer.write({"__key__": f"{index:04d}", "png": file.getvalue(), "cls": str(index % 4).encode()})
+    index_shards(sorted(folder.glob("*.tar")), folder, classes=("a", "b", "c", "d"))
+    return folder
