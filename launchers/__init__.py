@@ -1,0 +1,1 @@
+"""The `tessera` command and the ways to start a run."""

@@ -1,0 +1,1 @@
+"""One file per `tessera` subcommand: `add_arguments(parser)` and `run(arguments)`."""

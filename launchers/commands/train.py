@@ -1,0 +1,32 @@
+"""`tessera train`: a run in this process, or one rank of it under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from pretrain.__main__ import add_arguments as add_run_arguments
+from pretrain.__main__ import run as run_training
+
+HELP = "train a configuration, continuing from its newest checkpoint"
+EXAMPLES = """\
+  tessera train configs/demo/digits.yaml
+  tessera train configs/mae/cifar10_tiny.yaml data.train=data/cifar10/train data.val=data/cifar10/val
+  torchrun --nproc-per-node 8 -m pretrain configs/mae/vit_base.yaml data.train=/shards/imagenet/train
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, object]:
+    summary = run_training(arguments)
+    if not arguments.json:
+        console = Console(file=sys.stderr)
+        console.print(f"[bold]{summary['status']}[/] at step {summary['step']}, {summary['samples']:,} samples")
+        console.print(f"checkpoint {summary['checkpoint']}", highlight=False)
+        console.print(f"report     tessera report {summary['run']}", highlight=False)
+    return dict(summary)

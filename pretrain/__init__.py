@@ -1,0 +1,1 @@
+"""The engine: configuration, the training loop, models, objectives, strategies, checkpoints, evaluation and export."""

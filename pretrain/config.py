@@ -1,0 +1,197 @@
+"""Run configuration: YAML plus dotted overrides in, one frozen `RunConfig` of typed dataclasses out.
+
+Each part's dataclass lives beside the code that reads it; this module composes them, and turns a mistake into an error
+that names the key, the file and the nearest known key, before anything expensive starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from data_pipes.loader import DataConfig
+from pretrain.checkpoint import CheckpointConfig
+from pretrain.objectives.table import OBJECTIVES
+from pretrain.optim import OptimConfig
+from pretrain.parallel.strategy import ParallelConfig
+from pretrain.tracking import TrackingConfig
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message says what was found, what was expected and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long to train and how often to look. The loop in `pretrain/train.py` reads it."""
+
+    global_batch: int = MISSING
+    """Samples per optimizer step, over all ranks and micro-batches."""
+    micro_batch: int | None = None
+    """Samples per rank and forward pass; null = global_batch / world size. The rest is gradient accumulation."""
+    epochs: float | None = None
+    """Passes over the training samples. Give this or `steps`."""
+    steps: int | None = None
+    """Optimizer steps at this `global_batch`. Give this or `epochs`."""
+    log_every: int = 10
+    """Steps between points in the journal; a point is the mean over those steps."""
+    val_every: int | None = None
+    """Steps between validations; null = at every checkpoint and at the end."""
+    val_samples: int = 1024
+    """Validation samples per validation, from the start of `data.val`; 0 = all."""
+    num_pictures: int = 8
+    """Validation samples shown as input, masked, prediction and oracle view."""
+    max_skipped_steps: int = 10
+    """Optimizer steps in a row that may be skipped for a non-finite gradient before the run stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "max_skipped_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One complete run."""
+
+    name: str = MISSING
+    """The run's name; its folder is `<output_dir>/<name>`."""
+    output_dir: str = "runs"
+    """Folder of all runs."""
+    seed: int = 0
+    """Seeds weights, data order, augmentation and masks."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    objective: Any = None
+    """`name` selects the class in `pretrain/objectives/table.py`; the other keys are that class's own."""
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    @property
+    def objective_name(self) -> str:
+        for name, (config_class, _) in OBJECTIVES.items():
+            if type(self.objective) is config_class:
+                return name
+        raise AssertionError(f"no objective has the configuration {type(self.objective).__name__}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain containers, with `objective.name` put back; what `load_config` reads."""
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        plain["objective"] = {"name": self.objective_name, **plain["objective"]}
+        return plain
+
+    def to_yaml(self) -> str:
+        return OmegaConf.to_yaml(OmegaConf.create(self.as_dict()))
+
+    def digest(self) -> str:
+        """sha256 of the resolved configuration, in hex."""
+        return hashlib.sha256(self.to_yaml().encode()).hexdigest()
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a run's YAML file and applies `key.path=value` overrides. Raises ConfigError."""
+    path = Path(path)
+    given = _read(path, overrides)
+    name = OmegaConf.select(given, "objective.name")
+    if name not in OBJECTIVES:
+        raise ConfigError(
+            f"{path}: objective.name is {name!r}; known objectives: {', '.join(OBJECTIVES)}"
+            + _nearest(str(name), list(OBJECTIVES))
+        )
+    del given.objective["name"]
+    if OmegaConf.select(given, "data.order.seed") is None:
+        OmegaConf.update(given, "data.order.seed", "${seed}")  # one seed for everything, unless the data's is given
+    schema = OmegaConf.structured(RunConfig)
+    OmegaConf.set_readonly(schema, False)
+    schema.objective = OmegaConf.structured(OBJECTIVES[name][0])
+    return _merge_typed(RunConfig, schema, given, path)
+
+
+def load_typed(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
+    """Reads a YAML file into the dataclass `schema` and applies `key.path=value` overrides. Raises ConfigError."""
+    path = Path(path)
+    given = _read(path, overrides)
+    return _merge_typed(schema, OmegaConf.structured(schema), given, path)
+
+
+def _read(path: Path, overrides: Sequence[str]) -> DictConfig:
+    given = OmegaConf.merge(_read_yaml(path), _parse_overrides(overrides))
+    assert isinstance(given, DictConfig)
+    return given
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise ConfigError(f"no configuration file at {path}; the shipped ones are under configs/")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # the YAML library has many error classes; each is the user's mistake in this file
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path} holds {type(loaded).__name__}; expected a mapping of keys to values")
+    return loaded
+
+
+def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise ConfigError(f"override {override!r} has no key=value form; write for example train.steps=100")
+    return OmegaConf.from_dotlist(list(overrides))
+
+
+def _merge_typed(cls: type[T], schema: DictConfig, given: DictConfig, path: Path) -> T:
+    try:
+        merged = OmegaConf.merge(schema, given)
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{path}: required and not given: {', '.join(missing)}")
+        result = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        full_key = str(getattr(error, "full_key", None) or getattr(error, "key", "?"))
+        parent, _, key = full_key.rpartition(".")
+        section = OmegaConf.select(schema, parent) if parent else schema
+        known = [str(k) for k in section] if isinstance(section, DictConfig) else []
+        raise ConfigError(
+            f"{path}: unknown key {full_key!r}{_nearest(key, known, parent)}; "
+            f"known keys{' of ' + parent if parent else ''}: {', '.join(known)}"
+        ) from error
+    except ValidationError as error:
+        found = str(error).splitlines()[0]
+        raise ConfigError(f"{path}: key {getattr(error, 'full_key', '?')!r}: {found}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except ValueError as error:  # of a dataclass that checks itself
+        raise error if isinstance(error, ConfigError) else ConfigError(f"{path}: {error}") from error
+    assert isinstance(result, cls)
+    return result
+
+
+def _nearest(key: str, known: list[str], parent: str = "") -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    prefix = f"{parent}." if parent else ""
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value

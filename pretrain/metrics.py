@@ -1,0 +1,132 @@
+"""What the loop measures between two log points, without waiting for the device at every step.
+
+Names carry scope and unit: `train/...` are means over the interval and all ranks, `throughput/...` count samples over
+all ranks, `data/wait_*` is the worst rank's, `memory/...` the largest rank's.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pretrain.parallel.dist import World
+
+GPU_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "V100": 125e12}
+"""Dense bf16/fp16 tensor-core peaks from the vendor's data sheets, by a part of the device's name."""
+
+
+@dataclass(frozen=True)
+class PeakFlops:
+    """What MFU divides by."""
+
+    flops_per_s: float
+    """Of one rank's device."""
+    source: str
+    """`data sheet`, or `measured` where no data sheet is known (then MFU is a share of the matmul library's speed)."""
+
+
+def peak_flops(device: torch.device, *, bf16: bool) -> PeakFlops:
+    """The device's peak by its data sheet, else by a short matrix product (CPU: 1024^3, with this rank's threads)."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, peak in GPU_PEAK_FLOPS.items():
+            if part in name and bf16:
+                return PeakFlops(peak, f"data sheet of {part}, dense bf16")
+    size = 1024 if device.type == "cpu" else 8192
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(4):
+        _synchronize(device)
+        begin = time.perf_counter()
+        torch.mm(matrix, matrix)
+        _synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return PeakFlops(2.0 * size**3 / best, f"measured, {size}^3 matmul in {str(dtype).removeprefix('torch.')}")
+
+
+@dataclass
+class Interval:
+    """Sums since the last log point, on one rank."""
+
+    world: World
+    flops_per_sample: float
+    peak: PeakFlops
+    begin_s: float = field(default_factory=time.perf_counter)
+    num_steps: int = 0
+    num_samples: int = 0
+    """Over all ranks."""
+    num_micro_batches: int = 0
+    data_wait_s: float = 0.0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    grad_norm_sums: dict[str, float] = field(default_factory=dict)
+    """By player; a norm that is not finite makes the mean so too."""
+
+    def add_turn(self, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            known = self.sums.get(name)
+            self.sums[name] = value.float() if known is None else known + value.float()
+
+    def add_step(self, num_samples: int, grad_norms: dict[str, float]) -> None:
+        self.num_steps += 1
+        self.num_samples += num_samples
+        for player, norm in grad_norms.items():
+            self.grad_norm_sums[player] = self.grad_norm_sums.get(player, 0.0) + norm
+
+    def report(self, num_bad: int) -> dict[str, float]:
+        """The interval's metrics by name, over all ranks; then starts a new interval. A collective.
+
+        num_bad: bad samples that this rank met since the run's start.
+        """
+        wall_s = time.perf_counter() - self.begin_s
+        names = sorted(self.sums)
+        means = [self.sums[name].item() / max(1, self.num_micro_batches) for name in names]
+        *totals, bad = self.world.sum(torch.tensor([*means, num_bad], dtype=torch.float64)).tolist()
+        memory = float(_memory_bytes(self.world.device))
+        wait_s, slowest_s, memory = self.world.max(
+            torch.tensor([self.data_wait_s, wall_s, memory], dtype=torch.float64)
+        ).tolist()
+        samples_per_s = self.num_samples / slowest_s
+        result = {f"train/{name}": total / self.world.size for name, total in zip(names, totals, strict=True)}
+        result |= {
+            **self._grad_norms(),
+            "throughput/samples_per_s": samples_per_s,
+            "throughput/step_ms": 1e3 * slowest_s / max(1, self.num_steps),
+            "throughput/mfu": samples_per_s * self.flops_per_sample / (self.peak.flops_per_s * self.world.size),
+            "data/wait_ms_per_step": 1e3 * wait_s / max(1, self.num_steps),
+            "data/wait_fraction": wait_s / slowest_s,
+            "data/bad_samples": bad,
+            "memory/peak_bytes_per_rank": memory,
+        }
+        self.restart()
+        return result
+
+    def _grad_norms(self) -> dict[str, float]:
+        means = {player: total / max(1, self.num_steps) for player, total in self.grad_norm_sums.items()}
+        if len(means) == 1:
+            return {"train/grad_norm": next(iter(means.values()))}
+        return {f"train/grad_norm_{player}": mean for player, mean in means.items()}
+
+    def restart(self) -> None:
+        """Starts a new interval now, so that validation and pictures do not count as training time."""
+        self.begin_s = time.perf_counter()
+        self.num_steps = self.num_samples = self.num_micro_batches = 0
+        self.data_wait_s = 0.0
+        self.sums, self.grad_norm_sums = {}, {}
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Peak allocated device memory on CUDA, peak resident memory of the process on the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,102 @@
+"""Optimizers: parameter groups, and schedules as pure functions of the number of samples consumed.
+
+Schedules count samples, not steps, so that a run whose global batch changes on resume stays on the same curve.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule. Defaults: MAE's pretraining recipe (He et al., arXiv 2111.06377, table 8)."""
+
+    base_lr: float | None = 1.5e-4
+    """Learning rate per 256 samples of global batch: lr = base_lr * global_batch / 256. Give this or `lr`."""
+    lr: float | None = None
+    """Peak learning rate, used as it is. Overrides nothing: set base_lr to null with it."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moments, per step."""
+    eps: float = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay on every parameter but biases and one-dimensional ones."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up from 0, in epochs. Give this or `warmup_steps`."""
+    warmup_steps: int = 0
+    """Linear warm-up from 0, in optimizer steps at this global batch."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up, per step."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
+    clip_norm: float | None = None
+    """Largest global gradient norm; null = no clipping (the norm is still measured)."""
+    ema_decay: float | None = None
+    """Decay per step of the exponential moving average of the weights; null = no average."""
+
+    def __post_init__(self) -> None:
+        if (self.base_lr is None) == (self.lr is None):
+            raise ValueError(
+                f"optim.base_lr is {self.base_lr} and optim.lr is {self.lr}; give exactly one and set the other to null"
+            )
+        if self.warmup_epochs and self.warmup_steps:
+            raise ValueError("optim.warmup_epochs and optim.warmup_steps are both set; give one")
+        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
+            raise ValueError(f"optim.ema_decay is {self.ema_decay}; expected a value between 0 and 1, or null")
+
+    def peak_lr(self, global_batch: int) -> float:
+        """The learning rate after the warm-up, by the linear scaling rule where `base_lr` is given."""
+        if self.lr is not None:
+            return self.lr
+        assert self.base_lr is not None
+        return self.base_lr * global_batch / 256
+
+
+def scheduled_lr(position: float, *, peak: float, total: float, warmup: float, minimum: float, schedule: str) -> float:
+    """The learning rate for the step that starts at sample `position` of `total`.
+
+    `position`, `total` and `warmup` are in one unit (samples). Linear from 0 through the warm-up, then the schedule's
+    shape down to `minimum` at `total` (MAE evaluates its half-cosine per iteration in the same way).
+    """
+    if position < warmup:
+        return peak * position / warmup
+    progress = min(1.0, (position - warmup) / max(1e-12, total - warmup))
+    if schedule == "constant":
+        return peak
+    if schedule == "linear":
+        return minimum + (peak - minimum) * (1.0 - progress)
+    assert schedule == "cosine", schedule
+    return minimum + (peak - minimum) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, object]]:
+    """Two AdamW groups: decayed, and not decayed (biases and one-dimensional parameters). Frozen ones are left out.
+
+    Class and mask tokens have three dimensions and are decayed, as in the original MAE.
+    """
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            (free if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_adamw(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW; its learning rate is set before each step by the loop."""
+    groups = parameter_groups(parameters, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+
+
+@torch.no_grad()
+def update_ema(average: list[Tensor], weights: list[Tensor], decay: float) -> None:
+    """average <- decay * average + (1 - decay) * weights, in place, on local shards."""
+    torch._foreach_lerp_(average, weights, 1.0 - decay)

@@ -1,0 +1,239 @@
+"""Single process, DDP, FSDP2 and HSDP on torch's own parts.
+
+Order of preparation: activation checkpointing -> compile per block -> shard each block, then the root -> materialise
+-> weights -> optimizers. Weights are initialised once, on a CPU copy of the whole model with a seeded generator, so
+every strategy and world size starts from the same ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from pretrain.objectives.base import Objective
+from pretrain.optim import OptimConfig, build_adamw, update_ema
+from pretrain.parallel.dist import World
+from pretrain.parallel.strategy import ParallelConfig, Strategy, Tensors
+
+
+class NativeStrategy(Strategy):
+    """One class for single, DDP, FSDP2 and HSDP."""
+
+    def __init__(self, config: ParallelConfig, optim: OptimConfig, world: World) -> None:
+        self.world = world
+        self.optim = optim
+        self.config = config
+        self.kind = _resolve_kind(config, world)
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
+        self.compile = config.compile == "blocks" or (config.compile == "auto" and world.device.type == "cuda")
+        self.optimizers: dict[str, torch.optim.AdamW] = {}
+        self.live: dict[str, Tensors] = {}
+        self.averages: dict[str, Tensors] = {}
+
+    # -- preparation ---------------------------------------------------------------------------------------------
+
+    def prepare(self, build: Callable[[], Objective], initialize: Callable[[Objective], None]) -> Objective:
+        sharded = self.kind in ("fsdp2", "hsdp")
+        if sharded:
+            with torch.device("meta"):
+                self.objective = build()
+        else:
+            self.objective = build()
+            initialize(self.objective)
+        for player, module in self.objective.players.items():
+            if self.config.activation_checkpointing:
+                _checkpoint_blocks(module, self.objective.blocks(player))
+            if self.compile:
+                for block in self.objective.blocks(player):
+                    block.compile(fullgraph=not self.config.activation_checkpointing)
+        if sharded:
+            self._shard(build, initialize)
+        else:
+            for player, module in self.objective.players.items():
+                self.objective.players[player] = self._replicate(module)
+        for player in self.objective.players:
+            module = self._unwrapped(player)
+            self.optimizers[player] = build_adamw(module.named_parameters(), self.optim)
+            if self.optim.ema_decay is not None:
+                self.live[player] = _weights(module)  # shares storage with the parameters
+                self.averages[player] = {name: tensor.detach().clone() for name, tensor in self.live[player].items()}
+        return self.objective
+
+    def _replicate(self, module: nn.Module) -> nn.Module:
+        module = module.to(self.world.device)
+        if self.kind == "single":
+            return module
+        device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+
+    def _shard(self, build: Callable[[], Objective], initialize: Callable[[Objective], None]) -> None:
+        mesh = _device_mesh(self.kind, self.config, self.world)
+        # Blocks compute in bf16 on gathered bf16 weights. The root's inputs are not cast: mask noise in bf16 would have
+        # ties and hide other patches than fp32 does, and targets are taken from full-precision images.
+        root_policy = block_policy = MixedPrecisionPolicy()
+        if self.bf16:
+            block_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            root_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        reshard = self.config.reshard_after_forward
+        for player, module in self.objective.players.items():
+            for block in self.objective.blocks(player):
+                fully_shard(block, mesh=mesh, mp_policy=block_policy, reshard_after_forward=reshard)
+            fully_shard(module, mesh=mesh, mp_policy=root_policy, reshard_after_forward=reshard)
+            module.to_empty(device=self.world.device)
+            with torch.no_grad():  # a parameter that nothing initialises shows at once
+                for tensor in [*module.parameters(), *module.buffers()]:
+                    if tensor.is_floating_point():
+                        tensor.fill_(float("nan"))
+        whole: Objective | None = None
+        if self.world.is_main:
+            whole = build()
+            initialize(whole)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        for player, module in self.objective.players.items():
+            full = whole.players[player].state_dict() if whole is not None else {}
+            set_model_state_dict(module, full, options=options)
+
+    def _unwrapped(self, player: str) -> nn.Module:
+        module = self.objective.players[player]
+        return module.module if isinstance(module, DistributedDataParallel) else module
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def accumulate(self, last: bool) -> None:
+        for module in self.objective.players.values():
+            if isinstance(module, DistributedDataParallel):
+                module.require_backward_grad_sync = last
+            elif isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(last)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.world.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def backward(self, loss: Tensor, player: str) -> None:
+        loss.backward()
+
+    def step(self, player: str, lr: float) -> float:
+        module, optimizer = self._unwrapped(player), self.optimizers[player]
+        parameters = [p for p in module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        value = float(norm)
+        finite = value < float("inf")  # false for nan too; the norm is global, so all ranks decide alike
+        if finite:
+            if self.optim.clip_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip_norm, norm)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            self._update_average(player)
+        optimizer.zero_grad(set_to_none=True)
+        return value
+
+    def _update_average(self, player: str) -> None:
+        if player not in self.averages:
+            return
+        assert self.optim.ema_decay is not None
+        live, averages = self.live[player], self.averages[player]
+        names = [name for name, tensor in live.items() if tensor.is_floating_point()]
+        weights = [_local(live[name]) for name in names]
+        update_ema([_local(averages[name]) for name in names], weights, self.optim.ema_decay)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensors]:
+        result: dict[str, Tensors] = {}
+        for player, optimizer in self.optimizers.items():
+            module = self._unwrapped(player)
+            result[f"model.{player}"] = _weights(module)
+            # Only the tensors: the groups' numbers follow from the configuration and the step.
+            per_parameter = cast(dict[str, Tensors], get_optimizer_state_dict(module, optimizer)["state"])
+            result[f"optimizer.{player}"] = {
+                f"{name}.{key}": tensor for name, tensors in per_parameter.items() for key, tensor in tensors.items()
+            }
+            if player in self.averages:
+                result[f"ema.{player}"] = self.averages[player]
+        return result
+
+    def load_state(self, state: dict[str, Tensors]) -> None:
+        for player, optimizer in self.optimizers.items():
+            module = self._unwrapped(player)
+            set_model_state_dict(module, dict(state[f"model.{player}"]))
+            current = get_optimizer_state_dict(module, optimizer)
+            nested: dict[str, Tensors] = {}
+            for full_name, tensor in state[f"optimizer.{player}"].items():
+                name, _, key = full_name.rpartition(".")
+                nested.setdefault(name, {})[key] = tensor
+            set_optimizer_state_dict(
+                module,
+                optimizer,
+                {"state": nested, "param_groups": current["param_groups"]},  # type: ignore[dict-item]
+            )
+            if player in self.averages:
+                self.averages[player] = state[f"ema.{player}"]
+
+    def export(self, player: str, *, ema: bool = False) -> Tensors:
+        live = self.averages[player] if ema else _weights(self._unwrapped(player))
+        full: Tensors = {}
+        for name, tensor in live.items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.world.is_main:
+                full[name] = whole.detach().to("cpu", copy=True)
+        return full
+
+
+def _weights(module: nn.Module) -> Tensors:
+    """Parameters and persistent buffers under canonical names; they share storage with the module's."""
+    return cast(Tensors, dict(get_model_state_dict(module)))
+
+
+def _resolve_kind(config: ParallelConfig, world: World) -> str:
+    if config.strategy == "auto":
+        return "single" if world.size == 1 else "ddp"
+    if config.strategy == "single" and world.size > 1:
+        raise ValueError(f"parallel.strategy is single, but {world.size} processes were started; use ddp or fsdp2")
+    if config.strategy in ("ddp", "fsdp2", "hsdp") and not torch.distributed.is_initialized():
+        raise ValueError(
+            f"parallel.strategy is {config.strategy}, but this process was not started by torchrun; "
+            "run `torchrun --nproc-per-node N -m pretrain CONFIG`"
+        )
+    return config.strategy
+
+
+def _device_mesh(kind: str, config: ParallelConfig, world: World) -> torch.distributed.device_mesh.DeviceMesh:
+    if kind == "fsdp2":
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    shards = config.shards or int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    if world.size % shards:
+        raise ValueError(f"parallel.shards is {shards}, which does not divide the world size {world.size}")
+    return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def _checkpoint_blocks(module: nn.Module, blocks: list[nn.Module]) -> None:
+    """Replaces each block, wherever it hangs in `module`, by one that recomputes its activations."""
+    wanted = {id(block) for block in blocks}
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if id(child) in wanted:
+                setattr(parent, name, checkpoint_wrapper(child, preserve_rng_state=True))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

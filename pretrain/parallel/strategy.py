@@ -1,0 +1,88 @@
+"""What the loop asks of an engine, whatever shards it: the abstract `Strategy` and its configuration.
+
+A strategy prepares an objective's players, runs backward and optimizer steps, and gives and takes state under
+canonical names (no wrapper prefixes), so that a checkpoint of one strategy loads in another. A strategy that cannot do
+what the configuration asks raises; it never degrades silently.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pretrain.objectives.base import Objective
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a step is spread over processes."""
+
+    strategy: Literal["auto", "single", "ddp", "fsdp2", "hsdp"] = "auto"
+    """auto = single with one process, ddp with several."""
+    shards: int | None = None
+    """Processes per shard group under hsdp; null = those of one node. World size must be a multiple of it."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto = bf16 on CUDA, fp32 on CPU. Weights, optimizer and losses stay fp32."""
+    compile: Literal["auto", "off", "blocks"] = "auto"
+    """torch.compile of each transformer block; auto = on CUDA only (on CPU it needs a C++ compiler)."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more compute."""
+    reshard_after_forward: bool = True
+    """FSDP2: free a block's gathered weights after its forward pass; false = keep them for the backward."""
+    timeout_s: float = 1800.0
+    """Seconds that a collective may take before the run is given up."""
+
+
+class Strategy(ABC):
+    """Runs one objective on one or many processes. Methods are collectives: every rank calls them in the same order."""
+
+    objective: Objective
+
+    @abstractmethod
+    def prepare(self, build: Callable[[], Objective], initialize: Callable[[Objective], None]) -> Objective:
+        """Builds the objective, with the same weights in every strategy, wraps its players and makes their optimizers.
+
+        `build` makes the objective on the current default device (meta included); `initialize` fills the weights of
+        one that was built on the CPU.
+        """
+
+    @abstractmethod
+    def accumulate(self, last: bool) -> None:
+        """Announces a micro-batch; gradients are reduced over ranks in the last one of a step."""
+
+    @abstractmethod
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision context of forward passes."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, player: str) -> None:
+        """Adds the gradients of `loss` to the player's parameters."""
+
+    @abstractmethod
+    def step(self, player: str, lr: float) -> float:
+        """Clips, steps the player's optimizer and its moving average, and clears gradients.
+
+        Returns the global gradient norm before clipping. Where it is not finite every rank leaves weights, optimizer
+        and average as they are.
+        """
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensors]:
+        """The training state as flat maps of canonical names to (sharded) tensors: `model.<player>`,
+        `optimizer.<player>` and, with a moving average, `ema.<player>`. The tensors are the live ones."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Tensors]) -> None:
+        """Takes over what `state` gave, after a checkpoint was read into it."""
+
+    @abstractmethod
+    def export(self, player: str, *, ema: bool = False) -> Tensors:
+        """Full fp32 weights on the CPU of rank 0, under canonical names; empty on other ranks."""

@@ -1,0 +1,95 @@
+"""A run's folder: who the run is (`run.json`), what it was told (`config.yaml`), and whether a start may continue it.
+
+Enters: the resolved configuration and the command line. Leaves: the run's identity, the same after every restart.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shlex
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from data_pipes.manifest import write_atomically
+from pretrain.checkpoint import list_checkpoints
+from pretrain.config import ConfigError, RunConfig
+from pretrain.environment import environment, redact_argument
+from pretrain.journal import now_ms
+from pretrain.safe_dcp import CheckpointError
+
+
+def open_run_folder(
+    config: RunConfig, *, config_path: Path, overrides: Sequence[str], world_size: int
+) -> dict[str, Any]:
+    """Makes the run's folder, or checks that the one there may be continued; returns its `run.json`. Main rank only.
+
+    Raises ConfigError when the folder holds checkpoints of another objective or seed, or when `checkpoint.resume` is
+    never and there are checkpoints.
+    """
+    run_dir = config.run_dir
+    run_file = run_dir / "run.json"
+    has_checkpoints = bool(list_checkpoints(run_dir))
+    if has_checkpoints:
+        _check_may_continue(config)
+    identity: dict[str, Any] = {}
+    if run_file.is_file():
+        try:
+            identity = json.loads(run_file.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{run_file} is not readable ({error}); restore it or choose another name") from error
+    command = launch_command(config_path, overrides, world_size)
+    arguments = [redact_argument(argument) for argument in sys.argv]
+    start = {"time_ms": now_ms(), "command": arguments, "world_size": world_size}
+    identity = {
+        "run_uid": identity.get("run_uid") or uuid.uuid4().hex,
+        "name": config.name,
+        "created_ms": identity.get("created_ms") or now_ms(),
+        "starts": [*identity.get("starts", []), start],
+        "command": arguments,
+        "config_path": str(config_path),
+        "resume_command": command,
+        "reproduce_command": launch_command(run_dir / "config.yaml", ["name=NEW_NAME"], world_size),
+        "world_size": world_size,
+        "environment": environment(),
+    }
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_file, (json.dumps(identity, indent=1) + "\n").encode())
+    write_atomically(run_dir / "config.yaml", config.to_yaml().encode())
+    return identity
+
+
+def launch_command(config_path: Path, overrides: Sequence[str], world_size: int) -> str:
+    """The shell line that starts this configuration on as many processes."""
+    arguments = shlex.join([str(config_path), *(redact_argument(override) for override in overrides)])
+    if world_size == 1:
+        return f"tessera train {arguments}"
+    return f"torchrun --nproc-per-node {world_size} -m pretrain {arguments}"
+
+
+def _check_may_continue(config: RunConfig) -> None:
+    if config.checkpoint.resume == "never":
+        raise ConfigError(
+            f"{config.run_dir} already holds checkpoints and checkpoint.resume is never; choose another name, or set "
+            "checkpoint.resume=auto to continue it"
+        )
+    saved_path = config.run_dir / "config.yaml"
+    if not saved_path.is_file():
+        raise ConfigError(f"{config.run_dir} holds checkpoints but no config.yaml; restore it or choose another name")
+    saved = OmegaConf.to_container(OmegaConf.load(saved_path))
+    assert isinstance(saved, dict)
+    wanted = config.as_dict()
+    for key in ("objective", "seed"):
+        if saved.get(key) != wanted[key]:
+            before = OmegaConf.to_yaml(OmegaConf.create({key: saved.get(key)})).splitlines()
+            after = OmegaConf.to_yaml(OmegaConf.create({key: wanted[key]})).splitlines()
+            change = "\n".join(difflib.unified_diff(before, after, str(saved_path), "this start", lineterm="", n=0))
+            raise ConfigError(
+                f"{config.run_dir} holds checkpoints of another {key}; a run keeps its objective and seed. Choose "
+                f"another name, or undo this change:\n{change}"
+            )

@@ -1,0 +1,93 @@
+"""Validation loss and the pictures of a run: the first samples of the validation set, centre-cropped, always the same.
+
+Every rank runs the same number of forward passes (sharded models gather weights in them), and each sample counts once:
+full global batches are split over ranks, the rest is run by all and counted by rank 0.
+Legend: B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipes.loader import Batch
+from data_pipes.sequential import SequentialImages
+from pretrain.objectives.base import Objective
+from pretrain.parallel.dist import World
+from pretrain.parallel.strategy import Strategy
+from pretrain.pictures import save_pictures
+
+
+class Validator:
+    """Runs an objective's `validate` and `pictures` on fixed samples."""
+
+    def __init__(
+        self, samples: SequentialImages, num_samples: int, micro_batch: int, num_pictures: int, world: World
+    ) -> None:
+        """num_samples: from the start of `samples`; 0 = all. micro_batch: samples per rank and pass."""
+        self.samples = samples
+        self.num_samples = min(num_samples or len(samples), len(samples))
+        self.micro_batch = micro_batch
+        self.num_pictures = min(num_pictures, len(samples))
+        self.world = world
+        self._pictures: Batch | None = None
+
+    def run(self, objective: Objective, strategy: Strategy, step: int) -> dict[str, float]:
+        """`val/<name>`: means over the validation samples. A collective."""
+        sums: dict[str, Tensor] = {}
+        with evaluating(objective), torch.no_grad():
+            for batch, counts in self._batches():
+                with strategy.autocast():
+                    metrics = objective.validate(batch, step)
+                if counts:
+                    for name, value in metrics.items():
+                        weighted = value.double() * len(batch.positions)
+                        sums[name] = sums[name] + weighted if name in sums else weighted
+        names = sorted(self.world.broadcast(sorted(sums)))
+        local = torch.tensor([float(sums[name]) if name in sums else 0.0 for name in names], dtype=torch.float64)
+        totals = self.world.sum(local).tolist()
+        return {f"val/{name}": total / self.num_samples for name, total in zip(names, totals, strict=True)}
+
+    def draw(self, objective: Objective, strategy: Strategy, path: Path) -> None:
+        """Saves the objective's views of the first samples as one labelled PNG. A collective; rank 0 writes."""
+        if self._pictures is None:
+            self._pictures = self._load(list(range(self.num_pictures)))
+        with evaluating(objective), torch.no_grad(), strategy.autocast():
+            views = objective.pictures(self._pictures)
+        if self.world.is_main:
+            save_pictures(views, path)
+
+    def _batches(self) -> Iterator[tuple[Batch, bool]]:
+        """This rank's batches, and whether this rank counts them."""
+        share = self.micro_batch * self.world.size
+        full = self.num_samples // share * share
+        for begin in range(self.world.rank * self.micro_batch, full, share):
+            yield self._load(list(range(begin, begin + self.micro_batch))), True
+        for begin in range(full, self.num_samples, self.micro_batch):
+            yield self._load(list(range(begin, min(begin + self.micro_batch, self.num_samples)))), self.world.is_main
+
+    def _load(self, indices: list[int]) -> Batch:
+        items = [self.samples[index] for index in indices]
+        batch = Batch(
+            images=torch.stack([image for image, _ in items]),
+            labels=torch.tensor([label for _, label in items], dtype=torch.int64),
+            positions=torch.tensor(indices, dtype=torch.int64),
+            keys=[str(index) for index in indices],
+        )
+        return batch.to(self.world.device)
+
+
+@contextmanager
+def evaluating(objective: Objective) -> Iterator[None]:
+    """Puts the players in evaluation mode for a while."""
+    for module in objective.players.values():
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in objective.players.values():
+            module.train()

@@ -1,0 +1,63 @@
+"""The same run under single, DDP, FSDP2 and HSDP: the same losses, moving averages and weights to fp tolerance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.parallel.dist import World, pick_device
+from pretrain.parallel.native import NativeStrategy
+from pretrain.parallel.strategy import ParallelConfig
+from tests.pretrain.runs import assert_same_weights, losses, overrides_of, run_here, run_several
+
+STEPS = "train.steps=20"
+
+
+@pytest.mark.distributed
+def test_losses_agree_over_20_steps(tiny_dataset: Path, tmp_path: Path) -> None:
+    def run(name: str, *more: str) -> list[str]:
+        return overrides_of(tiny_dataset, tmp_path, name, STEPS, *more)
+
+    run_here(run("single"))
+    run_here(run("accumulated", "train.micro_batch=2"))
+    run_here(run("recomputed", "parallel.activation_checkpointing=true"))
+    run_several(
+        2,
+        [
+            run("ddp", "parallel.strategy=ddp"),
+            run("ddp_accumulated", "parallel.strategy=ddp", "train.micro_batch=2"),
+            run("fsdp2", "parallel.strategy=fsdp2"),
+            run("fsdp2_accumulated", "parallel.strategy=fsdp2", "train.micro_batch=2"),
+            run("fsdp2_recomputed", "parallel.strategy=fsdp2", "parallel.activation_checkpointing=true"),
+        ],
+        tmp_path,
+    )
+    run_several(4, [run("hsdp", "parallel.strategy=hsdp", "parallel.shards=2")], tmp_path)
+
+    want = losses(tmp_path / "single")
+    assert len(want) == 20
+    assert want[20] < want[1]
+    for name in sorted(path.name for path in tmp_path.iterdir() if path.is_dir() and path.name != "single"):
+        assert losses(tmp_path / name) == pytest.approx(want, rel=2e-5), name
+        assert_same_weights(tmp_path / "single", tmp_path / name, to_the_bit=False)
+
+
+def _world(size: int) -> World:
+    return World(0, size, 0, pick_device("cpu"), None, None)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "size", "words"),
+    [("single", 2, "2 processes were started"), ("ddp", 1, "torchrun"), ("fsdp2", 1, "torchrun")],
+)
+def test_what_cannot_be_done_is_said(strategy: str, size: int, words: str) -> None:
+    from pretrain.optim import OptimConfig
+
+    with pytest.raises(ValueError, match=words):
+        NativeStrategy(ParallelConfig(strategy=strategy), OptimConfig(), _world(size))  # type: ignore[arg-type]
+
+
+def test_unknown_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected auto, cpu or cuda"):
+        pick_device("tpu")

@@ -1,0 +1,84 @@
+"""Starts real runs for the tests, in this process or under torchrun, and reads what they left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pretrain.checkpoint import load_weights, newest_complete
+from pretrain.config import load_config
+from pretrain.journal import read_metrics
+from pretrain.train import train
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "demo" / "digits.yaml"
+TINY = [
+    "objective.model.encoder.image_size=[8,8]",
+    "objective.model.encoder.width=32",
+    "objective.model.encoder.depth=2",
+    "objective.model.decoder_width=16",
+    "train.epochs=null",
+    "train.global_batch=8",
+    "train.log_every=1",
+    "train.val_samples=8",
+    "train.num_pictures=2",
+    "optim.warmup_epochs=0",
+    "optim.clip_norm=1.0",
+    "optim.ema_decay=0.9",
+    "tracking.ship=false",
+    "device=cpu",
+]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def overrides_of(data: Path, output: Path, name: str, *more: str) -> list[str]:
+    """A tiny run called `name` below `output`."""
+    return [*TINY, f"data.train={data}", f"data.val={data}", f"output_dir={output}", f"name={name}", *more]
+
+
+def run_here(overrides: Sequence[str]) -> dict[str, object]:
+    """Trains in this process."""
+    return train(load_config(CONFIG, overrides), config_path=CONFIG, overrides=list(overrides))
+
+
+def torchrun(num_processes: int, *arguments: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    return [*launcher, *arguments]
+
+
+def run_several(num_processes: int, runs: Sequence[Sequence[str]], folder: Path) -> None:
+    """Trains configurations one after the other on several processes."""
+    listed = folder / f"runs-{len(list(folder.glob('runs-*')))}.json"
+    listed.write_text(json.dumps([list(run) for run in runs]))
+    script = str(Path(__file__).with_name("several_runs.py"))
+    command = torchrun(num_processes, script, str(CONFIG), str(listed))
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Training loss by step, without points that a resume superseded."""
+    return {point.step: point.value for point in read_metrics(run_dir)["train/loss"]}
+
+
+def final_weights(run_dir: Path, *, ema: bool = False) -> dict[str, torch.Tensor]:
+    checkpoint = newest_complete(run_dir)
+    assert checkpoint is not None
+    return load_weights(checkpoint, "model", ema=ema)
+
+
+def assert_same_weights(one: Path, other: Path, *, to_the_bit: bool = True) -> None:
+    for ema in (False, True):
+        first, second = final_weights(one, ema=ema), final_weights(other, ema=ema)
+        assert first.keys() == second.keys()
+        if to_the_bit:
+            assert [name for name in first if not torch.equal(first[name], second[name])] == [], f"ema={ema}"
+        else:  # over all weights: AdamW turns the rounding noise of a gradient that is 0 (a key's bias) into steps
+            one_flat, other_flat = (torch.cat([t.flatten() for t in w.values()]) for w in (first, second))
+            assert (one_flat - other_flat).norm() / one_flat.norm() < 5e-3
