@@ -1,0 +1,90 @@
+"""Keyed hashes and permutations of integers: equal on every machine, in every process and version of numpy.
+
+Enters: integers. Leaves: hashed words, uniform numbers, permuted indices, each computed for itself alone. Why it
+exists: the streams of `np.random` are not promised across versions, and a drawn permutation costs memory for every
+element.
+
+splitmix64: Steele et al., "Fast splittable pseudorandom number generators", 2014. Feistel networks with cycle walking:
+Black and Rogaway, "Ciphers with arbitrary finite domains", 2002.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Int64s = NDArray[np.int64]
+Uint64s = NDArray[np.uint64]
+
+_ROUNDS = 4
+_UNIFORM_TAG = 0x756E69666F726D
+# keeps `hash_uniform` apart from every other use of the same seed
+
+
+def mix64(value: Uint64s) -> Uint64s:
+    """splitmix64's output function; a bijection of 64-bit words. Arrays only: numpy warns of scalars."""
+    value = value + np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def hash_words(*parts: ArrayLike) -> Uint64s:
+    """Hashes integers (arrays broadcast against each other) into 64-bit words, at least one-dimensional."""
+    state = np.zeros(1, np.uint64)
+    for part in parts:
+        word = np.asarray(part & 0xFFFFFFFFFFFFFFFF if isinstance(part, int) else part).astype(np.uint64)
+        state = mix64(state ^ word)
+    return state
+
+
+def hash64(*parts: int) -> int:
+    """One 64-bit hash of integers; negative ones count modulo 2**64."""
+    return int(hash_words(*parts)[0])
+
+
+def hash_uniform(seed: int, positions: ArrayLike, draw: int, n: int) -> NDArray[np.float64]:
+    """n numbers in [0, 1) for each position, a pure function of (seed, position, draw).
+
+    positions: [B] int64. `draw` tells independent uses apart (0 is the augmentation). Returns [B, n] float64, multiples
+    of 2**-53.
+    """
+    rows = hash_words(seed, _UNIFORM_TAG, draw, np.atleast_1d(np.asarray(positions, np.int64)))
+    words = mix64(rows[:, None] ^ mix64(np.arange(n, dtype=np.uint64)))
+    return np.asarray((words >> np.uint64(11)) * 2.0**-53, np.float64)
+
+
+def feistel(index: ArrayLike, size: ArrayLike, key: Uint64s) -> Int64s:
+    """A keyed permutation of [0, size), evaluated at `index`.
+
+    index: [B], 0 <= index < size. size and key: one for all, or [B]. Elements with equal size and key belong to one
+    permutation. Sizes up to 2**53.
+    """
+    out, sizes = np.atleast_1d(np.asarray(index).astype(np.uint64)), np.asarray(size).astype(np.uint64)
+    if sizes.ndim and len(sizes) == 1:
+        sizes = sizes[0]
+    bits = np.frexp((sizes - np.uint64(1)).astype(np.float64))[1]
+    half = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
+    round_keys = [mix64(np.atleast_1d(key) ^ np.uint64(number)) for number in range(1, _ROUNDS + 1)]
+    out = _feistel_rounds(out, half, round_keys)
+    outside = np.nonzero(out >= sizes)[0]
+    while len(outside):  # walk on the cycle until it comes back into the domain; at most 4 rounds are expected
+        walked = _feistel_rounds(out[outside], _pick(half, outside), [_pick(k, outside) for k in round_keys])
+        out[outside] = walked
+        outside = outside[walked >= _pick(sizes, outside)]
+    return out.astype(np.int64)
+
+
+def _feistel_rounds(value: Uint64s, half: Uint64s, round_keys: Sequence[Uint64s]) -> Uint64s:
+    """A permutation of the words of 2 * half bits."""
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = value >> half, value & mask
+    for key in round_keys:
+        left, right = right, left ^ (mix64(right ^ key) & mask)
+    return (left << half) | right
+
+
+def _pick(values: Uint64s, chosen: NDArray[np.intp]) -> Uint64s:
+    return values[chosen] if values.ndim and len(values) > 1 else values

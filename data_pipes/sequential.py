@@ -1,0 +1,69 @@
+"""A data set in the order of its manifest, each sample once: what evaluation reads.
+
+Enters: a data set's folder. Leaves: (image, label) by index, for torch's DataLoader with any sampler. Why it exists:
+evaluation needs every sample exactly once and the same each time; a bad sample is an error there, as a replaced one
+would change the figure silently.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data_pipes.dataset import IMAGE_EXTENSIONS, label_of, picture_of
+from data_pipes.decode import DEFAULT_MAX_PIXELS, SampleError
+from data_pipes.image import EvalTransform
+from data_pipes.manifest import Manifest
+from data_pipes.reader import ShardReader
+
+
+class SequentialImages(Dataset[tuple[Tensor, int]]):
+    """[i] -> (image uint8 [C, *size], label; -1 where there is none). Cheap to pickle, safe for threads."""
+
+    def __init__(
+        self,
+        source: Manifest | str | os.PathLike[str],
+        transform: EvalTransform,
+        *,
+        channels: int = 3,
+        bit_depth: int = 8,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+    ) -> None:
+        """source: a data set's folder or its manifest. bit_depth: 8 or 16, of the pictures returned."""
+        if bit_depth not in (8, 16):
+            raise ValueError(f"bit_depth is {bit_depth}; expected 8 or 16")
+        self.manifest = source if isinstance(source, Manifest) else Manifest.load(source)
+        self.transform, self.channels, self.max_pixels = transform, channels, max_pixels
+        self._dtype = torch.uint8 if bit_depth == 8 else torch.uint16
+        self._ends = np.cumsum([shard.num_samples for shard in self.manifest.shards])
+        self._reader = ShardReader(self.manifest, (*IMAGE_EXTENSIONS, "cls"))
+
+    def __len__(self) -> int:
+        return self.manifest.num_samples
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Raises SampleError for a bad sample, ShardError for a changed shard, both with their names."""
+        shard, sample = self._place(index)
+        raw = self._reader.read(shard, sample)
+        try:
+            label = label_of(raw, len(self.manifest.classes))
+            picture = picture_of(raw, self.channels, self._dtype, self.max_pixels)
+            return self.transform(picture).contiguous(), label
+        except SampleError as error:
+            raise SampleError(
+                error.cause, f"{raw.key} in {self.manifest.shards[shard].url}: {error}; repair or remove the sample"
+            ) from error
+
+    def key(self, index: int) -> str:
+        """The key of a sample."""
+        return self._reader.key(*self._place(index))
+
+    def _place(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a data set of {len(self)}")
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, index - (int(self._ends[shard - 1]) if shard else 0)
