@@ -1,0 +1,1 @@
+"""Models: `forward` reads like the paper; no module here knows about processes."""

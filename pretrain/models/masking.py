@@ -1,0 +1,102 @@
+"""Which patches the encoder does not see.
+
+Enters: global sample positions. Leaves: noise, and from it the kept tokens and the mask. The noise is a counter-based
+hash of (seed, position, token), not a random generator's stream, so a mask is the same on every device, in every
+batch that it is put into, on any rank, and after a resume.
+Legend: B batch, N tokens (patches), K kept tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# splitmix64 (Steele, Lea and Flood, OOPSLA 2014): the Weyl increment and the two multipliers of its finaliser.
+_GOLDEN = 0x9E3779B97F4A7C15
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9
+_MULTIPLIER_2 = 0x94D049BB133111EB
+
+
+class Masking(NamedTuple):
+    """A random split of the tokens into kept and hidden ones."""
+
+    keep_ids: Tensor
+    """int64 [B, K]: the kept tokens, by ascending noise."""
+    restore_ids: Tensor
+    """int64 [B, N]: each token's rank by noise; ranks below K are kept."""
+    mask: Tensor
+    """bool [B, N]: True = hidden from the encoder."""
+
+
+def position_noise(positions: Tensor, num_tokens: int, seed: int) -> Tensor:
+    """Uniform noise for each token of each sample, a pure function of (seed, position, token).
+
+    positions: int64 [B], global sample positions. num_tokens: N. seed: any int (taken modulo 2**64).
+    Returns float32 [B, N] in [0, 1) with 24 random bits, on the device of `positions`, the same bits on every device.
+    """
+    sample_key = _mix64(positions[:, None] * _signed(_GOLDEN) + _signed(_mix64_int(seed)))  # [B, 1]
+    counter = torch.arange(1, num_tokens + 1, dtype=torch.int64, device=positions.device)
+    bits = _mix64(sample_key + counter * _signed(_GOLDEN))  # [B, N]
+    return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
+
+
+def num_kept(num_tokens: int, mask_ratio: float) -> int:
+    """How many tokens the encoder sees: `int(num_tokens * (1 - mask_ratio))`, as in He et al. (arXiv 2111.06377).
+
+    Raises ValueError when mask_ratio is outside [0, 1) or leaves no token.
+    """
+    if not 0.0 <= mask_ratio < 1.0:
+        raise ValueError(f"mask_ratio is {mask_ratio}; expected a share of hidden tokens in [0, 1).")
+    kept = int(num_tokens * (1.0 - mask_ratio))
+    if kept < 1:
+        raise ValueError(
+            f"mask_ratio {mask_ratio} leaves int({num_tokens} * (1 - {mask_ratio})) = 0 tokens to the encoder; "
+            f"expected at least 1. Lower mask_ratio, or use larger images or smaller patches."
+        )
+    return kept
+
+
+def random_masking(noise: Tensor, mask_ratio: float) -> Masking:
+    """Keep the tokens with the least noise.
+
+    noise: float32 or float64 [B, N]. mask_ratio: share of hidden tokens, in [0, 1); 0 keeps (and reorders) all.
+    Raises ValueError for a ratio that leaves no token, and for noise of lower precision: in bfloat16 the noise of 196
+    tokens has many ties, which the sort resolves towards the first patches.
+    """
+    if noise.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"The mask noise is {noise.dtype}; expected float32. "
+            "Keep mixed precision from casting the inputs of forward (FSDP2: cast_forward_inputs=False on the root)."
+        )
+    kept = num_kept(noise.shape[1], mask_ratio)
+    shuffle_ids = noise.argsort(dim=1, stable=True)
+    restore_ids = shuffle_ids.argsort(dim=1)
+    return Masking(keep_ids=shuffle_ids[:, :kept], restore_ids=restore_ids, mask=restore_ids >= kept)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same 64 bits as `value` modulo 2**64; torch multiplies int64 modulo 2**64 too."""
+    value %= 2**64
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift_right(bits: Tensor, count: int) -> Tensor:
+    """Logical right shift of int64: torch's own shift copies the sign bit in, so those copies are cleared."""
+    return (bits >> count) & ((1 << (64 - count)) - 1)
+
+
+def _mix64(bits: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on int64 tensors: a bijection of 64 bits."""
+    bits = (bits ^ _shift_right(bits, 30)) * _signed(_MULTIPLIER_1)
+    bits = (bits ^ _shift_right(bits, 27)) * _signed(_MULTIPLIER_2)
+    return bits ^ _shift_right(bits, 31)
+
+
+def _mix64_int(bits: int) -> int:
+    """The same finaliser on a Python int, in [0, 2**64)."""
+    bits %= 2**64
+    bits = (bits ^ (bits >> 30)) * _MULTIPLIER_1 % 2**64
+    bits = (bits ^ (bits >> 27)) * _MULTIPLIER_2 % 2**64
+    return bits ^ (bits >> 31)

@@ -1,0 +1,109 @@
+"""The contract between the training loop and what is trained.
+
+An objective owns modules, grouped into named *players* (one per optimizer: a masked autoencoder has one, a tokenizer
+has a generator and a discriminator), and says what a step computes. The loop knows nothing else:
+
+    for turn in objective.turns(batch, step):
+        strategy.backward(turn.loss, turn.player)
+        if last_micro_batch:
+            strategy.step(turn.player)
+
+Enters: batches that already lie on the device, as stored (uint8 or uint16 images). Leaves: losses, metrics, pictures.
+Legend: B batch, C channels, H/W pixels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from data_pipes.loader import Batch
+    from pretrain.models.vit import ViT
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One loss to be differentiated, and the player whose parameters it moves."""
+
+    loss: Tensor
+    """0-d, float32, with a graph: the mean over the micro-batch's samples."""
+    player: str
+    """Key of `Objective.players`."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """0-d detached tensors on the device, per-sample means over the micro-batch; named like "loss"."""
+
+
+class Objective(ABC):
+    """What a run trains. A subclass is constructed as `Subclass(config, seed)`, possibly under `torch.device("meta")`.
+
+    A strategy replaces the values of `players` by prepared (sharded, wrapped) modules; therefore every computation
+    calls `self.players[name](...)`, through `forward` alone. All randomness comes from (seed, global sample position),
+    never from a global generator, so that ranks, the batch's composition and a resume do not change it.
+    """
+
+    players: dict[str, nn.Module]
+    """Modules by name; one optimizer each."""
+    backbone_player: str
+    """The player that holds what is evaluated and exported."""
+    backbone_prefix: str
+    """Where the backbone's parameters lie in that player's state dict, e.g. "encoder."."""
+
+    @abstractmethod
+    def turns(self, batch: Batch, step: int) -> Iterator[Turn]:
+        """Yield the losses of one micro-batch in the order in which the players move.
+
+        batch: this rank's micro-batch on the device. step: optimizer steps done so far, >= 0.
+        """
+
+    @abstractmethod
+    def blocks(self, player: str) -> list[nn.Module]:
+        """The units of a player that are compiled, checkpointed and sharded one by one, in forward order."""
+
+    @abstractmethod
+    def init_weights(self, player: str) -> None:
+        """Fill a player's materialised parameters and buffers (e.g. after `to_empty`) with their starting values.
+
+        Draws from torch's default generator of the parameters' device: seed it first. The values do not depend on
+        what the tensors held before.
+        """
+
+    @abstractmethod
+    def validate(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Per-sample means over the batch (0-d, no graph). A pure function of the weights and the batch."""
+
+    @abstractmethod
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Views of the batch by name, uint8 [B, 1 or 3, H, W] on the CPU. Runs forward: call it on every rank."""
+
+    @abstractmethod
+    def flops_per_sample(self) -> float:
+        """Model FLOPs of forward and backward for one sample (matrix products only, nothing recomputed)."""
+
+    @abstractmethod
+    def build_backbone(self) -> ViT:
+        """A fresh, unsharded backbone on the CPU, to load `backbone_prefix` weights into."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> tuple[int, int]:
+        """Height and width, in pixels, of the images that `turns` expects."""
+
+    @property
+    @abstractmethod
+    def in_channels(self) -> int:
+        """Channels of the images that `turns` expects."""
+
+    @property
+    @abstractmethod
+    def mean(self) -> tuple[float, ...]:
+        """Per channel, on the scale where the stored range is [0, 1]; subtracted before `std` divides."""
+
+    @property
+    @abstractmethod
+    def std(self) -> tuple[float, ...]:
+        """Per channel, on the same scale as `mean`."""

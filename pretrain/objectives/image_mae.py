@@ -1,0 +1,153 @@
+"""Masked autoencoding of images (He et al., arXiv 2111.06377): what one step computes.
+
+Enters: batches of stored images with their global sample positions. Leaves: the loss on hidden patches, and pictures.
+Legend: B batch, N patches, C channels, H/W pixels, p/q patch height/width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.losses.pixels import patch_statistics, patchify, unpatchify
+from pretrain.models.mae import MAE, MAEConfig, MAEOutput, mae_flops
+from pretrain.models.masking import position_noise
+from pretrain.models.normalise import Normalise, default_mean, default_std
+from pretrain.models.vit import ViT
+from pretrain.objectives.base import Objective, Turn
+
+if TYPE_CHECKING:
+    from data_pipes.loader import Batch
+
+VALIDATION_SEED = 0x7E55E2A
+"""Of the masks in `validate` and `pictures`: the same for all runs, so that their validation losses compare."""
+
+
+@dataclass(frozen=True)
+class ImageMAEConfig:
+    """A masked autoencoder and the statistics of its images."""
+
+    model: MAEConfig = field(default_factory=MAEConfig)
+    """The autoencoder; its encoder's image_size and in_channels are those of the data."""
+    mean: tuple[float, ...] = ()
+    """Per channel, on the scale where the stored range is [0, 1]; empty: ImageNet's for 3 channels, else 0.5."""
+    std: tuple[float, ...] = ()
+    """Per channel, on the same scale, > 0; empty: ImageNet's for 3 channels, else 0.5."""
+    init_from: str | None = None
+    """Weights to start from (a checkpoint or an official file); null starts from the paper's initialisation."""
+
+    def __post_init__(self) -> None:
+        channels = self.model.encoder.in_channels
+        object.__setattr__(self, "mean", tuple(self.mean) or default_mean(channels))
+        object.__setattr__(self, "std", tuple(self.std) or default_std(channels))
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != channels:
+                raise ValueError(
+                    f"{name} has {len(values)} numbers and the model {channels} channels; expected one number per "
+                    f"channel. Set {name} to {channels} numbers, or to [] for the default."
+                )
+        if min(self.std) <= 0.0:
+            raise ValueError(f"std is {list(self.std)}; expected positive numbers.")
+
+
+class ImageMAEObjective(Objective):
+    """One player, "model": a `MAE`, called as `players["model"](images, noise) -> MAEOutput`."""
+
+    backbone_player = "model"
+    backbone_prefix = "encoder."
+
+    def __init__(self, config: ImageMAEConfig, seed: int) -> None:
+        """seed: of the training masks, together with each sample's position."""
+        self.config = config
+        self.seed = seed
+        self.model = MAE(config.model)
+        self.players: dict[str, nn.Module] = {"model": self.model}
+        self.normalise = Normalise(config.mean, config.std)
+
+    def turns(self, batch: Batch, step: int) -> Iterator[Turn]:
+        output = self._forward(self.normalise(batch.images), batch.positions, self.seed)
+        yield Turn(output.loss, "model", {"loss": output.loss.detach()})
+
+    def blocks(self, player: str) -> list[nn.Module]:
+        self._check(player)
+        return [*self.model.encoder.blocks, *self.model.decoder.blocks]
+
+    def init_weights(self, player: str) -> None:
+        self._check(player)
+        self.model.init_weights()
+
+    @torch.no_grad()
+    def validate(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        return {"loss": self._forward(self.normalise(batch.images), batch.positions, VALIDATION_SEED).loss}
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """The batch as the model sees it, and what it makes of it; the first 3 channels, or the first of fewer.
+
+        "input": the image. "masked": the hidden patches in grey. "prediction": the visible patches with the model's
+        output in the hidden ones, shown through the data set's mean and std. With `norm_pixels` the model predicts each
+        patch's contrast and not its brightness, so this honest view is grey on average where patches were hidden.
+        "oracle_denormalised" (only with `norm_pixels`): the same with each hidden patch's true mean and variance put
+        back, which the model was not given and did not predict.
+        """
+        images = self.normalise(batch.images)
+        output = self._forward(images, batch.positions, VALIDATION_SEED)
+        patches = patchify(images, self.config.model.encoder.patch_size)
+        hidden, prediction = output.mask[..., None], output.prediction.to(patches.dtype)
+        masked = self._show(images)
+        masked[self._pixels(hidden.expand_as(patches))[:, : masked.shape[1]].cpu()] = 128
+        views = {
+            "input": self._show(images),
+            "masked": masked,
+            "prediction": self._show(self._pixels(torch.where(hidden, prediction, patches))),
+        }
+        if self.config.model.norm_pixels:
+            mean, std = patch_statistics(patches)
+            oracle = torch.where(hidden, prediction * std + mean, patches)
+            views["oracle_denormalised"] = self._show(self._pixels(oracle))
+        return views
+
+    def flops_per_sample(self) -> float:
+        return mae_flops(self.config.model)
+
+    def build_backbone(self) -> ViT:
+        with torch.device("cpu"):
+            return ViT(self.config.model.encoder)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.config.model.encoder.image_size
+
+    @property
+    def in_channels(self) -> int:
+        return self.config.model.encoder.in_channels
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return self.config.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return self.config.std
+
+    def _forward(self, images: Tensor, positions: Tensor, seed: int) -> MAEOutput:
+        noise = position_noise(positions, self.config.model.encoder.num_patches, seed)
+        output: MAEOutput = self.players["model"](images, noise)
+        return output
+
+    def _pixels(self, patches: Tensor) -> Tensor:
+        """[B, N, p*q*C] -> [B, C, H, W]."""
+        encoder = self.config.model.encoder
+        return unpatchify(patches, encoder.grid_size, encoder.patch_size)
+
+    def _show(self, images: Tensor) -> Tensor:
+        """Normalised [B, C, H, W] -> uint8 [B, 1 or 3, H, W] on the CPU."""
+        return self.normalise.to_uint8(images)[:, : 3 if self.in_channels >= 3 else 1].cpu()
+
+    def _check(self, player: str) -> None:
+        if player != "model":
+            raise ValueError(f"There is no player {player!r}; a masked autoencoder has one, 'model'.")
