@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench constraints clean
 
 help:
 	@echo "make demo   install, then pretrain, evaluate, export and report a small masked autoencoder (about 5 minutes)"
@@ -33,6 +33,9 @@ lint: $(BIN)/.installed
 bench: $(BIN)/.installed
 	$(BIN)/python tools/bench_data.py
 	$(BIN)/python tools/bench_step.py
+
+constraints: $(BIN)/.installed
+	$(BIN)/uv pip freeze --quiet --exclude-editable --python $(BIN)/python > constraints.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

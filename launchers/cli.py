@@ -33,7 +33,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         )
         module.add_arguments(subparser)
         subparser.add_argument("--json", action="store_true", help="print one JSON object on one line")
-        subparser.set_defaults(run=module.run)
+        subparser.set_defaults(run_command=module.run)
     return parser
 
 
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = parse(given)
     try:
-        result = arguments.run(arguments)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        result = arguments.run_command(arguments)
+    except (ValueError, OSError) as error:
         print(f"tessera {arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ reader admits the few classes that describe tensors and refuses everything else 
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,9 @@ def read_into(checkpoint: Path, tensors: dict[str, Any], group: ProcessGroup | N
     Raises CheckpointError; DCP's own exception is no `Exception` and would pass by every handler.
     """
     try:
-        load(tensors, storage_reader=TensorReader(checkpoint), process_group=group, no_dist=group is None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is meant
+            load(tensors, storage_reader=TensorReader(checkpoint), process_group=group, no_dist=group is None)
     except CheckpointException as error:
         causes = "; ".join(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values())
         raise CheckpointError(

@@ -270,6 +270,7 @@ def _train(
             if skipped_in_a_row:
                 progress.say(f"step {step}: the gradient norms are {grad_norms}; every rank skipped the update")
             if skipped_in_a_row >= config.train.max_skipped_steps:
+                checkpointer.wait()
                 raise FloatingPointError(
                     f"the gradient was not finite in {skipped_in_a_row} steps in a row, up to step {step}; the last "
                     f"complete checkpoint is untouched. Lower optim.base_lr, set optim.clip_norm, or use fp32"

@@ -37,7 +37,7 @@ def main() -> int:
     overrides = [f"data.train={data}/train", f"data.val={data}/val", f"output_dir={folder}", *arguments.overrides]
     torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "pretrain"]
     trained = step([*torchrun, "configs/demo/digits.yaml", *overrides, "--json"])
-    suite = ["--suite", "configs/eval/quick.yaml", "--untrained", "--json"]
+    suite = ["--suite", "configs/eval/demo.yaml", "--untrained", "--json"]
     evaluated = step([tessera, "eval", str(run_dir), *suite])
     exported = step([tessera, "export", trained["checkpoint"], str(export), "--to", "timm", "--json"])
     report = step([tessera, "report", str(run_dir), "--json"])

@@ -81,7 +81,9 @@ class NativeStrategy(Strategy):
         if self.kind == "single":
             return module
         device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
     def _shard(self, build: Callable[[], Objective], initialize: Callable[[Objective], None]) -> None:
         mesh = _device_mesh(self.kind, self.config, self.world)
