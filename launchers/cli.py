@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"tessera {arguments.command}: interrupted", file=sys.stderr)
         return 1
-    if arguments.json:
+    if arguments.json and result:  # ranks other than 0 have nothing to say
         print(json.dumps(result, default=str), flush=True)
     return 0
 

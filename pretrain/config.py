@@ -18,6 +18,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 
 from data_pipes.loader import DataConfig
 from pretrain.checkpoint import CheckpointConfig
+from pretrain.objectives.base import Objective
 from pretrain.objectives.table import OBJECTIVES
 from pretrain.optim import OptimConfig
 from pretrain.parallel.strategy import ParallelConfig
@@ -91,6 +92,10 @@ class RunConfig:
                 return name
         raise AssertionError(f"no objective has the configuration {type(self.objective).__name__}")
 
+    def build_objective(self) -> Objective:
+        """The objective on the current default device; `objective.start` gives it its first weights."""
+        return OBJECTIVES[self.objective_name][1](self.objective, self.seed)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain containers, with `objective.name` put back; what `load_config` reads."""
         plain: dict[str, Any] = _plain(dataclasses.asdict(self))
@@ -113,7 +118,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     if name not in OBJECTIVES:
         raise ConfigError(
             f"{path}: objective.name is {name!r}; known objectives: {', '.join(OBJECTIVES)}"
-            + _nearest(str(name), list(OBJECTIVES))
+            + nearest(str(name), list(OBJECTIVES))
         )
     del given.objective["name"]
     if OmegaConf.select(given, "data.order.seed") is None:
@@ -169,7 +174,7 @@ def _merge_typed(cls: type[T], schema: DictConfig, given: DictConfig, path: Path
         section = OmegaConf.select(schema, parent) if parent else schema
         known = [str(k) for k in section] if isinstance(section, DictConfig) else []
         raise ConfigError(
-            f"{path}: unknown key {full_key!r}{_nearest(key, known, parent)}; "
+            f"{path}: unknown key {full_key!r}{nearest(key, known, parent)}; "
             f"known keys{' of ' + parent if parent else ''}: {', '.join(known)}"
         ) from error
     except ValidationError as error:
@@ -183,7 +188,8 @@ def _merge_typed(cls: type[T], schema: DictConfig, given: DictConfig, path: Path
     return result
 
 
-def _nearest(key: str, known: list[str], parent: str = "") -> str:
+def nearest(key: str, known: list[str], parent: str = "") -> str:
+    """ " (did you mean ...?)" where a known key is close, else nothing."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     prefix = f"{parent}." if parent else ""
     return f" (did you mean {prefix}{close[0]}?)" if close else ""

@@ -1,7 +1,7 @@
 """`tessera report`: a run's folder as one self-contained HTML page.
 
 In: whatever a run has written so far: run.json, config.yaml, journal.jsonl, mlflow.json, pictures/,
-eval/**/results.json; every one of them may be missing, since crashed and running runs need a report most. Out:
+eval/**/*.json; every one of them may be missing, since crashed and running runs need a report most. Out:
 `report.html` without a single reference to anything outside: styles, curves (inline SVG) and pictures are in the
 page. Text from files is escaped by the template.
 """
@@ -207,9 +207,16 @@ def _evaluation_curves(curves: Curves) -> list[dict[str, Any]]:
     return charts
 
 
+def _words(value: object) -> str:
+    """A record's small mapping or text as words."""
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_words(item)}" for key, item in value.items())
+    return "" if value is None else str(value)
+
+
 def _evaluations(run_dir: Path) -> list[dict[str, Any]]:
     rows = []
-    for path in sorted(run_dir.glob("eval/**/results.json")):
+    for path in sorted(run_dir.glob("eval/**/*.json")):
         result = _read_json(path)
         metrics = result.get("metrics")
         if not isinstance(metrics, dict):
@@ -224,7 +231,7 @@ def _evaluations(run_dir: Path) -> list[dict[str, Any]]:
                 "weights": str(result.get("weights", "?")),
                 "num_train": result.get("num_train"),
                 "num_test": result.get("num_test"),
-                "selection": str(result.get("selection") or ""),
+                "selection": _words(result.get("selection")),
                 "metrics": [
                     (name, f"{value:.4f}" if abs(value) < 1e4 else format_value(value)) for name, value in numbers
                 ],

@@ -23,7 +23,6 @@ from pretrain.checkpoint import Checkpointer, rng_state, set_rng_state
 from pretrain.config import ConfigError, RunConfig
 from pretrain.metrics import Interval, peak_flops
 from pretrain.objectives.base import Objective, Turn
-from pretrain.objectives.table import OBJECTIVES
 from pretrain.optim import scheduled_lr
 from pretrain.parallel import dist
 from pretrain.parallel.native import NativeStrategy
@@ -79,22 +78,14 @@ def check(config: RunConfig) -> tuple[BatchPlan, dict[str, Manifest]]:
     if config.parallel.strategy == "single" and world_size > 1:
         raise ConfigError(f"parallel.strategy is single, but {world_size} processes were started; use ddp or fsdp2")
     with torch.device("meta"):
-        build_objective(config)
+        config.build_objective()
     dist.pick_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
     return plan, manifests
 
 
-def build_objective(config: RunConfig) -> Objective:
-    _, make = OBJECTIVES[config.objective_name]
-    return make(config.objective, config.seed)
-
-
 def initialize(objective: Objective, config: RunConfig) -> None:
     """Starting weights on the CPU: seeded, then overwritten by `objective.init_from` where it is given."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        for player in objective.players:
-            objective.init_weights(player)
+    objective.start(config.seed)
     if getattr(config.objective, "init_from", None):
         from pretrain.export.official import load_initial_weights
         from pretrain.models.mae import MAE
@@ -164,7 +155,7 @@ def _train(
     # 2. Model, optimizer, strategy.
     torch.manual_seed(config.seed + world.rank)
     strategy = NativeStrategy(config.parallel, config.optim, world)
-    objective = strategy.prepare(lambda: build_objective(config), lambda whole: initialize(whole, config))
+    objective = strategy.prepare(config.build_objective, lambda whole: initialize(whole, config))
 
     # 3. Resume: weights, optimizer, average, generator states, and the one integer that is the data position.
     checkpointer = Checkpointer(run_dir, config.checkpoint, world)

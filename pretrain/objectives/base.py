@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -71,6 +72,16 @@ class Objective(ABC):
         Draws from torch's default generator of the parameters' device: seed it first. The values do not depend on
         what the tensors held before.
         """
+
+    def start(self, seed: int) -> None:
+        """Fill all players with their starting values from one generator seeded with `seed`, one after the other.
+
+        A run's start: it is the same for every strategy, and for whoever wants the untrained model later.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for player in self.players:
+                self.init_weights(player)
 
     @abstractmethod
     def validate(self, batch: Batch, step: int) -> dict[str, Tensor]:

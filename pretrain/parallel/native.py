@@ -7,10 +7,11 @@ every strategy and world size starts from the same ones.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,9 +82,12 @@ class NativeStrategy(Strategy):
         if self.kind == "single":
             return module
         device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-        return DistributedDataParallel(
-            module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        # Buffers are constants here; newer versions of torch renamed the argument.
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        unsynced: dict[str, Any] = {
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+        }
+        return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **unsynced)
 
     def _shard(self, build: Callable[[], Objective], initialize: Callable[[Objective], None]) -> None:
         mesh = _device_mesh(self.kind, self.config, self.world)

@@ -168,9 +168,7 @@ def test_a_run_leaves_what_evaluation_needs(tiny_dataset: Path, tmp_path: Path) 
     config = load_run_config(checkpoint)
     weights = load_weights(checkpoint, "model")
     with torch.device("meta"):
-        from pretrain.train import build_objective
-
-        expected = build_objective(config).players["model"].state_dict()
+        expected = config.build_objective().players["model"].state_dict()
     assert {name: tensor.shape for name, tensor in weights.items()} == {n: t.shape for n, t in expected.items()}
     average = load_weights(checkpoint, "model", ema=True)
     assert not torch.equal(weights["decoder.pred.weight"], average["decoder.pred.weight"])

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from pretrain.config import ConfigError, RunConfig, load_config
-from pretrain.train import build_objective
 
 RECIPES = sorted(
     path.relative_to(Path(__file__).parents[2])
@@ -27,7 +26,7 @@ def recipe(root: Path) -> Path:
 def test_every_recipe_builds_its_model(root: Path, path: Path) -> None:
     config = load_config(root / path, DATA)
     with torch.device("meta"):
-        objective = build_objective(config)
+        objective = config.build_objective()
     assert objective.flops_per_sample() > 0
     head = (root / path).read_text().split("\nname:")[0]
     for claim in ("command", "hardware", "hours", "expected"):
@@ -40,7 +39,7 @@ def test_published_sizes(root: Path) -> None:
         config = load_config(root / f"configs/mae/vit_{size}.yaml", DATA)
         assert config.optim.peak_lr(config.train.global_batch) == pytest.approx(2.4e-3)
         with torch.device("meta"):
-            backbone = build_objective(config).players["model"].encoder
+            backbone = config.build_objective().players["model"].encoder
         count = sum(p.numel() for p in backbone.parameters()) / 1e6  # type: ignore[union-attr]
         assert count == pytest.approx(encoder_m, abs=0.3)
 

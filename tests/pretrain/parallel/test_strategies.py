@@ -61,3 +61,12 @@ def test_what_cannot_be_done_is_said(strategy: str, size: int, words: str) -> No
 def test_unknown_devices_are_refused() -> None:
     with pytest.raises(ValueError, match="expected auto, cpu or cuda"):
         pick_device("tpu")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same(tiny_dataset: Path, tmp_path: Path) -> None:
+    """Needs a C++ compiler; about a minute. Names in the checkpoint stay canonical."""
+    run_here(overrides_of(tiny_dataset, tmp_path, "eager", "train.steps=5"))
+    run_here(overrides_of(tiny_dataset, tmp_path, "compiled", "train.steps=5", "parallel.compile=blocks"))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
+    assert_same_weights(tmp_path / "eager", tmp_path / "compiled", to_the_bit=False)

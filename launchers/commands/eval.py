@@ -1,0 +1,95 @@
+"""`tessera eval`: k-NN and linear accuracies of a model, optionally beside those of the same model untrained."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+HELP = "evaluate a run, checkpoint, export folder or weights file with frozen features"
+EXAMPLES = """\
+  tessera eval runs/cifar10_tiny --suite configs/eval/quick.yaml --untrained
+  tessera eval runs/vit_base/checkpoints/step-00100000 --suite configs/eval/imagenet.yaml --ema
+  tessera eval mae_pretrain_vit_base.pth --arch vit_base_patch16_224 --suite configs/eval/imagenet.yaml \\
+      train=/shards/imagenet/train test=/shards/imagenet/val
+  tessera eval runs/digits --suite configs/eval/quick.yaml tasks.linear.settings.iterations=500
+  torchrun --nproc-per-node 8 --no-python tessera eval runs/vit_base --suite configs/eval/imagenet.yaml
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="run, checkpoint or export folder, or a weights file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the suite, e.g. test=FOLDER")
+    parser.add_argument("--suite", type=Path, required=True, metavar="YAML", help="what to evaluate on which images")
+    parser.add_argument("--untrained", action="store_true", help="evaluate the freshly initialised backbone as well")
+    parser.add_argument("--ema", action="store_true", help="evaluate the moving average of the weights")
+    parser.add_argument("--arch", metavar="NAME", help="architecture of a weights file, e.g. vit_base_patch16_224")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (default: RUN/eval)")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto = the GPU where there is one")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, object]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from pretrain.evaluation.backbone import load_backbone
+    from pretrain.evaluation.features import make_accelerator
+    from pretrain.evaluation.suite import evaluate_backbone, journal_results, load_suite, write_results
+
+    suite = load_suite(arguments.suite, arguments.overrides)
+    backbones = [load_backbone(arguments.model, ema=arguments.ema, architecture=arguments.arch)]
+    if arguments.untrained:
+        backbones.append(load_backbone(arguments.model, untrained=True, architecture=arguments.arch))
+    accelerator = make_accelerator(cpu=arguments.device == "cpu", precision=suite.precision)
+    console = Console(stderr=True)
+    records: list[dict[str, Any]] = []
+    files: list[Path] = []
+    with Progress(console=console, disable=not accelerator.is_main_process, transient=True) as bar:
+        line = bar.add_task("loading", total=None)
+        for backbone in backbones:
+            results = evaluate_backbone(
+                backbone,
+                suite,
+                accelerator,
+                report=lambda what, done, total: bar.update(line, description=what, completed=done, total=total),
+            )
+            folder = arguments.output or (backbone.run_dir / "eval" if backbone.run_dir is not None else None)
+            if folder is not None:
+                files += write_results(results, folder)
+            journal_results(backbone, results)
+            records += results
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return {}
+    _print_table(console, records, files)
+    summary: dict[str, object] = {"model": str(arguments.model), "label": backbones[0].label}
+    for backbone, name in zip(backbones, ("trained", "untrained"), strict=False):
+        own = [record for record in records if record["model"] == backbone.label]
+        summary[name] = {f"{record['task']}_top1": record["metrics"]["top1"] for record in own}
+    return summary | {"files": [str(path) for path in files], "results": records}
+
+
+def _print_table(console: Any, records: list[dict[str, Any]], files: list[Path]) -> None:
+    from rich.table import Table
+
+    table = Table("model", "task", "top-1 %", "chosen", "train / test images", "seconds")
+    for record in records:
+        table.add_row(
+            record["model"],
+            record["task"],
+            f"{record['metrics']['top1']:.2f}",
+            _chosen(record["selection"]),
+            f"{record['num_train']:,} / {record['num_test']:,}",
+            f"{record['seconds']['features']:.0f} + {record['seconds']['protocol']:.0f}",
+        )
+    console.print(table)
+    for path in files:
+        console.print(f"wrote {path}", highlight=False)
+
+
+def _chosen(selection: dict[str, Any]) -> str:
+    """The k or the head behind a figure, short enough for a table."""
+    if "k" in selection:
+        return f"k={selection['k']}"
+    head = selection["head"]
+    return f"blocks={head['blocks']} pool={'yes' if head['average_pool'] else 'no'} lr={head['learning_rate']:g}"

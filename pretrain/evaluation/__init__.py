@@ -1,0 +1,1 @@
+"""Downstream evaluation: one file per protocol."""
