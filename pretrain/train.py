@@ -77,6 +77,9 @@ def check(config: RunConfig) -> tuple[BatchPlan, dict[str, Manifest]]:
         )
     if config.parallel.strategy == "single" and world_size > 1:
         raise ConfigError(f"parallel.strategy is single, but {world_size} processes were started; use ddp or fsdp2")
+    init_from = getattr(config.objective, "init_from", None)
+    if init_from and not Path(init_from).is_file():
+        raise ConfigError(f"objective.init_from is {init_from}, which is no file; give the path of a weights file")
     with torch.device("meta"):
         config.build_objective()
     dist.pick_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))

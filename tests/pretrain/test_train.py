@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from data_pipes.image import EvalTransform
@@ -99,6 +100,22 @@ def test_a_run_whose_gradients_stay_broken_stops_and_keeps_its_checkpoint(tiny_d
         run_here(broken)
     assert newest_complete(tmp_path / "run") is not None
     assert [r["status"] for r in read_journal(tmp_path / "run") if r["type"] == "status"][-1] == "FAILED"
+
+
+def test_a_run_starts_from_somebody_elses_encoder(tiny_dataset: Path, tmp_path: Path) -> None:
+    """A file in timm's layout: the encoder is taken over, the decoder it lacks starts fresh."""
+    run_here(overrides_of(tiny_dataset, tmp_path, "first", "train.steps=2"))
+    weights = final_weights(tmp_path / "first")
+    encoder = {name.removeprefix("encoder."): t for name, t in weights.items() if name.startswith("encoder.")}
+    save_file(encoder, tmp_path / "encoder.safetensors")
+    start = f"objective.init_from={tmp_path / 'encoder.safetensors'}"
+    still = [start, "train.steps=1", "optim.lr=0.0", "optim.ema_decay=null"]
+    run_here(overrides_of(tiny_dataset, tmp_path, "second", *still))
+    second = final_weights(tmp_path / "second")
+    assert all(torch.equal(second[f"encoder.{name}"], tensor) for name, tensor in encoder.items())
+    assert not torch.equal(second["decoder.pred.weight"], weights["decoder.pred.weight"])
+    with pytest.raises(ValueError, match=r"init_from is /gone\.pt"):
+        run_here(overrides_of(tiny_dataset, tmp_path, "third", "train.steps=1", "objective.init_from=/gone.pt"))
 
 
 def test_bf16_stays_close_to_fp32(tiny_dataset: Path, tmp_path: Path) -> None:
