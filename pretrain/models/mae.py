@@ -178,7 +178,7 @@ def mae_flops(config: MAEConfig) -> float:
     linear = (
         encoder.patch_values * encoder.width * config.num_kept
         + encoder.width * config.decoder_width * visible
-        + config.decoder_width * encoder.patch_values * every
+        + config.decoder_width * encoder.patch_values * encoder.num_patches
     )
     return (
         6.0 * linear

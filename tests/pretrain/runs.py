@@ -79,6 +79,17 @@ def assert_same_weights(one: Path, other: Path, *, to_the_bit: bool = True) -> N
         assert first.keys() == second.keys()
         if to_the_bit:
             assert [name for name in first if not torch.equal(first[name], second[name])] == [], f"ema={ema}"
-        else:  # over all weights: AdamW turns the rounding noise of a gradient that is 0 (a key's bias) into steps
-            one_flat, other_flat = (torch.cat([t.flatten() for t in w.values()]) for w in (first, second))
-            assert (one_flat - other_flat).norm() / one_flat.norm() < 5e-3
+        else:
+            one_flat, other_flat = _determined(first), _determined(second)
+            assert (one_flat - other_flat).norm() / one_flat.norm() < 1e-4
+
+
+def _determined(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """All weights in one vector, without the biases of attention's keys: softmax makes their gradient 0, and AdamW turns
+    its rounding noise into steps of the full learning rate.
+    """
+    parts = []
+    for name, tensor in sorted(weights.items()):
+        query, _, value = tensor.chunk(3) if name.endswith("qkv.bias") else (tensor, None, tensor[:0])
+        parts += [query.flatten(), value.flatten()]
+    return torch.cat(parts)
