@@ -85,8 +85,8 @@ def assert_same_weights(one: Path, other: Path, *, to_the_bit: bool = True) -> N
 
 
 def _determined(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    """All weights in one vector, without the biases of attention's keys: softmax makes their gradient 0, and AdamW turns
-    its rounding noise into steps of the full learning rate.
+    """All weights in one vector, without the biases of attention's keys: softmax makes their gradient 0, and AdamW
+    turns its rounding noise into steps of the full learning rate.
     """
     parts = []
     for name, tensor in sorted(weights.items()):
