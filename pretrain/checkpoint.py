@@ -70,7 +70,7 @@ class Checkpointer:
         self.blocked_s = 0.0
         """Seconds that the loop spent in `save` and `wait` since the last look; the reader resets it."""
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: tuple[int, Future[None]] | None = None
         self._trusted: set[int] = set()
         """Steps that this start saved or resumed from; a folder of another step that is in the way is set aside."""
         self._damaged: set[str] = set()
@@ -90,7 +90,8 @@ class Checkpointer:
         if step not in self._trusted:
             # DCP's own staging leaves CPU tensors uncopied: the next step would change what is being written.
             staged = {f"{group}": {k: _copy(v) for k, v in tensors.items()} for group, tensors in state.items()}
-            self._pending = self._executor.submit(self._write, target, staged, {**loop, "step": step}, config_yaml)
+            saving = self._executor.submit(self._write, target, staged, {**loop, "step": step}, config_yaml)
+            self._pending = (step, saving)
             self._trusted.add(step)
         self.blocked_s += time.perf_counter() - begin
 
@@ -99,7 +100,12 @@ class Checkpointer:
         begin = time.perf_counter()
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            step, saving = pending
+            try:
+                saving.result()
+            except BaseException:
+                self._trusted.discard(step)
+                raise
         self.blocked_s += time.perf_counter() - begin
 
     def close(self) -> None:

@@ -60,6 +60,26 @@ def test_what_is_saved_is_what_it_was_when_save_was_called(tmp_path: Path) -> No
     assert load_weights(saved, "model")["weight"].abs().max() == 0
 
 
+def test_a_save_that_fails_is_loud_and_the_next_one_works(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(), WORLD)
+    checkpointer.save(1, _state(1.0), {"position": 8}, CONFIG)
+    checkpointer.wait()
+    broken = {"model.model": {"weight": torch.zeros(2)}}
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        checkpointer.save(2, broken, {"position": 16}, CONFIG)
+        checkpointer.save(3, broken, {"position": 24}, CONFIG)  # waits for the failed one and goes on
+        with pytest.raises((CheckpointError, OSError), match="No space"):
+            checkpointer.wait()
+    assert "A checkpoint was not saved" in caplog.text
+    assert step_of(newest_complete(tmp_path) or Path("step-0")) == 1
+    checkpointer.save(3, _state(3.0), {"position": 24}, CONFIG)
+    checkpointer.wait()
+    assert step_of(newest_complete(tmp_path) or Path("step-0")) == 3
+
+
 def test_complete_lists_every_file(run: Path) -> None:
     newest = newest_complete(run)
     assert newest is not None
