@@ -269,6 +269,6 @@ def test_a_flipped_bit_in_a_checkpoint_stops_an_export(
 @pytest.mark.parametrize("name", ["quick", "imagenet"])
 def test_the_shipped_suites_are_valid(root: Path, name: str) -> None:
     suite = load_suite(root / f"configs/eval/{name}.yaml")
-    assert set(suite.tasks) == {"knn", "linear"}
+    assert {"knn", "linear"} <= set(suite.tasks)
     assert suite.task_settings("knn").primary_k == 20
     assert len(suite.task_settings("linear").learning_rates) == 13
