@@ -33,7 +33,7 @@ from tests.pretrain.runs import (
     torchrun,
 )
 
-STEPS, SAVE_EVERY = 40, 6
+STEPS, SAVE_EVERY = 60, 6
 LENGTH = [f"train.steps={STEPS}", f"checkpoint.every_steps={SAVE_EVERY}", "train.val_every=1000"]
 
 
@@ -45,14 +45,16 @@ def _start_and_interrupt(command: list[str], run_dir: Path, step: int, number: s
     """Starts a run, sends a signal to one rank when the journal shows `step`, and returns the launcher's exit code."""
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
+        target: int | None = None
         deadline = time.monotonic() + 150
-        while _logged_steps(run_dir) < step:
+        while target is None or _logged_steps(run_dir) < step:
             assert process.poll() is None, process.stderr.read()[-3000:] if process.stderr else ""
             assert time.monotonic() < deadline, "the run did not reach the step"
-            time.sleep(0.005)
-        ranks = [process, *psutil.Process(process.pid).children(recursive=True)]
-        target = next(p for p in ranks if _rank_of(p.pid) == rank)
-        os.kill(target.pid, number)
+            if target is None and _logged_steps(run_dir) > 0:  # looked up early: the kill must not come too late
+                pids = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+                target = next(pid for pid in pids if _rank_of(pid) == rank)
+            time.sleep(0.002)
+        os.kill(target, number)
         process.communicate(timeout=120)
     finally:
         for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
@@ -83,15 +85,16 @@ def test_killed_runs_end_as_uninterrupted_ones(tiny_dataset: Path, tmp_path: Pat
     run_here(run("single"))
     run_several(2, [run("ddp", ddp), run("fsdp2", fsdp2)], tmp_path)
 
+    # Not before the second save has begun: it waits for the first, so there is something to resume from.
     for name, strategy in (("ddp", ddp), ("fsdp2", fsdp2)):
         command = torchrun(2, "-m", "pretrain", str(CONFIG), *run(f"{name}_killed", strategy))
-        step = chance.randrange(SAVE_EVERY + 1, STEPS - 4)
+        step = chance.randrange(2 * SAVE_EVERY + 1, STEPS - 12)
         code = _start_and_interrupt(command, tmp_path / f"{name}_killed", step, signal.SIGKILL, chance.randrange(2))
         assert code != 0
         assert _logged_steps(tmp_path / f"{name}_killed") < STEPS
     single = [sys.executable, "-m", "pretrain", str(CONFIG), *run("single_killed")]
     code = _start_and_interrupt(
-        single, tmp_path / "single_killed", chance.randrange(SAVE_EVERY + 1, STEPS - 4), signal.SIGKILL, -1
+        single, tmp_path / "single_killed", chance.randrange(2 * SAVE_EVERY + 1, STEPS - 12), signal.SIGKILL, -1
     )
     assert code == -signal.SIGKILL
 
