@@ -64,6 +64,8 @@ def test_unknown_devices_are_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at every input
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own modules
 def test_compiled_blocks_compute_the_same(tiny_dataset: Path, tmp_path: Path) -> None:
     """Needs a C++ compiler; about a minute. Names in the checkpoint stay canonical."""
     run_here(overrides_of(tiny_dataset, tmp_path, "eager", "train.steps=5"))
