@@ -77,6 +77,11 @@ def check(config: RunConfig) -> tuple[BatchPlan, dict[str, Manifest]]:
         )
     if config.parallel.strategy == "single" and world_size > 1:
         raise ConfigError(f"parallel.strategy is single, but {world_size} processes were started; use ddp or fsdp2")
+    if config.parallel.strategy in ("ddp", "fsdp2", "hsdp") and "RANK" not in os.environ:
+        raise ConfigError(
+            f"parallel.strategy is {config.parallel.strategy}, but this process was not started by torchrun; run "
+            "`torchrun --nproc-per-node N -m pretrain CONFIG`, or set parallel.strategy=auto"
+        )
     init_from = getattr(config.objective, "init_from", None)
     if init_from and not Path(init_from).is_file():
         raise ConfigError(f"objective.init_from is {init_from}, which is no file; give the path of a weights file")

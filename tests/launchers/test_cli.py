@@ -47,6 +47,7 @@ def test_train_prints_one_json_line(tiny_dataset: Path, tmp_path: Path, capsys: 
         ("train.micro_batch=3", "not a multiple"),
         ("train.epochs=1", "exactly one"),
         ("device=cuda", "no CUDA device"),
+        ("parallel.strategy=fsdp2", "not started by torchrun"),
         ("objective.model.encoder.in_channels=3", "mean has 1 numbers"),
     ],
 )
