@@ -10,7 +10,7 @@ Black and Rogaway, "Ciphers with arbitrary finite domains", 2002.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -62,16 +62,31 @@ def feistel(index: ArrayLike, size: ArrayLike, key: Uint64s) -> Int64s:
     index: [B], 0 <= index < size. size and key: one for all, or [B]. Elements with equal size and key belong to one
     permutation. Sizes up to 2**53.
     """
-    out, sizes = np.atleast_1d(np.asarray(index).astype(np.uint64)), np.asarray(size).astype(np.uint64)
+    return _walk(index, size, key, _feistel_rounds)
+
+
+def feistel_inverse(image: ArrayLike, size: ArrayLike, key: Uint64s) -> Int64s:
+    """The index that `feistel` sends to `image`; the arguments are as there."""
+    return _walk(image, size, key, _feistel_rounds_back)
+
+
+def _walk(
+    start: ArrayLike, size: ArrayLike, key: Uint64s, rounds: Callable[[Uint64s, Uint64s, Sequence[Uint64s]], Uint64s]
+) -> Int64s:
+    """Applies `rounds` until the value is back in the domain; at most 4 times are expected. Walking the other way
+    round on the same cycle is the inverse.
+    """
+    out: Uint64s = np.atleast_1d(np.asarray(start).astype(np.uint64))
+    sizes: Uint64s = np.asarray(size).astype(np.uint64)
     if sizes.ndim and len(sizes) == 1:
         sizes = sizes[0]
     bits = np.frexp((sizes - np.uint64(1)).astype(np.float64))[1]
     half = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
     round_keys = [mix64(np.atleast_1d(key) ^ np.uint64(number)) for number in range(1, _ROUNDS + 1)]
-    out = _feistel_rounds(out, half, round_keys)
+    out = rounds(out, half, round_keys)
     outside = np.nonzero(out >= sizes)[0]
-    while len(outside):  # walk on the cycle until it comes back into the domain; at most 4 rounds are expected
-        walked = _feistel_rounds(out[outside], _pick(half, outside), [_pick(k, outside) for k in round_keys])
+    while len(outside):
+        walked = rounds(out[outside], _pick(half, outside), [_pick(k, outside) for k in round_keys])
         out[outside] = walked
         outside = outside[walked >= _pick(sizes, outside)]
     return out.astype(np.int64)
@@ -83,6 +98,16 @@ def _feistel_rounds(value: Uint64s, half: Uint64s, round_keys: Sequence[Uint64s]
     left, right = value >> half, value & mask
     for key in round_keys:
         left, right = right, left ^ (mix64(right ^ key) & mask)
+    return (left << half) | right
+
+
+def _feistel_rounds_back(value: Uint64s, half: Uint64s, round_keys: Sequence[Uint64s]) -> Uint64s:
+    """The inverse of `_feistel_rounds`."""
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left: Uint64s = value >> half
+    right: Uint64s = value & mask
+    for key in reversed(round_keys):
+        left, right = right ^ (mix64(left ^ key) & mask), left
     return (left << half) | right
 
 

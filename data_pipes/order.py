@@ -27,15 +27,20 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from data_pipes.hashing import Int64s, feistel, hash64, hash_uniform, hash_words
+from data_pipes.epoch_plan import ChunkTable, Counts, EpochPlan
+from data_pipes.hashing import Int64s, feistel, feistel_inverse, hash64, hash_uniform, hash_words
 
-__all__ = ["Located", "Order", "OrderConfig", "hash64", "hash_uniform"]
+__all__ = ["NEVER", "ChunkUse", "Located", "Order", "OrderConfig", "hash64", "hash_uniform"]
 
 STATE_VERSION = 1
-_PLAN_BLOCK = 1 << 20
-# chunks permuted at a time while an epoch is planned: keeps the temporary arrays below 100 MB
+_STREAMS_PER_RUN = 4
+# at 1e9 samples and a batch of 16,384 over 128 nodes: 27 GB of chunks in use per node; 24 streams per run: 163 GB
+NEVER = int(np.iinfo(np.int64).max)
+"""The position of what does not come again."""
+_PLANS = 3
+# kept: the trainer's epoch, the next one when a batch spans both, and one more for a look ahead from there
 _CHUNKS, _WINDOW, _SUBSTITUTE = 1, 2, 3
 # what a hash is for: the same (seed, epoch) gives unrelated keys
 
@@ -62,13 +67,15 @@ class OrderConfig:
                 raise ValueError(f"data.order.{name} is {value}; expected 1 or more")
 
     def with_streams(self, num_samples: int, global_batch: int) -> OrderConfig:
-        """The same parameters with S decided: 24 * G / g, so that the streams divide evenly over every usual number of
-        ranks and workers, but never so many that a stream is shorter than one window: small data is shuffled whole.
+        """The same parameters with S decided: 4 * G / g, a multiple of the runs of a batch, so that each stream is read
+        by one rank; but never so many that a stream is shorter than one window: small data is shuffled whole.
+
+        More streams shuffle over more samples at once (S * window), and need a larger cache for chunks in use.
         """
         if self.streams is not None:
             return self
         rows = max(1, global_batch // self.run)
-        streams = max(1, min(24 * rows, num_samples // self.window))
+        streams = max(1, min(_STREAMS_PER_RUN * rows, num_samples // self.window))
         return replace(self, streams=streams - streams % rows if streams > rows else streams)
 
 
@@ -78,6 +85,14 @@ class Located(NamedTuple):
     shard: Int64s  # [B]
     sample: Int64s  # [B], within the shard
     chunk: Int64s  # [B], number of the chunk, over all shards
+    source: Int64s  # [B], 0 where there is only one
+
+
+class ChunkUse(NamedTuple):
+    """One pass over a chunk: global positions of the first and of the last of its samples; both NEVER: no more."""
+
+    first: int
+    last: int
 
 
 class Order:
@@ -98,19 +113,27 @@ class Order:
         self.num_samples = int(self._samples.sum())
         if self.num_samples == 0:
             raise ValueError("the data set has no sample; pack or index it again")
-        self._chunks = np.minimum(np.maximum(1, -(-size_bytes // config.chunk_bytes)), self._samples)
-        self._first_chunk = np.cumsum(self._chunks) - self._chunks
-        self.num_chunks = int(self._chunks.sum())
-        self._chunk_sizes: NDArray[np.int32] | None = None
-        self._plans: OrderedDict[int, Int64s] = OrderedDict()
-        self._lock = threading.Lock()
+        chunks_per_shard = np.minimum(np.maximum(1, -(-size_bytes // config.chunk_bytes)), self._samples)
+        self._table = ChunkTable(self._samples, chunks_per_shard)
+        self.num_chunks = self._table.num_chunks
+        self._start_planning()
+
+    def _start_planning(self) -> None:
+        self._chunk_sizes: Counts | None = None
+        self._plans: OrderedDict[int, EpochPlan] = OrderedDict()
+        self._plans_lock, self._planning_lock = threading.Lock(), threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_chunk_sizes": None, "_plans": OrderedDict(), "_lock": None}
+        left = ("_chunk_sizes", "_plans", "_plans_lock", "_planning_lock")
+        return {name: value for name, value in self.__dict__.items() if name not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
+        self._start_planning()
+
+    @property
+    def num_shards(self) -> int:
+        return len(self._samples)
 
     def locate(self, positions: ArrayLike) -> Located:
         """The places of positions [B] (int64, >= 0, in any order and epoch)."""
@@ -143,6 +166,27 @@ class Order:
         located = self._locate_slots(epoch, np.array([start + (own - start + step) % count], np.int64))
         return int(located.shard[0]), int(located.sample[0])
 
+    def chunk_samples(self, chunk: int) -> tuple[int, int, int]:
+        """(shard, first sample, number of samples) of a chunk. Raises ValueError when there is no such chunk."""
+        return self._table.bounds(chunk)
+
+    def positions_of(self, chunk: int, epoch: int) -> Int64s:
+        """The inverse of `locate`: the global positions of a chunk's samples in an epoch, sorted."""
+        size = self._table.bounds(chunk)[2]  # first: of a number that is no chunk, the permutation never ends
+        first = self._plan(epoch).first_slot(chunk)
+        return np.sort(epoch * self.num_samples + self._places(epoch, np.arange(first, first + size)))
+
+    def pass_of(self, chunk: int, position: int) -> Int64s:
+        """The positions of a chunk's samples, sorted, in the earliest pass over it that is not over at `position`."""
+        epoch = max(0, position) // self.num_samples
+        found = self.positions_of(chunk, epoch)
+        return self.positions_of(chunk, epoch + 1) if found[-1] < position else found
+
+    def uses(self, chunk: int, position: int) -> ChunkUse:
+        """The ends of `pass_of`; `uses(chunk, last + 1)` is the pass after."""
+        found = self.pass_of(chunk, position)
+        return ChunkUse(int(found[0]), int(found[-1]))
+
     def state(self, position: int) -> dict[str, int | str]:
         """All that is needed to go on from `position` (samples consumed by the trainer), as JSON."""
         return {"version": STATE_VERSION, "position": position, **self._identity()}
@@ -155,6 +199,8 @@ class Order:
             for name, value in expected.items()
             if state.get(name) != value
         ]
+        if "kind" in state:
+            wrong = [f"it is of a {state['kind']} of several sources, and data.mixture names none now"]
         position = state.get("position")
         if type(position) is not int or position < 0:
             wrong.append(f"position is {position!r}, expected an integer >= 0")
@@ -230,40 +276,53 @@ class Order:
             offset - window * self.config.window, size, hash_words(self.config.seed, epoch, _WINDOW, stream, window)
         )
 
+    def _places(self, epoch: int, slots: Int64s) -> Int64s:
+        """The inverse of `_slots`: slots -> positions in the epoch."""
+        streams, run, window_size = self._num_streams, self.config.run, self.config.window
+        length, longer = divmod(self.num_samples, streams)
+        in_longer = longer * (length + 1)  # slots of the streams that are one sample longer
+        stream = np.where(slots < in_longer, slots // (length + 1), longer + (slots - in_longer) // max(length, 1))
+        offset = slots - (stream * length + np.minimum(stream, longer))
+        first, size = self._window_bounds(stream, offset)
+        window = offset // window_size
+        offset = window * window_size + feistel_inverse(
+            slots - first, size, hash_words(self.config.seed, epoch, _WINDOW, stream, window)
+        )
+        full = length // run * run
+        rest = length - full
+        place = (offset // run * streams + stream) * run + offset % run
+        place = np.where(offset >= full, full * streams + stream * rest + offset - full, place)
+        return np.where(offset == length, length * streams + stream, place)
+
     def _locate_slots(self, epoch: int, slots: Int64s) -> Located:
         """Steps 1 and 2: slots -> places."""
-        starts = self._plan(epoch)
-        rank = np.searchsorted(starts, slots, side="right") - 1
-        chunk = feistel(rank, self.num_chunks, hash_words(self.config.seed, epoch, _CHUNKS))
-        shard = np.searchsorted(self._first_chunk, chunk, side="right") - 1
-        within = chunk - self._first_chunk[shard]
-        first = self._samples[shard] * within // self._chunks[shard]
-        return Located(shard, first + slots - starts[rank], chunk)
+        chunk, within = self._plan(epoch).find(slots)
+        shard, first = self._table.first_samples(chunk)
+        return Located(shard, first + within, chunk, np.zeros_like(shard))
 
-    def _plan(self, epoch: int) -> Int64s:
-        """[M]: the first slot of each chunk, in the order of the epoch. Two epochs are kept, as a batch may span them.
+    def _plan(self, epoch: int) -> EpochPlan:
+        """The plan of an epoch, made when it is first asked for; others stay in use while one is made."""
+        plan = self._kept_plan(epoch)
+        if plan is None:
+            with self._planning_lock:
+                plan = self._kept_plan(epoch)
+                if plan is None:
+                    plan = self._make_plan(epoch)
+        return plan
 
-        12.8 million chunks (2e9 samples of 50 KB) take about 2 s and 100 MB.
-        """
-        with self._lock:
-            if epoch in self._plans:
+    def _kept_plan(self, epoch: int) -> EpochPlan | None:
+        with self._plans_lock:
+            plan = self._plans.get(epoch)
+            if plan is not None:
                 self._plans.move_to_end(epoch)
-                return self._plans[epoch]
-            if self._chunk_sizes is None:
-                self._chunk_sizes = self._sizes_of_chunks()
-            while len(self._plans) > 1:
-                self._plans.popitem(last=False)
-            starts = np.zeros(self.num_chunks + 1, np.int64)
-            key = hash_words(self.config.seed, epoch, _CHUNKS)
-            for begin in range(0, self.num_chunks, _PLAN_BLOCK):
-                ranks = np.arange(begin, min(begin + _PLAN_BLOCK, self.num_chunks))
-                starts[ranks + 1] = self._chunk_sizes[feistel(ranks, self.num_chunks, key)]
-            self._plans[epoch] = np.cumsum(starts, out=starts)[:-1]
-            return self._plans[epoch]
+            return plan
 
-    def _sizes_of_chunks(self) -> NDArray[np.int32]:
-        """[M]: samples of each chunk. Chunk c of the k chunks of a shard of n samples begins at sample n * c // k."""
-        per_shard, chunks = np.repeat(self._samples, self._chunks), np.repeat(self._chunks, self._chunks)
-        within = np.arange(self.num_chunks) - np.repeat(self._first_chunk, self._chunks)
-        sizes = per_shard * (within + 1) // chunks - per_shard * within // chunks
-        return np.asarray(sizes, np.int32)
+    def _make_plan(self, epoch: int) -> EpochPlan:
+        if self._chunk_sizes is None:
+            self._chunk_sizes = self._table.sizes()
+        plan = EpochPlan(self._chunk_sizes, hash_words(self.config.seed, epoch, _CHUNKS))
+        with self._plans_lock:
+            self._plans[epoch] = plan
+            while len(self._plans) > _PLANS:
+                self._plans.popitem(last=False)
+        return plan

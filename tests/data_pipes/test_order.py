@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterator
 from itertools import pairwise
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipes.hashing import feistel, hash_words
-from data_pipes.order import Order, OrderConfig, hash64, hash_uniform
+from data_pipes.order import STATE_VERSION, Order, OrderConfig, hash64, hash_uniform
 
 WORD = (1 << 64) - 1
 
@@ -106,7 +107,7 @@ def test_a_position_alone_decides(samples: list[int], config: OrderConfig, data:
     positions = data.draw(st.lists(st.integers(0, 5 * count), min_size=1, max_size=30))
     together = order.locate(positions)
     alone = [make_order(samples, config).locate([position]) for position in positions]
-    for field in range(3):
+    for field in range(4):
         assert together[field].tolist() == [int(one[field][0]) for one in alone]
 
 
@@ -139,12 +140,65 @@ def test_never_changes() -> None:
     assert hash_uniform(1, [5], 0, 2)[0].tolist() == [0.060424497624440354, 0.1333922398568681]
 
 
+@pytest.mark.parametrize(
+    ("samples", "bytes_per_sample", "config", "digest"),
+    [
+        (
+            [7, 0, 1, 40, 13, 1, 1, 0, 300, 25],
+            1000,
+            OrderConfig(seed=3, streams=5, run=3, window=17, chunk_bytes=9000),
+            "1b0bfd6fc3cd063c2d31b17c7e55e064328a600ce984be993fe0c174ab827aa6",
+        ),
+        (  # more streams than samples
+            [5, 1, 4],
+            1000,
+            OrderConfig(seed=-2, streams=24, run=8, window=16, chunk_bytes=2000),
+            "f5cc97c02179345d4a62f1e776f3721a302c9aa06a79d7935ebf6ed645982bb3",
+        ),
+        (
+            [11_111] * 90 + [3, 1],
+            100_000,
+            OrderConfig(seed=2**40, streams=24, run=8, window=512, chunk_bytes=8 << 20),
+            "9f8c776c8457b35a9d9d076ff27ecf65a47aa078e9bfafd37b9e23777c424179",
+        ),
+        (  # fewer chunks than streams
+            [200_000, 70_000],
+            100,
+            OrderConfig(seed=1, streams=3, run=4, window=4096, chunk_bytes=8 << 20),
+            "0a0be6fe1603c223beae2a5f454645ec23f8eec30d89f2bc736eb01336a25255",
+        ),
+    ],
+)
+def test_the_first_release_order_is_kept(
+    samples: list[int], bytes_per_sample: int, config: OrderConfig, digest: str
+) -> None:
+    """Digests of places and substitutes, made with the first release: running trainings go on with this order."""
+    order, count = make_order(samples, config, bytes_per_sample), sum(samples)
+    found = hashlib.sha256()
+    for epoch in (0, 1, 10**6):
+        begin, end = np.arange(min(count, 3000)), np.arange(max(0, count - 3000), count)
+        positions = np.unique(np.concatenate([begin, end, np.arange(0, count, max(1, count // 5000))])) + epoch * count
+        located = order.locate(positions)
+        for places in (located.shard, located.sample, located.chunk):
+            found.update(places.astype("<i8").tobytes())
+        for position in positions[:: max(1, len(positions) // 20)].tolist():
+            found.update(repr([order.substitute(position, attempt) for attempt in (1, 2, 3)]).encode())
+    assert found.hexdigest() == digest
+    assert STATE_VERSION == 1
+
+
 def test_large_data_needs_no_memory_per_sample() -> None:
     order = Order([10**9] * 4, [10**12] * 4, OrderConfig(streams=4096, chunk_bytes=1 << 30), "f")
     located = order.locate([0, 4 * 10**9 - 1, 10**17])
     assert order.num_chunks == 4 * 932
     assert (located.sample < 10**9).all()
-    assert order._plan(0).nbytes == 8 * order.num_chunks
+    assert order._plan(0).size_bytes < 5 * order.num_chunks + 1000
+
+
+def test_a_plan_takes_two_bytes_per_chunk() -> None:
+    order = Order([10_000] * 50, [10**9] * 50, OrderConfig(streams=24), "f")
+    assert order.num_chunks == 50 * 120
+    assert order._plan(0).size_bytes < 2.2 * order.num_chunks + 1000
 
 
 @settings(max_examples=50, deadline=None)
@@ -229,7 +283,7 @@ def test_invalid_states_and_parameters() -> None:
 
 @pytest.mark.parametrize(
     ("num_samples", "global_batch", "streams"),
-    [(2_000_000_000, 4096, 12288), (50_000, 256, 12), (1_281_167, 256, 288), (100, 4096, 1), (10**9, 1, 24)],
+    [(2_000_000_000, 4096, 2048), (50_000, 256, 12), (1_281_167, 256, 128), (100, 4096, 1), (10**9, 1, 4)],
 )
 def test_number_of_streams(num_samples: int, global_batch: int, streams: int) -> None:
     assert OrderConfig().with_streams(num_samples, global_batch).streams == streams
