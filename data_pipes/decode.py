@@ -6,98 +6,76 @@ Enters: an encoded picture (told by its first bytes, never by its name). Leaves:
 
 Policies. EXIF orientation is ignored, in every format, as the usual recipes do (`Image.open(f).convert("RGB")` and
 torchvision's decode_jpeg): pictures are as they are stored. Alpha is dropped, not blended, unless four channels are
-asked for. Palettes become RGB. CMYK goes through PIL. JPEG to grey takes the luma plane. 16-bit grey PNG and TIFF stay
-uint16. PIL has no 16-bit colour: store such pictures, and any with other than 1, 3 or 4 channels, as `.npy` of shape
-[H, W] or [H, W, C]. Of animations and multi-page files the first picture counts.
+asked for; then a picture without alpha is opaque (of 16-bit PNGs, a transparent colour is no alpha). Palettes become
+RGB. CMYK goes through PIL. JPEG to grey takes the luma plane. 16 bits per channel stay uint16, in PNG, TIFF and `.npy`.
+TIFF and `.npy` may have any number of channels; what a TIFF does not call alpha is a channel. Of animations and
+multi-page files the first picture counts.
 """
 
 from __future__ import annotations
 
 import io
+import zlib
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import simplejpeg
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
-Pixels = NDArray[Any]
-# uint8 or uint16 [H, W, C]
+from data_pipes import jpeg, tiff
+from data_pipes.sample_error import DEFAULT_MAX_PIXELS, DecodeError, Pixels, SampleError, check_pixels
 
-DEFAULT_MAX_PIXELS = 89_478_485
-"""As PIL: 256 MB of RGB. PIL itself refuses twice as many, which is the largest limit that has an effect."""
+__all__ = ["DEFAULT_MAX_PIXELS", "DecodeError", "Pixels", "SampleError", "decode_image"]
 
-_JPEG, _NUMPY = b"\xff\xd8\xff", b"\x93NUMPY"
+_PNG, _NUMPY = b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
+_PNG_RGB, _PNG_GREY_ALPHA, _PNG_RGBA = 2, 4, 6
 # EPS starts Ghostscript and WMF the system's renderer; the others are stubs without a decoder.
 _REFUSED_FORMATS = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
-
-
-class SampleError(ValueError):
-    """One sample is unusable. `cause` is a short name to count by; the message says what was found."""
-
-    def __init__(self, cause: str, message: str) -> None:
-        super().__init__(cause, message)
-        self.cause, self.message = cause, message
-
-    def __str__(self) -> str:
-        return self.message
-
-
-class DecodeError(SampleError):
-    """One picture is unusable."""
 
 
 def decode_image(data: bytes, channels: int | None, max_pixels: int = DEFAULT_MAX_PIXELS) -> Tensor:
     """Decodes one picture to uint8 or uint16 [C, H, W].
 
-    channels: of the result; None keeps 1 or 3 (or N of an array). max_pixels: height * width, checked in the header
-    before anything is decoded. Raises DecodeError: cause "pixels" (too many), "channels" (no conversion), or "decode"
-    (truncated, corrupt, unknown).
+    channels: of the result; None keeps 1 or 3 (or N of a TIFF or an array). max_pixels: height * width, checked in the
+    header before anything is decoded. Raises DecodeError: cause "pixels" (too many), "channels" (no conversion), or
+    "decode" (truncated, corrupt, unknown).
     """
-    if data.startswith(_JPEG):
+    if data.startswith(jpeg.JPEG_MAGIC):
         pixels = _decode_jpeg(data, channels, max_pixels)
     elif data.startswith(_NUMPY):
         pixels = _decode_numpy(data, max_pixels)
+    elif data.startswith(_PNG) and data[24:25] == b"\x10" and data[25] in (_PNG_RGB, _PNG_GREY_ALPHA, _PNG_RGBA):
+        pixels = _decode_png16(data, channels, max_pixels)
+    elif data.startswith(tiff.MAGICS) and (found := tiff.decode_tiff(data, max_pixels)) is not None:
+        pixels = _settle_alpha(*found, channels)
     else:
         pixels = _decode_pil(data, channels, max_pixels)
     return torch.from_numpy(_convert_channels(pixels, channels)).permute(2, 0, 1)
 
 
-def _check_pixels(height: int, width: int, max_pixels: int) -> None:
-    if height < 1 or width < 1:
-        raise DecodeError("decode", f"the picture is empty: {height} x {width} pixels")
-    if height * width > max_pixels:
-        raise DecodeError(
-            "pixels",
-            f"the header declares {height} x {width} = {height * width:,} pixels, more than max_pixels = "
-            f"{max_pixels:,}; raise data.max_pixels if such pictures are wanted",
-        )
-
-
 def _decode_jpeg(data: bytes, channels: int | None, max_pixels: int) -> Pixels:
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:  # truncated, or a rare chroma subsampling that PIL knows
+    header = jpeg.read_header(data)
+    if header is None:
         return _decode_pil(data, channels, max_pixels)
-    _check_pixels(height, width, max_pixels)
-    if colours in ("CMYK", "YCCK"):
-        return _decode_pil(data, channels, max_pixels)
-    grey = channels == 1 or (channels is None and colours == "Gray")
-    try:
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "GRAY" if grey else "RGB")
-    except ValueError as error:
-        raise DecodeError("decode", f"damaged JPEG of {height} x {width} pixels: {error}") from error
-    return pixels
+    check_pixels(header.height, header.width, max_pixels)
+    grey = channels == 1 or (channels is None and header.grey)
+    return jpeg.decode(data, header, 1 if grey else 3)
 
 
 def _decode_pil(data: bytes, channels: int | None, max_pixels: int) -> Pixels:
+    return _open_pil(data, max_pixels, lambda picture: _pil_pixels(picture, channels))
+
+
+def _open_pil(data: bytes, max_pixels: int, read: Callable[[Image.Image], Pixels]) -> Pixels:
+    """What `read` makes of the open picture; every failure is a DecodeError."""
     try:
-        with Image.open(io.BytesIO(data), formats=_pil_formats()) as picture:
-            _check_pixels(picture.height, picture.width, max_pixels)
-            return _pil_pixels(picture, channels)
+        with Image.open(io.BytesIO(data), formats=pil_formats()) as picture:
+            check_pixels(picture.height, picture.width, max_pixels)
+            return read(picture)
     except (DecodeError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -109,17 +87,20 @@ def _decode_pil(data: bytes, channels: int | None, max_pixels: int) -> Pixels:
 
 
 @lru_cache(maxsize=1)
-def _pil_formats() -> tuple[str, ...]:
+def pil_formats() -> tuple[str, ...]:
+    """The formats that PIL may open."""
     Image.init()
     return tuple(name for name in Image.ID if name not in _REFUSED_FORMATS)
 
 
 def _pil_pixels(picture: Image.Image, channels: int | None) -> Pixels:
+    if picture.format == "TIFF":  # the only format that PIL would rotate, by a tag or by its XMP
+        picture.getexif()[ExifTags.Base.Orientation] = 1
     if picture.mode.startswith("I"):
         values = np.array(picture)
         if values.min() < 0 or values.max() > 65535:
             raise DecodeError("decode", f"{picture.mode} picture with values beyond 16 bits")
-        return values.astype(np.uint16)[..., None]
+        return _settle_alpha(values.astype(np.uint16)[..., None], False, channels)
     if picture.mode == "F":
         raise DecodeError("decode", "32-bit float picture; expected 8 or 16 bits per channel")
     if picture.mode == "P" and "transparency" in picture.info:
@@ -130,24 +111,59 @@ def _pil_pixels(picture: Image.Image, channels: int | None) -> Pixels:
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
+def _decode_png16(data: bytes, channels: int | None, max_pixels: int) -> Pixels:
+    """Colour or alpha in 16 bits, which PIL cuts to 8: PIL decodes it twice, keeping each byte once.
+
+    The other decoder at hand, torchvision's, ends the process on some damaged files (a segmentation fault in 0.29).
+    """
+    if data[25] == _PNG_GREY_ALPHA:  # the same four bytes per pixel as RGBA of 8 bits, so only the header changes
+        header = data[12:24] + b"\x08\x06" + data[26:29]
+        data = data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:]
+        quads = _open_pil(data, max_pixels, np.array)
+        return _settle_alpha(quads.view(">u2").astype(np.uint16), True, channels)
+    mode = "RGB" if data[25] == _PNG_RGB else "RGBA"
+    high = _open_pil(data, max_pixels, lambda picture: _as_raw_mode(picture, f"{mode};16B"))
+    low = _open_pil(data, max_pixels, lambda picture: _as_raw_mode(picture, f"{mode};16L"))
+    return _settle_alpha(high.astype(np.uint16) << np.uint16(8) | low, mode == "RGBA", channels)
+
+
+def _as_raw_mode(picture: Image.Image, raw_mode: str) -> Pixels:
+    """The pixels as if the file had another byte order: PIL takes the more significant byte of each value."""
+    assert isinstance(picture, ImageFile.ImageFile)
+    picture.tile = [tile._replace(args=raw_mode) for tile in picture.tile]
+    return np.array(picture)
+
+
 def _decode_numpy(data: bytes, max_pixels: int) -> Pixels:
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(file)
-        if dtype not in (np.dtype(np.uint8), np.dtype(np.uint16)) or len(shape) not in (2, 3):
+        native = dtype.newbyteorder("=")
+        if native not in (np.dtype(np.uint8), np.dtype(np.uint16)) or len(shape) not in (2, 3) or 0 in shape[2:]:
             raise ValueError(f"{dtype} {shape}, expected uint8 or uint16 of shape [H, W] or [H, W, C]")
-        _check_pixels(shape[0], shape[1], max_pixels)
+        check_pixels(shape[0], shape[1], max_pixels)
         if len(data) - file.tell() != dtype.itemsize * int(np.prod(shape, dtype=object)):
             raise ValueError(f"{len(data) - file.tell():,} bytes of data for an array {shape} of {dtype}")
         file.seek(0)
-        pixels: NDArray[Any] = np.load(file, allow_pickle=False)
+        pixels: NDArray[Any] = np.load(file, allow_pickle=False).astype(native, copy=False)
     except DecodeError:
         raise
-    except (ValueError, EOFError) as error:
-        raise DecodeError("decode", f"not a readable .npy picture: {error}") from error
+    except Exception as error:  # the header is a Python literal: its parser raises nearly anything
+        raise DecodeError("decode", f"not a readable .npy picture: {type(error).__name__}: {error}") from error
     return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _settle_alpha(pixels: Pixels, has_alpha: bool, channels: int | None) -> Pixels:
+    """Grey and RGB with and without alpha as one policy: the last channel, if alpha, goes; RGBA where four channels are
+    asked for.
+    """
+    colours = pixels[..., :-1] if has_alpha else pixels
+    if channels != 4 or colours.shape[2] not in (1, 3):
+        return np.ascontiguousarray(colours)
+    alpha = pixels[..., -1:] if has_alpha else np.full_like(pixels[..., :1], np.iinfo(pixels.dtype).max)
+    return np.concatenate([np.broadcast_to(colours, (*colours.shape[:2], 3)), alpha], axis=2)
 
 
 def _convert_channels(pixels: Pixels, channels: int | None) -> Pixels:

@@ -1,8 +1,10 @@
-"""Decoding against PIL, and hostile or damaged pictures."""
+"""Decoding against PIL and by the formats' own words, and hostile or damaged pictures. TIFF: see test_tiff."""
 
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_shards import jpeg_header, png_header
 
 from data_pipes.decode import DecodeError, decode_image
+from tests.data_pipes.picture_files import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, noise, png
+from tests.data_pipes.tiny_shards import jpeg_header, png_header
 
 RAMP = (np.indices((40, 56)).sum(0) * 2).astype(np.uint8)
 COLOUR = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], axis=2)
@@ -104,6 +107,8 @@ def test_numpy_arrays(dtype: type, shape: tuple[int, ...]) -> None:
         image = decode_image(as_numpy(layout), None)
         assert np.array_equal(image.permute(1, 2, 0).numpy(), array.reshape(5, 7, -1))
     assert decode_image(as_numpy(np.full((4, 4, 3), 1000, np.uint16)), 1).unique().tolist() == [1000]
+    swapped = array.astype(np.dtype(dtype).newbyteorder(">"))
+    assert np.array_equal(decode_image(as_numpy(swapped), None).permute(1, 2, 0).numpy(), array.reshape(5, 7, -1))
 
 
 def test_exif_orientation_is_ignored() -> None:
@@ -113,6 +118,60 @@ def test_exif_orientation_is_ignored() -> None:
         turned, plain = encode(COLOUR, kind, exif=exif), encode(COLOUR, kind)
         assert turned != plain
         assert torch.equal(decode_image(turned, 3), decode_image(plain, 3))
+
+
+def pixels_of(data: bytes, channels: int | None) -> np.ndarray:
+    return decode_image(data, channels).permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_png_grey_of_every_depth(depth: int) -> None:
+    values = noise(1, depth)
+    scale = 1 if depth >= 8 else 255 // (2**depth - 1)
+    found = pixels_of(png(values, GREY, depth), None)
+    assert found.dtype == values.dtype
+    assert np.array_equal(found, values * scale)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_png_palettes_of_every_depth(depth: int) -> None:
+    values, palette = noise(1, depth), noise(3, 8, 1, 256)[0, : 2**depth]
+    data = png(values, PALETTE, depth, chunk(b"PLTE", palette.tobytes()))
+    assert np.array_equal(pixels_of(data, None), palette[values[..., 0]])
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_png_colour_and_alpha(depth: int) -> None:
+    """16 bits stay 16, in the order of bytes that PNG has; alpha goes, or comes where four channels are asked for."""
+    full = 2**depth - 1
+    grey, rgb, grey_alpha, rgba = (noise(channels, depth) for channels in (1, 3, 2, 4))
+    cases = [
+        (png(rgb, RGB, depth), rgb, np.dstack([rgb, np.full_like(grey, full)])),
+        (png(rgba, RGBA, depth), rgba[..., :3], rgba),
+        (png(grey_alpha, GREY_ALPHA, depth), grey_alpha[..., :1], grey_alpha[..., [0, 0, 0, 1]]),
+        (png(grey, GREY, depth), grey, np.dstack([grey, grey, grey, np.full_like(grey, full)])),
+    ]
+    for data, plain, with_alpha in cases:
+        assert pixels_of(data, None).dtype == plain.dtype
+        assert np.array_equal(pixels_of(data, None), plain)
+        assert np.array_equal(pixels_of(data, 3), np.broadcast_to(plain, (*plain.shape[:2], 3)))
+        assert np.array_equal(pixels_of(data, 4), with_alpha)
+        assert pixels_of(data, 1).shape == (23, 31, 1)
+        with pytest.raises(DecodeError, match="the model takes 2"):
+            decode_image(data, 2)
+
+
+def test_png_of_16_bits_ignores_gamma_and_is_bounded() -> None:
+    values = noise(3, 16)
+    gamma, colour_key = chunk(b"gAMA", struct.pack(">I", 9000)), chunk(b"tRNS", values[0, 0].astype(">u2").tobytes())
+    assert np.array_equal(pixels_of(png(values, RGB, 16, gamma + colour_key), None), values)
+    for kind, channels in ((RGB, 3), (GREY_ALPHA, 2)):
+        bomb = bytearray(png(noise(channels, 16), kind, 16))
+        bomb[16:24] = struct.pack(">II", 60_000, 60_000)
+        bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+        with pytest.raises(DecodeError, match=r"60000 x 60000|bomb") as caught:
+            decode_image(bytes(bomb), 3)
+        assert caught.value.cause == "pixels"
 
 
 def numpy_header(shape: tuple[int, ...], dtype: type = np.uint8) -> bytes:
@@ -146,6 +205,11 @@ def test_array_bombs() -> None:
         decode_image(numpy_header((1, 1, 10**9)), 3)
     with pytest.raises(DecodeError, match="expected uint8 or uint16"):
         decode_image(as_numpy(np.zeros((2, 2), np.float32)), 1)
+    with pytest.raises(DecodeError, match="expected uint8 or uint16"):
+        decode_image(as_numpy(np.zeros((2, 2, 0), np.uint8)), None)
+    for header in (b"-" * 9000, b"(" * 9000, b"{'a':" * 1500, b"'" * 3, b"\xff", b"{}"):
+        with pytest.raises(DecodeError, match=r"not a readable \.npy picture"):
+            decode_image(b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header + bytes(8), None)
     objects = io.BytesIO()
     np.save(objects, np.array([[{}]], dtype=object), allow_pickle=True)
     with pytest.raises(DecodeError, match="expected uint8 or uint16"):
@@ -153,7 +217,8 @@ def test_array_bombs() -> None:
 
 
 def test_every_truncation_is_an_error() -> None:
-    for data in (encode(COLOUR, "JPEG"), encode(COLOUR, "PNG"), as_numpy(COLOUR)):
+    sixteen = png(noise(3, 16, 40, 56), RGB, 16)
+    for data in (encode(COLOUR, "JPEG"), encode(COLOUR, "PNG"), sixteen, as_numpy(COLOUR)):
         end = len(data) - (22 if data.startswith(b"\x89") else 0)  # PNG: checksums and the end chunk may be absent
         for length in [*range(0, 60, 7), *range(60, end, 97), end - 1]:
             with pytest.raises(DecodeError) as caught:

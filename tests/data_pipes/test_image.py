@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as reference
 
-from data_pipes.decode import SampleError
-from data_pipes.image import EvalTransform, TrainTransform, resize
+from data_pipes import jpeg
+from data_pipes.decode import DecodeError, SampleError, decode_image
+from data_pipes.image import EvalTransform, TrainTransform, _nearest, resize
 from data_pipes.order import hash_uniform
 
 
@@ -131,3 +136,122 @@ def test_flip_probability() -> None:
 def test_wrong_parameters(fields: dict[str, tuple[float, float]], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         TrainTransform(**{"size": (8, 8), **fields})
+
+
+def encoded(pixels: np.ndarray, kind: str = "JPEG", mode: str | None = None, **options: object) -> bytes:
+    file = io.BytesIO()
+    image = Image.fromarray(pixels)
+    (image if mode is None else image.convert(mode)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def as_numpy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def waves(height: int, width: int) -> np.ndarray:
+    """[H, W, 3] smooth."""
+    rows, columns = np.indices((height, width))
+    return np.stack([127 + 60 * np.sin(rows / p) + 60 * np.cos(columns / (p + 9)) for p in (23, 31, 41)], 2).astype(
+        "u1"
+    )
+
+
+COLOUR = waves(90, 120)
+STORED = {
+    "jpeg": encoded(COLOUR),
+    "progressive": encoded(COLOUR, progressive=True),
+    "grey jpeg": encoded(COLOUR, mode="L"),
+    "cmyk": encoded(COLOUR, mode="CMYK"),
+    "png": encoded(COLOUR, "PNG"),
+    "16 bits": encoded(COLOUR[..., 0].astype(np.uint16) * 200, "PNG"),
+    "array": as_numpy(COLOUR),
+}
+
+
+def outcome(load: Callable[[], torch.Tensor]) -> torch.Tensor | str:
+    """The picture, or the cause of the error."""
+    try:
+        return load()
+    except DecodeError as error:
+        return error.cause
+
+
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("channels", [None, 1, 3, 4])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_load_equals_decoding_first(name: str, channels: int | None, scaled: bool) -> None:
+    """To the bit; also with scaled decoding, as no part shrinks to its half."""
+    transform = TrainTransform((48, 64), scaled_decode=scaled)
+    for row in hash_uniform(3, np.arange(6), 0, transform.num_uniforms):
+        loaded = outcome(lambda row=row: transform.load(STORED[name], row, channels=channels))
+        expected = outcome(lambda row=row: transform(decode_image(STORED[name], channels), row))
+        assert loaded == expected if isinstance(expected, str) else torch.equal(loaded, expected)
+
+
+def test_load_decodes_only_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    decode_into = jpeg._decode_into
+    monkeypatch.setattr(
+        jpeg, "_decode_into", lambda pixels, *rest: sizes.append(pixels.shape[:2]) or decode_into(pixels, *rest)
+    )
+    data, row = encoded(waves(400, 600)), np.full(23, 0.5)
+    row[20] = 0.0  # a part at the top
+    box = TrainTransform((64, 64)).crop_box(400, 600, row)
+    assert box[0] == 0
+    assert 256 <= min(box[2:]) < 512  # of which a quarter is enough
+    TrainTransform((64, 64), scaled_decode=False).load(data, row, channels=3)
+    TrainTransform((64, 64)).load(data, row, channels=3)
+    rows = -(-(box[2] + 1) // 16) * 16
+    assert sizes == [(rows, 600), (rows // 4, 150)]
+
+
+@pytest.mark.parametrize(("size", "shrinks"), [((20, 20), {8}), ((40, 60), {2, 4, 8}), ((100, 130), {1, 2})])
+def test_scaled_decoding_is_close(size: tuple[int, int], shrinks: set[int]) -> None:
+    """To the whole picture's part whose edges are those of the scaled part."""
+    data = encoded(waves(424, 568), quality=95, subsampling=0)
+    whole, transform, found = decode_image(data, 3), TrainTransform(size, flip=0.0), set()
+    for row in hash_uniform(4, np.arange(40), 0, transform.num_uniforms):
+        top, left, height, width = transform.crop_box(424, 568, row)
+        shrink = transform._shrink(height, width)
+        rows, columns = (
+            slice(edges.start * shrink, edges.stop * shrink)
+            for edges in (_nearest(top, height, shrink), _nearest(left, width, shrink))
+        )
+        assert abs(rows.start - top) <= shrink / 2
+        assert abs(columns.stop - left - width) <= shrink / 2
+        difference = transform.load(data, row, channels=3).float() - resize(whole[:, rows, columns], size).float()
+        assert difference.abs().mean() < 1
+        found.add(shrink)
+    assert found == shrinks
+
+
+def test_scaled_parts_are_shifted_to_no_side() -> None:
+    for shrink in (1, 2, 4, 8):
+        starts = [_nearest(first, 100, shrink).start * shrink - first for first in range(64)]
+        assert sum(starts) == 0
+
+
+def test_a_scaled_part_is_never_enlarged() -> None:
+    transform = TrainTransform((10, 20))
+    for height in range(1, 200):
+        for width in (1, 39, 40, 41, 80, 81, 161, 400):
+            shrink = transform._shrink(height, width)
+            for first in range(2 * shrink):
+                rows, columns = _nearest(first, height, shrink), _nearest(first, width, shrink)
+                assert shrink == 1 or rows.stop - rows.start >= 10
+                assert shrink == 1 or columns.stop - columns.start >= 20
+    assert [transform._shrink(10 * n + 1, 20 * n + 1) for n in (1, 2, 4, 8, 16)] == [1, 2, 4, 8, 8]
+
+
+def test_load_distrusts_its_bytes() -> None:
+    row, data = np.full(23, 0.5), encoded(COLOUR)
+    with pytest.raises(DecodeError, match="more than max_pixels") as caught:
+        TrainTransform((8, 8)).load(data, row, channels=3, max_pixels=90 * 120 - 1)
+    assert caught.value.cause == "pixels"
+    for broken in (data[: len(data) // 2], data[:50], b"", b"\xff\xd8\xff\xe0"):
+        with pytest.raises(DecodeError) as caught:
+            TrainTransform((8, 8)).load(broken, row, channels=3)
+        assert caught.value.cause == "decode"
