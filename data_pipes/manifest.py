@@ -1,8 +1,8 @@
 """The manifest: which shards a dataset has, and how many samples, bytes and which index belong to each.
 
-Enters and leaves: `manifest.json` in a dataset's folder. Why it exists: only the counts per shard stay in memory, a
-known count turns a silently truncated shard into an error, and the hash of the entries (the fingerprint) ties a
-training run's data position to exactly this data.
+Enters and leaves: `manifest.json` in a dataset's folder, on disk or in an object store. Why it exists: only the counts
+per shard stay in memory, a known count turns a silently truncated shard into an error, and the hash of the entries (the
+fingerprint) ties a training run's data position to exactly this data, wherever it is stored.
 """
 
 from __future__ import annotations
@@ -10,17 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from data_pipes.files import write_atomically
+from data_pipes.storage import Storage
+from data_pipes.urls import check_url, is_remote, join_url, local_path
+
 MANIFEST_NAME = "manifest.json"
 INDEX_SUFFIX = ".idx"
 _FORMAT, _VERSION = "tessera-manifest", 1
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
+_MAX_MANIFEST_BYTES = 1 << 30
+# of a manifest in a store: 3 million shards
 
 
 @dataclass(frozen=True)
@@ -28,20 +32,22 @@ class ShardEntry:
     """One shard of a dataset."""
 
     url: str
-    # path relative to the manifest's folder (with "/"), or absolute
+    # path relative to the manifest's folder (with "/"), or absolute: a path or the URL of an object
     num_samples: int
     size_bytes: int
     # of the tar file
     index_sha256: str
     # hex digest of the whole index file
+    etag: str | None = None
+    # what the store calls this version of the object; a run stops when it changes
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The shards of one dataset, in order, and its class names (empty: unlabelled)."""
 
-    root: Path
-    # the folder that relative urls and a relative index_dir start from
+    root: str
+    # the folder (path or URL) that relative urls and a relative index_dir start from
     shards: tuple[ShardEntry, ...]
     classes: tuple[str, ...] = ()
     # the name of label i is classes[i]
@@ -58,44 +64,53 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over url, samples, bytes and index digest of every shard; times and the root do not count, so
-        that a moved folder keeps it.
+        """sha256 (hex) over url, samples, bytes and index digest of every shard; times, etags and the root do not
+        count, so that a moved or uploaded folder keeps it.
         """
         digest = hashlib.sha256()
         for shard in self.shards:
             digest.update(json.dumps([shard.url, shard.num_samples, shard.size_bytes, shard.index_sha256]).encode())
         return digest.hexdigest()
 
+    def shard_url(self, shard: int) -> str:
+        """Where the tar of a shard lies: a local path, or the URL of an object."""
+        return join_url(self.root, self.shards[shard].url)
+
+    def index_url(self, shard: int) -> str:
+        """Where the index of a shard lies."""
+        index_dir = None if self.index_dir is None else join_url(self.root, self.index_dir)
+        return index_url(self.shard_url(shard), self.shards[shard].url, index_dir)
+
     def shard_path(self, shard: int) -> Path:
-        """Where the tar of a shard lies. Raises ValueError for urls that are no local path."""
-        url = self.shards[shard].url
-        if _SCHEME.match(url):
+        """Where the tar of a local shard lies. Raises ValueError for an object in a store."""
+        url = self.shard_url(shard)
+        if is_remote(url):
             raise ValueError(
-                f"{self.root / MANIFEST_NAME}: the shard {url!r} is not a local path; copy the shards to a "
-                "local folder and run `tessera index` there"
+                f"{url}: this is not a local path; copy the shards to a local folder and run `tessera index` there"
             )
-        return self.root / url
+        return local_path(url)
 
     def index_path(self, shard: int) -> Path:
-        """Where the index of a shard lies."""
-        return index_path(
-            self.shard_path(shard), self.shards[shard].url, self.root / self.index_dir if self.index_dir else None
-        )
+        """Where the index of a local shard lies."""
+        self.shard_path(shard)
+        return local_path(self.index_url(shard))
+
+    @cached_property
+    def is_remote(self) -> bool:
+        """Whether any of it lies in a store."""
+        return is_remote(self.root) or any(is_remote(shard.url) for shard in self.shards)
 
     @classmethod
-    def load(cls, folder_or_file: str | os.PathLike[str]) -> Manifest:
-        """Reads and checks a manifest. Raises ValueError when there is none, when it is malformed, of an unknown
-        version, edited by hand, or without a sample.
+    def load(cls, source: str | os.PathLike[str], storage: Storage | None = None) -> Manifest:
+        """Reads and checks a manifest. source: a folder or a .json file, as a path or URL. Raises ValueError when there
+        is none, when it is malformed, of an unknown version, edited by hand, or without a sample.
         """
-        path = Path(folder_or_file)
-        path = path / MANIFEST_NAME if path.is_dir() or path.suffix != ".json" else path
+        root, path, data = _read(source, storage)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(_no_manifest(path)) from None
-        except ValueError as error:
+            content = json.loads(data)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a manifest ({error}); write it again with `tessera index`") from error
-        manifest = cls._parse(content, path)
+        manifest = cls._parse(content, root, path)
         if not manifest.shards:
             raise ValueError(f"{path}: the dataset has no shards; pack or index it again")
         if manifest.num_samples == 0:
@@ -110,7 +125,7 @@ class Manifest:
         return manifest
 
     @classmethod
-    def _parse(cls, content: Any, path: Path) -> Manifest:
+    def _parse(cls, content: Any, root: str, path: str) -> Manifest:
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(
                 f'{path}: not a manifest of tessera (expected "format": "{_FORMAT}"); write it with `tessera index`'
@@ -122,7 +137,7 @@ class Manifest:
             )
         try:
             shards = tuple(ShardEntry(**entry) for entry in content["shards"])
-            manifest = cls(path.parent, shards, tuple(content["classes"]), content["index_dir"])
+            manifest = cls(root, shards, tuple(content["classes"]), content["index_dir"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: malformed manifest ({error}); write it again with `tessera index`") from error
         for shard in shards:
@@ -131,6 +146,7 @@ class Manifest:
                 not isinstance(shard.url, str)
                 or ".." in shard.url.split("/")
                 or not isinstance(shard.index_sha256, str)
+                or not isinstance(shard.etag, str | None)
                 or not counts_are_valid
             ):
                 raise ValueError(f"{path}: malformed entry {shard}; write the manifest again with `tessera index`")
@@ -138,10 +154,12 @@ class Manifest:
             manifest.index_dir, str | None
         ):
             raise ValueError(f"{path}: malformed classes or index_dir; write the manifest again with `tessera index`")
+        for shard in shards:
+            check_url(join_url(root, shard.url))
         return manifest
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes `manifest.json` into `folder` in one step (temporary file, then rename) and returns its path."""
+    def to_bytes(self) -> bytes:
+        """The content of the file."""
         content = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -149,35 +167,37 @@ class Manifest:
             "num_samples": self.num_samples,
             "classes": list(self.classes),
             "index_dir": self.index_dir,
-            "shards": [asdict(shard) for shard in self.shards],
+            "shards": [
+                {name: value for name, value in asdict(shard).items() if name != "etag" or value is not None}
+                for shard in self.shards
+            ],
         }
-        path = Path(folder) / MANIFEST_NAME
-        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-        return path
+        return (json.dumps(content, indent=1) + "\n").encode()
+
+    def save(self, folder: str | os.PathLike[str], storage: Storage | None = None) -> str:
+        """Writes `manifest.json` into `folder` (path or URL) in one step and returns its place."""
+        target = join_url(os.fspath(folder), MANIFEST_NAME)
+        if is_remote(target):
+            (storage or Storage()).write_whole(target, self.to_bytes())
+        else:
+            write_atomically(local_path(target), self.to_bytes())
+        return target
+
+
+def index_url(shard_url: str, url: str, index_dir: str | None) -> str:
+    """`<shard>.tar.idx` beside the shard, or in `index_dir` under a name that keeps a/000.tar and b/000.tar apart.
+
+    shard_url: where the shard lies; url: its name in the manifest.
+    """
+    if index_dir is None:
+        return shard_url + INDEX_SUFFIX
+    name = shard_url.rpartition("/")[2]
+    return join_url(index_dir, f"{name}.{hashlib.sha256(os.fsencode(url)).hexdigest()[:12]}{INDEX_SUFFIX}")
 
 
 def index_path(shard_path: Path, url: str, index_dir: Path | None) -> Path:
-    """`<shard>.tar.idx` beside the shard, or in `index_dir` under a name that keeps a/000.tar and b/000.tar apart."""
-    if index_dir is None:
-        return shard_path.with_name(shard_path.name + INDEX_SUFFIX)
-    return index_dir / f"{shard_path.name}.{hashlib.sha256(os.fsencode(url)).hexdigest()[:12]}{INDEX_SUFFIX}"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file such that a reader sees either the old or the whole new content, and a crash leaves no half file
-    under its name.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """`index_url` of local files."""
+    return Path(index_url(str(shard_path), url, None if index_dir is None else str(index_dir)))
 
 
 def check_class_names(classes: Iterable[str]) -> tuple[str, ...]:
@@ -191,6 +211,27 @@ def check_class_names(classes: Iterable[str]) -> tuple[str, ...]:
             )
         seen.add(name)
     return names
+
+
+def _read(source: str | os.PathLike[str], storage: Storage | None) -> tuple[str, str, bytes]:
+    """(root, place of the file, content) of a manifest."""
+    given = os.fspath(source)
+    check_url(given)
+    if not is_remote(given):
+        path = local_path(given)
+        path = path / MANIFEST_NAME if path.is_dir() or path.suffix != ".json" else path
+        try:
+            return str(path.parent), str(path), path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(_no_manifest(path)) from None
+    place = given if given.endswith(".json") else join_url(given, MANIFEST_NAME)
+    try:
+        return place.rpartition("/")[0], place, (storage or Storage()).read_whole(place, _MAX_MANIFEST_BYTES)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{place}: no such object; index the shards there with `tessera index {given}`, or upload a data set made "
+            "with `tessera pack`"
+        ) from None
 
 
 def _no_manifest(path: Path) -> str:

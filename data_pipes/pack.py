@@ -27,8 +27,8 @@ from typing import Any
 import PIL
 
 from data_pipes.builtin import BUILTINS, load_builtin
+from data_pipes.files import write_atomically
 from data_pipes.index import Manifest, index_shards
-from data_pipes.manifest import write_atomically
 from data_pipes.pack_plan import PackOptions, packing_order, plan_shards, shrink_factors, split_pictures
 from data_pipes.reencode import UnreadablePicture
 from data_pipes.shard_writer import ShardPlan, ShardResult, Stopped, finished_shard, write_shard

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipes.manifest import write_atomically
+from data_pipes.files import write_atomically
 
 _MAGIC = b"TSRIDX1\n"
 _HEAD_START = len(_MAGIC) + 32 + 4
@@ -89,6 +89,27 @@ class ShardIndex:
         places = zip(self.member_offset[part].tolist(), self.member_size[part].tolist(), strict=True)
         return dict(zip((self.extensions[e] for e in self.member_extension[part].tolist()), places, strict=True))
 
+    def part(self, first: int, count: int) -> ShardIndex:
+        """The index of the samples [first, first + count) alone: its sample 0 is `first`. Offsets stay the tar's."""
+        samples = slice(first, first + count)
+        key_begin = int(self.key_end[first - 1]) if first else 0
+        key_end = self.key_end[samples]
+        members = slice(int(self.first_member[first]), int(self.first_member[first + count]))
+        return ShardIndex(
+            size_bytes=self.size_bytes,
+            num_skipped=self.num_skipped,
+            has_end_marker=self.has_end_marker,
+            extensions=self.extensions,
+            key_bytes=self.key_bytes[key_begin : int(key_end[-1])],
+            key_end=key_end - np.uint64(key_begin),
+            sample_offset=self.sample_offset[samples].copy(),
+            sample_size=self.sample_size[samples].copy(),
+            first_member=self.first_member[first : first + count + 1] - self.first_member[first],
+            member_extension=self.member_extension[members].copy(),
+            member_offset=self.member_offset[members].copy(),
+            member_size=self.member_size[members].copy(),
+        )
+
     def to_bytes(self) -> bytes:
         """The content of the index file; equal shards give equal bytes."""
         arrays = {name: _narrow(getattr(self, name)) for name in _ARRAYS}
@@ -123,16 +144,21 @@ class ShardIndex:
             data = Path(path).read_bytes()
         except FileNotFoundError:
             raise ShardError(f"{path}: no such index file; make it with `tessera index`") from None
+        return cls.from_bytes(data, os.fspath(path), sha256)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str, sha256: str | None = None) -> ShardIndex:
+        """Checks and parses the content of an index file; as `load`, with the file's name for messages."""
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
             raise ShardError(
-                f"{path}: this is not the index that the manifest names (its sha256 differs); run `tessera "
+                f"{name}: this is not the index that the manifest names (its sha256 differs); run `tessera "
                 "index` again, or restore the file"
             )
         try:
             return cls._parse(data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ShardError(
-                f"{path}: damaged index file ({error}); delete it and run `tessera index` again"
+                f"{name}: damaged index file ({error}); delete it and run `tessera index` again"
             ) from error
 
     @classmethod

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from data_pipes.files import write_atomically
 from data_pipes.index import ShardError, ShardIndex, index_shard
-from data_pipes.manifest import INDEX_SUFFIX, write_atomically
+from data_pipes.manifest import INDEX_SUFFIX
 from data_pipes.reencode import PictureOptions, UnreadablePicture, prepare_picture
 from data_pipes.sources import Picture, Source
 

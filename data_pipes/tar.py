@@ -21,10 +21,10 @@ BLOCK = 512
 MAX_EXTENDED_HEADER_BYTES = 1 << 20
 MAX_NAME_LENGTH = 4096
 
-_RECOPY = "copy or pack the shard again from its source"
+RECOPY = "copy or pack the shard again from its source"
 _DISTRUST = "the file is damaged or was not made by a usual tar writer; pack the shard again"
 _PAX_RECORD = re.compile(rb"([0-9]{1,20}) ([^=\n]+)=")
-_LONG_NAME, _LONG_LINK, _PAX, _PAX_SOLARIS, _PAX_GLOBAL, _SPARSE = b"L", b"K", b"x", b"X", b"g", b"S"
+LONG_NAME, LONG_LINK, PAX, PAX_SOLARIS, PAX_GLOBAL, _SPARSE = b"L", b"K", b"x", b"X", b"g", b"S"
 _REFUSED = {
     b"1": "a hard link",
     b"2": "a symbolic link",
@@ -57,11 +57,11 @@ class TarMember:
 
     @property
     def end(self) -> int:
-        return self.data + _padded(self.size)
+        return self.data + padded(self.size)
 
 
 @dataclass(slots=True)
-class _Extended:
+class Extended:
     """What extended headers say about the member that follows them."""
 
     start: int
@@ -93,14 +93,14 @@ def walk_tar(stream: BinaryIO, size_bytes: int, *, allow_missing_end: bool = Fal
             return
         if not any(block):
             if extended:
-                raise TarProblem("an extended header without its member", extended.start, _RECOPY)
+                raise TarProblem("an extended header without its member", extended.start, RECOPY)
             _check_end(stream, position, size_bytes, allow_missing_end)
             return
-        info = _parse_header(block, position)
+        info = parse_header(block, position)
         data = position + BLOCK
-        extended = extended or _Extended(start=position)
-        if info.type in (_LONG_NAME, _LONG_LINK, _PAX, _PAX_SOLARIS, _PAX_GLOBAL):
-            position = data + _padded(info.size)
+        extended = extended or Extended(start=position)
+        if info.type in (LONG_NAME, LONG_LINK, PAX, PAX_SOLARIS, PAX_GLOBAL):
+            position = data + padded(info.size)
             if info.size > MAX_EXTENDED_HEADER_BYTES:
                 raise TarProblem(
                     f"an extended header of {info.size:,} bytes (at most {MAX_EXTENDED_HEADER_BYTES:,} are read)",
@@ -109,9 +109,12 @@ def walk_tar(stream: BinaryIO, size_bytes: int, *, allow_missing_end: bool = Fal
                 )
             if position > size_bytes:
                 raise _truncated(size_bytes, "inside an extended header")
-            _apply_extended(info.type, _read(stream, data, info.size), extended, data)
+            payload = _read(stream, data, position - data)
+            if any(payload[info.size :]):  # tarfile reads on into the padding, GNU tar does not
+                raise TarProblem("an extended header that goes on behind its end", data + info.size, _DISTRUST)
+            apply_extended(info.type, payload[: info.size], extended, data)
             continue
-        member = _member(info, extended, data)
+        member = checked_member(info, extended, data)
         if member.end > size_bytes:
             raise _truncated(
                 size_bytes,
@@ -121,7 +124,7 @@ def walk_tar(stream: BinaryIO, size_bytes: int, *, allow_missing_end: bool = Fal
         position, extended = member.end, None
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
@@ -129,25 +132,25 @@ def _read(stream: BinaryIO, offset: int, length: int) -> bytes:
     stream.seek(offset)
     data = stream.read(length)
     if len(data) != length:
-        raise TarProblem("the file became shorter while it was read", offset + len(data), _RECOPY)
+        raise TarProblem("the file became shorter while it was read", offset + len(data), RECOPY)
     return data
 
 
 def _truncated(size_bytes: int, where: str) -> TarProblem:
-    return TarProblem(f"the file is truncated: it ends {where}", size_bytes, _RECOPY)
+    return TarProblem(f"the file is truncated: it ends {where}", size_bytes, RECOPY)
 
 
-def _parse_header(block: bytes, offset: int) -> tarfile.TarInfo:
+def parse_header(block: bytes, offset: int) -> tarfile.TarInfo:
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise TarProblem(f"no valid tar header ({error})", offset, _RECOPY) from error
+        raise TarProblem(f"no valid tar header ({error})", offset, RECOPY) from error
     if info.size < 0:
         raise TarProblem(f"a member with a negative size ({info.size})", offset, _DISTRUST)
     return info
 
 
-def _member(info: tarfile.TarInfo, extended: _Extended, data: int) -> TarMember:
+def checked_member(info: tarfile.TarInfo, extended: Extended, data: int) -> TarMember:
     """The header `info` with its extended headers applied; refuses what a dataset must not hold."""
     name = info.name if extended.name is None else extended.name
     kind = info.type
@@ -174,10 +177,10 @@ def _member(info: tarfile.TarInfo, extended: _Extended, data: int) -> TarMember:
     return TarMember(name, is_folder, extended.start, data, size)
 
 
-def _apply_extended(kind: bytes, payload: bytes, extended: _Extended, offset: int) -> None:
-    if kind == _LONG_LINK:
+def apply_extended(kind: bytes, payload: bytes, extended: Extended, offset: int) -> None:
+    if kind == LONG_LINK:
         return  # the link itself is refused
-    if kind == _LONG_NAME:
+    if kind == LONG_NAME:
         extended.set_name(payload.split(b"\0", 1)[0].decode("utf-8", "surrogateescape"), offset)
         return
     for key, value in _pax_records(payload, offset):
@@ -185,7 +188,7 @@ def _apply_extended(kind: bytes, payload: bytes, extended: _Extended, offset: in
             raise TarProblem("a sparse file", offset, "pack the shard again with regular files only")
         if key not in ("path", "size"):
             continue  # times, owners, comments, link targets: nothing of it is used
-        if kind == _PAX_GLOBAL:
+        if kind == PAX_GLOBAL:
             raise TarProblem(f"a global header that sets the {key} of all members", offset, _DISTRUST)
         if key == "path":
             extended.set_name(value.decode("utf-8", "surrogateescape"), offset)
@@ -204,7 +207,7 @@ def _pax_records(payload: bytes, offset: int) -> Iterator[tuple[str, bytes]]:
         if record is None or not record.end() < end <= len(payload) or payload[end - 1 : end] != b"\n":
             if not any(payload[position:]):
                 return  # some writers pad with zero bytes
-            raise TarProblem("a malformed PAX header", offset + position, _RECOPY)
+            raise TarProblem("a malformed PAX header", offset + position, RECOPY)
         yield record[2].decode("utf-8", "surrogateescape"), payload[record.end() : end - 1]
         position = end
 
@@ -219,7 +222,7 @@ def _check_end(stream: BinaryIO, position: int, size_bytes: int, allow_missing_e
             offset = start + len(chunk) - len(rest)
             what = "a zero block in mid-file" if offset - position < 2 * BLOCK else "data behind the end marker"
             raise TarProblem(
-                f"{what}: stock readers silently drop everything from byte {position:,} on", offset, _RECOPY
+                f"{what}: stock readers silently drop everything from byte {position:,} on", offset, RECOPY
             )
     if length % BLOCK or (length < 2 * BLOCK and not allow_missing_end):
         raise _truncated(size_bytes, "inside the end marker (two zero blocks)")

@@ -17,16 +17,20 @@ from launchers.progress import progress_bar
 
 if TYPE_CHECKING:
     from data_pipes.index import IndexedShard
+    from data_pipes.storage import Storage
 
-HELP = "Index WebDataset shards that somebody else wrote; the shards stay untouched and are checked strictly."
+HELP = "Index WebDataset shards, here or in a store; the shards stay untouched and are checked strictly."
 EXAMPLES = """\
 tessera index data/shards                                          all *.tar in a folder
 tessera index 'laion/{00000..00331}.tar' --out data/laion          braces as in webdataset
 tessera index '/mnt/readonly/*.tar' --out data/mine --index-dir data/mine/index --classes names.txt
+tessera index s3://bucket/train                                    writes beside the shards; needs that right
+tessera index 'https://host/laion/{00000..00331}.tar' --out data/laion
 
-Writes `<shard>.tar.idx` beside each shard (or into --index-dir) and manifest.json. An intact index of an unchanged
-shard is kept, so an interrupted run continues when repeated. Tars in ustar, PAX or GNU format; compressed ones are
-refused. Truncation, damaged headers and samples whose files are not adjacent are errors that name the shard."""
+Writes `<shard>.tar.idx` beside each shard (or into --index-dir) and manifest.json. Of shards in a store (http(s), s3,
+gs, az, hf) everything goes into a local --out where there is one. An intact index of an unchanged shard is kept, so an
+interrupted run continues when repeated. Tars in ustar, PAX or GNU format; compressed ones are refused. Truncation,
+damaged headers and samples whose files are not adjacent are errors that name the shard."""
 
 _SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -34,10 +38,19 @@ _SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The shards and where the index goes."""
     parser.add_argument(
-        "shards", nargs="+", metavar="SHARDS", help="tar files, folders of them, or patterns with * or {a..b}"
+        "shards",
+        nargs="+",
+        metavar="SHARDS",
+        help="paths or URLs: tar files, folders of them, patterns with * or {a..b}",
     )
-    parser.add_argument("--out", metavar="DIR", help="folder for manifest.json (default: the folder of the shards)")
-    parser.add_argument("--index-dir", metavar="DIR", help="folder for the index files (default: beside each shard)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder (path or URL) for manifest.json (default: the folder of the shards)"
+    )
+    parser.add_argument(
+        "--index-dir",
+        metavar="DIR",
+        help="folder for the index files (default: beside each shard; of a store's shards: index/ in a local --out)",
+    )
     parser.add_argument("--classes", metavar="FILE", help="text file, line i (from 0) is the name of label i")
     parser.add_argument("--force", action="store_true", help="index again what has a valid index")
     parser.add_argument(
@@ -51,12 +64,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
-    """Indexes. Raises ShardError (a ValueError) for shards that are damaged or not there."""
+    """Indexes. Raises ShardError (a ValueError) for shards that are damaged or not there, StorageError (an OSError)."""
+    from data_pipes.storage import Storage
+
+    storage = Storage()
+    try:
+        return _run(arguments, storage)
+    finally:
+        storage.close()
+
+
+def _run(arguments: argparse.Namespace, storage: Storage) -> dict[str, object]:
     from data_pipes.index import index_shards
 
-    shards = find_shards(arguments.shards)
-    out = Path(arguments.out) if arguments.out else _common_folder(shards)
-    classes = _class_names(arguments.classes, out)
+    shards = find_shards(arguments.shards, storage)
+    out = _as_place(arguments.out) if arguments.out else _common_folder(shards)
+    classes = _class_names(arguments.classes, out, storage)
     console = Console(stderr=True)
     start = time.monotonic()
     reports: list[IndexedShard] = []
@@ -76,6 +99,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
             workers=arguments.workers,
             allow_missing_end=arguments.allow_missing_end,
             on_shard=on_shard,
+            storage=storage,
         )
     num_skipped, num_kept = sum(r.num_skipped for r in reports), sum(r.kept for r in reports)
     seconds = time.monotonic() - start
@@ -98,24 +122,34 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def find_shards(patterns: Sequence[str]) -> list[Path]:
-    """The shards that paths, folders and patterns name, each argument in natural order. Raises ShardError for none."""
+def find_shards(patterns: Sequence[str], storage: Storage | None = None) -> list[Path | str]:
+    """The shards that paths, URLs, folders and patterns name, each argument in natural order: a Path if local, else the
+    URL. Raises ShardError for none.
+    """
     from data_pipes.index import ShardError
     from data_pipes.sources import natural_key
+    from data_pipes.urls import check_url
 
-    found: list[Path] = []
+    found: list[Path | str] = []
     for pattern in patterns:
-        if "://" in pattern or pattern.startswith("pipe:"):
-            raise ShardError(f"{pattern}: only local shards can be indexed; copy or mount them first")
-        shards = sorted(_expand(pattern), key=lambda path: natural_key(str(path)))
+        check_url(pattern)
+        place = _as_place(pattern)
+        named: Iterator[Path | str] = _expand(place) if isinstance(place, Path) else _expand_url(place, storage)
+        shards = sorted(named, key=lambda shard: natural_key(str(shard)))
         if not shards:
             raise ShardError(f"{pattern}: no shard here; expected a .tar file, a folder that holds some, or a pattern")
         found += shards
     return found
 
 
-def _expand(pattern: str) -> Iterator[Path]:
-    path = Path(pattern)
+def _as_place(text: str) -> Path | str:
+    from data_pipes.urls import is_remote, local_path
+
+    return text.rstrip("/") if is_remote(text) else local_path(text)
+
+
+def _expand(path: Path) -> Iterator[Path]:
+    pattern = str(path)
     if path.is_dir():
         yield from (child for child in path.iterdir() if child.name.endswith(_SHARD_SUFFIXES) and child.is_file())
     elif path.exists():
@@ -128,22 +162,43 @@ def _expand(pattern: str) -> Iterator[Path]:
         yield from map(Path, glob.glob(pattern, recursive=True))
 
 
-def _common_folder(shards: Sequence[Path]) -> Path:
-    from data_pipes.index import ShardError
+def _expand_url(pattern: str, storage: Storage | None) -> Iterator[str]:
+    from webdataset.shardlists import expand_urls
 
-    folders = sorted({shard.parent for shard in shards})
+    from data_pipes.storage import Storage
+
+    storage = storage or Storage()
+    for url in expand_urls(pattern):
+        path = url.partition("?")[0]
+        if "*" in url:
+            yield from storage.list(url)
+        elif path.endswith(_SHARD_SUFFIXES):
+            yield url  # it must exist: a gap in the numbers is an error
+        else:
+            yield from (found for found in storage.list(url) if found.endswith(_SHARD_SUFFIXES))
+
+
+def _common_folder(shards: Sequence[Path | str]) -> Path | str:
+    from data_pipes.index import ShardError
+    from data_pipes.urls import scheme_of
+
+    folders = sorted(
+        {shard.parent if isinstance(shard, Path) else shard.rpartition("/")[0] for shard in shards}, key=str
+    )
     if len(folders) > 1:
         raise ShardError(f"the shards lie in {len(folders)} folders, e.g. {folders[0]} and {folders[1]}; give --out")
+    if scheme_of(str(folders[0])) in ("http", "https"):
+        raise ShardError(f"{folders[0]}: web servers take no files; name a folder for the index with --out")
     return folders[0]
 
 
-def _class_names(file: str | None, out: Path) -> tuple[str, ...]:
+def _class_names(file: str | None, out: Path | str, storage: Storage) -> tuple[str, ...]:
     """From the file, else those of the manifest that is replaced: indexing again must not lose them."""
     from data_pipes.index import Manifest
 
     if file is not None:
         return tuple(line.strip() for line in Path(file).read_text(encoding="utf-8").rstrip().splitlines())
     try:
-        return Manifest.load(out).classes
-    except ValueError:
+        return Manifest.load(out, storage).classes
+    except (ValueError, OSError):
         return ()

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from tiny_shards import picture, write_shards
 
 from data_pipes import reader as reader_module
 from data_pipes.index import Manifest, index_shards
-from data_pipes.reader import LocalSource, ShardReader
+from data_pipes.reader import LocalFile, ShardReader
 from data_pipes.shard_index import ShardError
+from tests.data_pipes.tiny_shards import picture, write_shards
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_few_handles_and_indexes_stay_open(manifest: Manifest, monkeypatch: pyte
     for _ in range(3):
         for shard in (0, 1, 2):
             reader.read(shard, 0)
-            assert len(reader._sources) <= 2
+            assert len(reader._files) <= 2
             assert reader._num_indexed == sum(index.num_samples for index in reader._indexes.values()) <= 7
     reader.close()
     assert reader.read(2, 1).key == "000009"
@@ -137,7 +137,7 @@ def test_threads_and_copies_share_nothing_harmful(manifest: Manifest, monkeypatc
 
 def test_local_source_reads_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "f").write_bytes(bytes(range(100)))
-    source = LocalSource(tmp_path / "f")
+    source = LocalFile(tmp_path / "f")
     pread = reader_module.os.pread
     monkeypatch.setattr(reader_module.os, "pread", lambda handle, length, offset: pread(handle, min(length, 7), offset))
     assert source.read(10, 50) == bytes(range(10, 60))
