@@ -1,37 +1,37 @@
-"""From a global sample position to a transformed picture, its label and its key.
+"""From a global sample position to a transformed sample, its label and its key.
 
 Enters: requests (positions and where their samples lie). Leaves: batches of one tensor, with the bad samples met on the
 way. Why it exists: here, and only here, is decided what a position yields, so that ranks, threads and processes cannot
-differ. Legend: B samples of a batch, C channels, H/W pixels.
+differ. Legend: B samples of a batch, C channels, H/W pixels, T frames, R clips of one video.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipes.decode import DEFAULT_MAX_PIXELS, SampleError, decode_image
+from data_pipes.cache import ChunkCache
+from data_pipes.collection import Collection, Place
 from data_pipes.hashing import Int64s, hash_uniform
-from data_pipes.image import TrainTransform
 from data_pipes.manifest import Manifest
+from data_pipes.members import caption_of, label_of, metadata_of
+from data_pipes.mixture import MixtureOrder
 from data_pipes.order import Order
 from data_pipes.quarantine import BadDataError, BadSample
 from data_pipes.reader import RawSample, ShardReader
+from data_pipes.recipe import Recipe
+from data_pipes.sample_error import SampleError
 from data_pipes.shard_index import ShardError
+from data_pipes.storage import Storage
 
-IMAGE_EXTENSIONS = (
-    "jpg jpeg png webp npy tif tiff bmp gif ppm pgm pbm pnm jp2 avif tga qoi".split()  # noqa: SIM905
-)
-"""Members that are pictures, in the order of preference where a sample has several."""
 _MAX_SUBSTITUTES = 16
 _AUGMENTATION = 0
-_DTYPES = {8: torch.uint8, 16: torch.uint16}
 
 
 @dataclass(frozen=True)
@@ -39,46 +39,40 @@ class Batch:
     """A micro-batch."""
 
     images: Tensor
-    # [B, C, H, W] uint8 or uint16, contiguous
+    # [B, C, H, W] uint8 or uint16, contiguous; of videos [B, R, C, T, H, W]
     labels: Tensor
     # [B] int64, -1 where there is none
     positions: Tensor
     # [B] int64, global sample positions
     keys: list[str]
     # [B]; of the substitute where a sample was bad
+    sources: Tensor | None = None
+    # [B] int64, number of the data set in a mixture; None: there is only one
+    captions: list[str | None] | None = None
+    # [B], where data.captions asks for them
+    metadata: list[dict[str, Any] | None] | None = None
+    # [B], where data.metadata asks for it
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device; from page-locked memory without waiting for the copy."""
-        images, labels, positions = (
-            tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels, self.positions)
-        )
-        return Batch(images, labels, positions, self.keys)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory, from which copies to a CUDA device overlap with work."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.positions.pin_memory(), self.keys)
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, move: Any) -> Batch:
+        sources = None if self.sources is None else move(self.sources)
+        return replace(
+            self, images=move(self.images), labels=move(self.labels), positions=move(self.positions), sources=sources
+        )
 
 
 class Request(NamedTuple):
     """What a worker is asked for. The places come along, so that workers plan an epoch only to replace a bad sample."""
 
     positions: Int64s  # [B]
-    shards: Int64s  # [B]
-    samples: Int64s  # [B]
-
-
-@dataclass
-class Timings:
-    """CPU work of a batch's worker, in seconds of wall time."""
-
-    read_s: float = 0.0
-    decode_s: float = 0.0
-    transform_s: float = 0.0
-
-    def add(self, other: Timings) -> None:
-        self.read_s += other.read_s
-        self.decode_s += other.decode_s
-        self.transform_s += other.transform_s
+    places: list[Place]  # [B]
 
 
 @dataclass(frozen=True)
@@ -87,41 +81,60 @@ class Loaded:
 
     batch: Batch | None
     bad: tuple[BadSample, ...] = ()
-    timings: Timings = field(default_factory=Timings)
+    sums: dict[str, float] = field(default_factory=dict)
+    # what the worker counted meanwhile: read_s, decode_s (all of the recipe), requests, cache_hits, ...
     error: BadDataError | ShardError | None = None
 
     def pin_memory(self) -> Loaded:
-        pinned = None if self.batch is None else self.batch.pin_memory()
-        return Loaded(pinned, self.bad, self.timings, self.error)
+        return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
 
 
-class ImageDataset:
-    """Pictures in the order of training, endless. Safe for threads; cheap to pickle."""
+@dataclass(frozen=True)
+class Extras:
+    """What a batch holds beside its tensors."""
+
+    label_key: str | None = None
+    # name of the label in the json member, where a sample has no cls; None: only cls counts
+    captions: bool = False
+    metadata: bool = False
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """The members that are read for it."""
+        json = ("json",) if self.label_key is not None or self.metadata or self.captions else ()
+        return ("cls", *json, *(("txt", "caption") if self.captions else ()))
+
+
+class SampleDataset:
+    """Samples in the order of training, endless. Safe for threads; cheap to pickle."""
 
     def __init__(
         self,
-        manifest: Manifest,
-        order: Order,
-        transform: TrainTransform,
+        source: Manifest | Collection,
+        order: Order | MixtureOrder,
+        recipe: Recipe,
         *,
-        channels: int = 3,
-        bit_depth: int = 8,
-        max_pixels: int = DEFAULT_MAX_PIXELS,
+        extras: Extras | None = None,
+        storage: Storage | None = None,
+        cache: ChunkCache | None = None,
     ) -> None:
-        """channels: of the batches. bit_depth: 8 or 16; in a data set of 16 bits, 8-bit pictures are widened."""
-        if bit_depth not in _DTYPES:
-            raise ValueError(f"data.bit_depth is {bit_depth}; expected 8 or 16")
-        self.manifest, self.order, self.transform = manifest, order, transform
-        self.channels, self.dtype, self.max_pixels = channels, _DTYPES[bit_depth], max_pixels
-        self._reader = ShardReader(manifest, (*IMAGE_EXTENSIONS, "cls"))
+        """storage, cache: for shards in a store."""
+        self.collection, self.order, self.recipe = Collection.of(source), order, recipe
+        self.extras = extras or Extras()
+        self.reader = ShardReader(self.collection, (*recipe.extensions, *self.extras.extensions), storage, cache)
 
     def request(self, positions: Int64s) -> Request:
         """The request for positions [B]."""
         located = self.order.locate(positions)
-        return Request(positions, located.shard, located.sample)
+        places = []
+        columns = located.shard.tolist(), located.sample.tolist(), located.chunk.tolist()
+        for shard, sample, chunk in zip(*columns, strict=True):
+            _, first, count = self.order.chunk_samples(chunk)
+            places.append(Place(shard, sample, first, count))
+        return Request(positions, places)
 
     def item(self, position: int) -> tuple[Tensor, int, str]:
-        """(image [C, H, W], label, key) at one position. Raises BadDataError and ShardError as `load` reports them."""
+        """(tensor, label, key) at one position. Raises BadDataError and ShardError as `load` reports them."""
         loaded = self.load(self.request(np.array([position], np.int64)))
         if loaded.batch is None:
             assert loaded.error is not None
@@ -130,89 +143,102 @@ class ImageDataset:
 
     def load(self, request: Request) -> Loaded:
         """Reads, decodes and transforms one batch. Bad samples are replaced and listed."""
-        size = len(request.positions)
-        images = torch.empty((size, self.channels, *self.transform.size), dtype=self.dtype)
-        labels, keys = torch.empty(size, dtype=torch.int64), []
-        bad: list[BadSample] = []
-        timings = Timings()
-        uniforms = hash_uniform(
-            self.order.config.seed, request.positions, _AUGMENTATION, self.transform.num_uniforms
-        ).tolist()
-        for i, position in enumerate(request.positions.tolist()):
-            place = int(request.shards[i]), int(request.samples[i])
-            try:
-                images[i], labels[i], key = self._usable(position, place, uniforms[i], bad, timings)
-            except (ShardError, BadDataError) as error:
-                return Loaded(None, tuple(bad), timings, error)
-            keys.append(key)
-        return Loaded(Batch(images, labels, torch.from_numpy(request.positions), keys), tuple(bad), timings)
+        building = _Building(self, request)
+        try:
+            building.fill(self.reader.read_many(request.places))
+        except (ShardError, BadDataError) as error:
+            return Loaded(None, tuple(building.bad), building.sums(), error)
+        return Loaded(building.batch(), tuple(building.bad), building.sums())
 
-    def _usable(
-        self,
-        position: int,
-        place: tuple[int, int],
-        uniforms: Sequence[float],
-        bad: list[BadSample],
-        timings: Timings,
-    ) -> tuple[Tensor, int, str]:
-        """The sample at `place`, or the first usable substitute; failures are added to `bad`."""
-        own = len(bad)
-        for attempt in range(_MAX_SUBSTITUTES + 1):
-            shard, sample = self.order.substitute(position, attempt) if attempt else place
-            try:
-                return self._load_one(shard, sample, uniforms, timings)
-            except SampleError as error:
-                url, key = self.manifest.shards[shard].url, self._reader.key(shard, sample)
-                bad.append(BadSample(url, key, error.cause, str(error), position, attempt > 0))
-            except ShardError:
-                raise
-            except Exception as error:
-                url, key = self.manifest.shards[shard].url, self._reader.key(shard, sample)
-                error.add_note(f"while loading {key} of {url}, position {position}")
-                raise
-        first = bad[own]
+    def uniforms(self, positions: Int64s) -> list[list[float]]:
+        """[B][num_uniforms] numbers in [0, 1), of each position for itself."""
+        rows: list[list[float]] = hash_uniform(
+            self.order.config.seed, positions, _AUGMENTATION, self.recipe.num_uniforms
+        ).tolist()
+        return rows
+
+
+class _Building:
+    """One batch while it is being made."""
+
+    def __init__(self, dataset: SampleDataset, request: Request) -> None:
+        size, recipe = len(request.positions), dataset.recipe
+        self.dataset, self.request, self.extras = dataset, request, dataset.extras
+        self.images = torch.empty((size, *recipe.shape), dtype=recipe.dtype)
+        self.labels = torch.empty(size, dtype=torch.int64)
+        self.sources = torch.empty(size, dtype=torch.int64)
+        self.keys: list[str] = []
+        self.captions: list[str | None] = []
+        self.metadata: list[dict[str, Any] | None] = []
+        self.bad: list[BadSample] = []
+        self.read_s = self.recipe_s = 0.0
+
+    def fill(self, raws: Iterator[RawSample]) -> None:
+        """Takes the samples as they were asked for; replaces the bad ones."""
+        uniforms = self.dataset.uniforms(self.request.positions)
+        for i, place in enumerate(self.request.places):
+            started = time.perf_counter()
+            raw = next(raws)
+            self.read_s += time.perf_counter() - started
+            error = self._try(i, place.shard, place.sample, raw, uniforms[i], is_substitute=False)
+            if error is not None:
+                self._substitute(i, uniforms[i], self.bad[-1])
+
+    def _substitute(self, i: int, uniforms: Sequence[float], first: BadSample) -> None:
+        for attempt in range(1, _MAX_SUBSTITUTES + 1):
+            shard, sample = self.dataset.order.substitute(first.position, attempt)
+            raw = self.dataset.reader.read(shard, sample)
+            if self._try(i, shard, sample, raw, uniforms, is_substitute=True) is None:
+                return
         raise BadDataError(
-            f"the sample at position {position} and {_MAX_SUBSTITUTES} substitutes are all bad. The first: {first.key} "
-            f"in {first.shard}: {first.error}. Check the data set, data.max_pixels and the model's channels"
+            f"the sample at position {first.position} and {_MAX_SUBSTITUTES} substitutes are all bad. The first: "
+            f"{first.key} in {first.shard}: {first.error}. Check the data set, data.max_pixels and the model's channels"
         )
 
-    def _load_one(
-        self, shard: int, sample: int, uniforms: Sequence[float], timings: Timings
-    ) -> tuple[Tensor, int, str]:
+    def _try(
+        self, i: int, shard: int, sample: int, raw: RawSample, uniforms: Sequence[float], *, is_substitute: bool
+    ) -> SampleError | None:
+        """Puts one sample into row i, or lists it as bad."""
         started = time.perf_counter()
-        raw = self._reader.read(shard, sample)
-        read = time.perf_counter()
-        label = label_of(raw, len(self.manifest.classes))
-        picture = picture_of(raw, self.channels, self.dtype, self.max_pixels)
-        decoded = time.perf_counter()
-        image = self.transform(picture, uniforms)
-        timings.add(Timings(read - started, decoded - read, time.perf_counter() - decoded))
-        return image, label, raw.key
+        collection, position = self.dataset.collection, int(self.request.positions[i])
+        try:
+            self._put(i, shard, raw, uniforms)
+        except SampleError as error:
+            url = collection.entry(shard).url
+            self.bad.append(BadSample(url, raw.key, error.cause, str(error), position, is_substitute))
+            return error
+        except Exception as error:
+            error.add_note(f"while loading {raw.key} of {collection.shard_url(shard)}, position {position}")
+            raise
+        finally:
+            self.recipe_s += time.perf_counter() - started
+        return None
 
+    def _put(self, i: int, shard: int, raw: RawSample, uniforms: Sequence[float]) -> None:
+        collection, extras = self.dataset.collection, self.extras
+        source = collection.source(shard)
+        label = label_of(raw, collection.manifests[source].classes, extras.label_key or "")
+        caption = caption_of(raw) if extras.captions else None
+        metadata = metadata_of(raw) if extras.metadata else None
+        self.images[i] = self.dataset.recipe(raw, uniforms)
+        self.labels[i], self.sources[i] = collection.common_label(shard, label), source
+        self.keys.append(raw.key)
+        self.captions.append(caption)
+        self.metadata.append(metadata)
 
-def picture_of(raw: RawSample, channels: int | None, dtype: torch.dtype, max_pixels: int) -> Tensor:
-    """The decoded picture [C, H, W] of a sample. Raises SampleError: "no_image", "bit_depth" and as decode_image."""
-    for extension in IMAGE_EXTENSIONS:
-        if extension in raw.members:
-            image = decode_image(raw.members[extension], channels, max_pixels)
-            break
-    else:
-        raise SampleError("no_image", f"no picture among the members {list(raw.found)}")
-    if image.dtype == dtype:
-        return image
-    if dtype == torch.uint8:
-        raise SampleError("bit_depth", "16-bit picture in a data set of 8 bits; set data.bit_depth=16")
-    return (image.to(torch.int32) * 257).to(dtype)
+    def batch(self) -> Batch:
+        """The whole batch."""
+        return Batch(
+            self.images,
+            self.labels,
+            torch.from_numpy(self.request.positions),
+            self.keys,
+            self.sources if len(self.dataset.collection.manifests) > 1 else None,
+            self.captions if self.extras.captions else None,
+            self.metadata if self.extras.metadata else None,
+        )
 
-
-def label_of(raw: RawSample, num_classes: int) -> int:
-    """The class in the member `cls`, -1 without one. Raises SampleError "label" when it is no integer in ASCII digits
-    or not below `num_classes` (0: unknown).
-    """
-    if "cls" not in raw.members:
-        return -1
-    text = raw.members["cls"].strip()
-    if not text.isdigit() or len(text) > 9 or (num_classes and int(text) >= num_classes):
-        expected = f"0 to {num_classes - 1}" if num_classes else "an integer in ASCII digits"
-        raise SampleError("label", f"the label (.cls) is {text[:40]!r}; expected {expected}")
-    return int(text)
+    def sums(self) -> dict[str, float]:
+        """What was counted while it was made."""
+        counted = {"read_s": self.read_s, "decode_s": self.recipe_s, "samples_loaded": float(len(self.keys))}
+        return counted | self.dataset.reader.take_sums()

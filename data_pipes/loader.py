@@ -6,58 +6,44 @@ device and normalises there. Why it exists: the trainer's data state is one inte
     dataset = open_dataset(config, image_size=(224, 224), channels=3, global_batch=plan.global_batch, state=None)
     loader = Loader(dataset, plan, config, quarantine_dir=run_dir / "quarantine")
     for batch in loader.batches(position): ...      # plan.accumulate batches make one optimizer step
-    checkpoint["data"] = dataset.order.state(position)      # position grows by global_batch per step
+    checkpoint["data"] = loader.state(position)     # position grows by global_batch per step
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from data_pipes.dataset import Batch, ImageDataset, Request, Timings
-from data_pipes.decode import DEFAULT_MAX_PIXELS
-from data_pipes.image import TrainTransform
-from data_pipes.manifest import Manifest
-from data_pipes.order import Order, OrderConfig
+from data_pipes.collection import Collection
+from data_pipes.config import DataConfig, open_collection, open_dataset
+from data_pipes.dataset import Batch, Request, SampleDataset
+from data_pipes.hashing import Int64s
+from data_pipes.mixture import MixtureOrder
+from data_pipes.prefetch import Prefetcher
 from data_pipes.quarantine import BadDataError, BadSample, Quarantine
+from data_pipes.tally import Tally
+from data_pipes.unindexed import UnindexedLoader, open_unindexed
 from data_pipes.workers import make_workers
 
-__all__ = ["BadDataError", "BadSample", "Batch", "BatchPlan", "DataConfig", "ImageDataset", "Loader", "open_dataset"]
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the pictures come from and how they are loaded. Size and channels belong to the model."""
-
-    train: str = "???"
-    # folder of the training data set: the one with manifest.json
-    val: str | None = None
-    # folder of the validation data set; None: no validation
-    workers: int = 0
-    # per rank; 0: the training thread loads, when it needs a batch
-    worker_kind: Literal["thread", "process"] = "thread"
-    # threads cost less CPU; processes help where many workers would queue for Python's lock
-    prefetch: int = 2
-    # micro-batches loaded ahead, per worker
-    max_bad_fraction: float = 0.01
-    # of the samples consumed by a rank in this run; more bad samples stop the run
-    order: OrderConfig = field(default_factory=OrderConfig)
-    # see OrderConfig
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    # area of the random crop, as a fraction of the picture
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    # width / height of the random crop
-    flip: float = 0.5
-    # probability of a left-right flip; 0: never
-    max_pixels: int = DEFAULT_MAX_PIXELS
-    # height * width of a picture, read from its header; larger ones count as bad
-    bit_depth: int = 8
-    # bits per channel of the batches, 8 or 16
+__all__ = [
+    "BadDataError",
+    "BadSample",
+    "Batch",
+    "BatchPlan",
+    "DataConfig",
+    "Loader",
+    "SampleDataset",
+    "open_collection",
+    "open_dataset",
+    "open_loader",
+]
 
 
 @dataclass(frozen=True)
@@ -70,6 +56,8 @@ class BatchPlan:
     # samples per rank and forward pass
     rank: int = 0
     world_size: int = 1
+    ranks_per_node: int = 1
+    # which share a cache
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -100,34 +88,16 @@ class BatchPlan:
                 yield first + number * self.micro_batch
             position += self.global_batch
 
+    def micro_batches(self, position: int) -> Iterator[Int64s]:
+        """The positions of each micro-batch of this rank, as `micro_batch_starts`."""
+        for first in self.micro_batch_starts(position):
+            yield np.arange(first, first + self.micro_batch, dtype=np.int64)
 
-def open_dataset(
-    config: DataConfig,
-    *,
-    image_size: tuple[int, int],
-    channels: int,
-    global_batch: int,
-    state: Mapping[str, Any] | None = None,
-) -> ImageDataset:
-    """The training data set. state: of the checkpoint that is resumed, as Order.state wrote it; None: a new run, in
-    which `global_batch` decides the number of streams. Raises ValueError, also when the state does not fit the data.
-    """
-    if config.max_pixels > 2 * DEFAULT_MAX_PIXELS:
-        raise ValueError(f"data.max_pixels is {config.max_pixels:,}; PIL reads at most {2 * DEFAULT_MAX_PIXELS:,}")
-    if config.train in ("", "???"):
-        raise ValueError("data.train is missing: name the folder of a data set, made with `tessera pack SRC OUT`")
-    transform = TrainTransform(image_size, config.crop_scale, config.crop_ratio, config.flip)
-    manifest = Manifest.load(config.train)
-    samples = [shard.num_samples for shard in manifest.shards]
-    size_bytes = [shard.size_bytes for shard in manifest.shards]
-    if state is None:
-        decided = config.order.with_streams(manifest.num_samples, global_batch)
-        order = Order(samples, size_bytes, decided, manifest.fingerprint)
-    else:
-        order = Order.from_state(state, samples, size_bytes, config.order, manifest.fingerprint)
-    return ImageDataset(
-        manifest, order, transform, channels=channels, bit_depth=config.bit_depth, max_pixels=config.max_pixels
-    )
+    def on_this_node(self, positions: Int64s, start: int) -> NDArray[np.bool_]:
+        """Which positions this rank's node will consume, of a run that goes on at `start`."""
+        rank = (positions - start) % self.global_batch // (self.global_batch // self.world_size)
+        ours: NDArray[np.bool_] = rank // self.ranks_per_node == self.rank // self.ranks_per_node
+        return ours & (positions >= start)
 
 
 class Loader:
@@ -135,7 +105,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: SampleDataset,
         plan: BatchPlan,
         config: DataConfig,
         *,
@@ -147,9 +117,28 @@ class Loader:
         pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._workers = make_workers(dataset, config.workers, config.worker_kind, config.prefetch, pin_memory)
         path = None if quarantine_dir is None else quarantine_dir / f"rank{plan.rank:05d}.jsonl"
-        self.bad = Quarantine(path, config.max_bad_fraction, dataset.manifest.num_samples)
-        self.timings = Timings()
+        self.bad = Quarantine(path, config.max_bad_fraction, dataset.collection.num_samples)
+        self.tally = Tally()
         self._active: Generator[Batch] | None = None
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Of a mixture: of all sources together."""
+        return self.dataset.order.num_samples
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Of the data sets, in order."""
+        return self.dataset.collection.names
+
+    def wanted_shares(self, position: int) -> list[float]:
+        """The share of each source that a mixture asks for at a position; empty for a single data set."""
+        order = self.dataset.order
+        return order.wanted_shares(position) if isinstance(order, MixtureOrder) else []
+
+    def state(self, position: int) -> dict[str, Any]:
+        """All that is needed to go on from `position` (samples consumed by the trainer), as JSON."""
+        return dict(self.dataset.order.state(position))
 
     def batches(self, position: int) -> Iterator[Batch]:
         """This rank's micro-batches, endless: `plan.accumulate` of them for the step over [position, position + G),
@@ -172,9 +161,19 @@ class Loader:
 
     def _consumed(self, position: int) -> Generator[Batch]:
         answers = self._workers.run(self._requests(position))
+        prefetcher = None
+        if self.dataset.reader.cache is not None:
+            on_this_node = partial(self.plan.on_this_node, start=position)
+            prefetcher = Prefetcher(self.dataset, self.plan.micro_batches(position), on_this_node, position)
         try:
-            for loaded in answers:
-                self.timings.add(loaded.timings)
+            for number, loaded in enumerate(answers):
+                self.tally.merge(loaded.sums)
+                self.tally.add("ready_batches", self._workers.num_ready())
+                self.tally.add("batches")
+                if prefetcher is not None:
+                    prefetcher.advance(position + number // self.plan.accumulate * self.plan.global_batch)
+                    self.tally.merge(prefetcher.reader.take_sums())
+                self._count(loaded.batch)
                 self.bad.record(0 if loaded.batch is None else len(loaded.batch.keys), loaded.bad)
                 if loaded.error is not None:
                     raise loaded.error
@@ -182,7 +181,37 @@ class Loader:
                 yield loaded.batch
         finally:
             answers.close()
+            if prefetcher is not None:
+                prefetcher.close()
+
+    def _count(self, batch: Batch | None) -> None:
+        if batch is not None and batch.sources is not None:
+            for source, count in enumerate(torch.bincount(batch.sources).tolist()):
+                self.tally.add(f"source_{source}", count)
 
     def _requests(self, position: int) -> Iterator[Request]:
-        for first in self.plan.micro_batch_starts(position):
-            yield self.dataset.request(np.arange(first, first + self.plan.micro_batch, dtype=np.int64))
+        return map(self.dataset.request, self.plan.micro_batches(position))
+
+
+def open_loader(
+    config: DataConfig,
+    plan: BatchPlan,
+    *,
+    image_size: tuple[int, int],
+    channels: int,
+    state: Mapping[str, Any] | None,
+    collection: Collection | None = None,
+    quarantine_dir: Path | None = None,
+) -> Loader | UnindexedLoader:
+    """The loader that a configuration asks for; arguments as `open_dataset`, `open_unindexed` and `Loader`."""
+    if config.unindexed is not None:
+        return open_unindexed(config, plan, image_size, channels, state, quarantine_dir)
+    dataset = open_dataset(
+        config,
+        image_size=image_size,
+        channels=channels,
+        global_batch=plan.global_batch,
+        state=state,
+        collection=collection,
+    )
+    return Loader(dataset, plan, config, quarantine_dir=quarantine_dir)

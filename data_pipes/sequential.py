@@ -8,17 +8,20 @@ would change the figure silently.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data_pipes.dataset import IMAGE_EXTENSIONS, label_of, picture_of
+from data_pipes.collection import Place
 from data_pipes.decode import DEFAULT_MAX_PIXELS, SampleError
 from data_pipes.image import EvalTransform
 from data_pipes.manifest import Manifest
-from data_pipes.reader import ShardReader
+from data_pipes.members import IMAGE_EXTENSIONS, label_of, picture_of
+from data_pipes.reader import RawSample, ShardReader
+from data_pipes.storage import Storage, StorageConfig
 
 
 class SequentialImages(Dataset[tuple[Tensor, int]]):
@@ -32,25 +35,38 @@ class SequentialImages(Dataset[tuple[Tensor, int]]):
         channels: int = 3,
         bit_depth: int = 8,
         max_pixels: int = DEFAULT_MAX_PIXELS,
+        label_key: str | None = None,
+        storage: StorageConfig | None = None,
     ) -> None:
-        """source: a data set's folder or its manifest. bit_depth: 8 or 16, of the pictures returned."""
+        """source: a data set's folder or URL, or its manifest. bit_depth: 8 or 16, of the pictures returned. label_key:
+        see DataConfig. storage: how shards in a store are requested.
+        """
         if bit_depth not in (8, 16):
             raise ValueError(f"bit_depth is {bit_depth}; expected 8 or 16")
-        self.manifest = source if isinstance(source, Manifest) else Manifest.load(source)
+        self.manifest = source if isinstance(source, Manifest) else Manifest.load(source, Storage(storage))
+        self.label_key = label_key
         self.transform, self.channels, self.max_pixels = transform, channels, max_pixels
         self._dtype = torch.uint8 if bit_depth == 8 else torch.uint16
         self._ends = np.cumsum([shard.num_samples for shard in self.manifest.shards])
-        self._reader = ShardReader(self.manifest, (*IMAGE_EXTENSIONS, "cls"))
+        members = (*IMAGE_EXTENSIONS, "cls", *(() if label_key is None else ("json",)))
+        self._reader = ShardReader(self.manifest, members, Storage(storage))
 
     def __len__(self) -> int:
         return self.manifest.num_samples
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Raises SampleError for a bad sample, ShardError for a changed shard, both with their names."""
-        shard, sample = self._place(index)
-        raw = self._reader.read(shard, sample)
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """Several at once, as DataLoader asks for them: from a store they come in one round trip."""
+        places = [self._place(index) for index in indices]
+        raws = self._reader.read_many([Place(shard, sample) for shard, sample in places])
+        return [self._usable(shard, raw) for (shard, _), raw in zip(places, raws, strict=True)]
+
+    def _usable(self, shard: int, raw: RawSample) -> tuple[Tensor, int]:
         try:
-            label = label_of(raw, len(self.manifest.classes))
+            label = label_of(raw, self.manifest.classes, self.label_key or "")
             picture = picture_of(raw, self.channels, self._dtype, self.max_pixels)
             return self.transform(picture).contiguous(), label
         except SampleError as error:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data_pipes.dataset import ImageDataset, Loaded, Request
+from data_pipes.dataset import Loaded, Request, SampleDataset
 
 
 class Workers(ABC):
@@ -31,11 +31,15 @@ class Workers(ABC):
     def run(self, requests: Iterator[Request]) -> Generator[Loaded]:
         """The answers, in order. Closing the iterator stops the workers."""
 
+    def num_ready(self) -> int:
+        """Batches that wait for the trainer now; 0 where nobody knows."""
+        return 0
+
 
 class NoWorkers(Workers):
     """Loads in the calling thread, when asked."""
 
-    def __init__(self, dataset: ImageDataset, pin_memory: bool) -> None:
+    def __init__(self, dataset: SampleDataset, pin_memory: bool) -> None:
         self._dataset, self._pin_memory = dataset, pin_memory
 
     def run(self, requests: Iterator[Request]) -> Generator[Loaded]:
@@ -46,14 +50,18 @@ class NoWorkers(Workers):
 class ThreadWorkers(Workers):
     """Threads of this process. Decoding and resizing release the GIL; nothing is copied between processes."""
 
-    def __init__(self, dataset: ImageDataset, workers: int, prefetch: int, pin_memory: bool) -> None:
+    def __init__(self, dataset: SampleDataset, workers: int, prefetch: int, pin_memory: bool) -> None:
         self._dataset, self._workers, self._pin_memory = dataset, workers, pin_memory
         self._ahead = workers * prefetch
+        self._waiting: deque[Future[Loaded]] = deque()
+
+    def num_ready(self) -> int:
+        return sum(future.done() for future in self._waiting)
 
     def run(self, requests: Iterator[Request]) -> Generator[Loaded]:
-        pool = _single_threaded_pool(self._workers)
+        pool = single_threaded_pool(self._workers)
         try:
-            waiting: deque[Future[Loaded]] = deque(
+            self._waiting = waiting = deque(
                 pool.submit(_load, self._dataset, request, self._pin_memory)
                 for request in islice(requests, self._ahead)
             )
@@ -70,7 +78,7 @@ class ThreadWorkers(Workers):
 class ProcessWorkers(Workers):
     """Processes, through torch's DataLoader: whole batches, in order, passed back in shared memory."""
 
-    def __init__(self, dataset: ImageDataset, workers: int, prefetch: int, pin_memory: bool) -> None:
+    def __init__(self, dataset: SampleDataset, workers: int, prefetch: int, pin_memory: bool) -> None:
         self._dataset, self._workers, self._prefetch, self._pin_memory = dataset, workers, prefetch, pin_memory
 
     def run(self, requests: Iterator[Request]) -> Generator[Loaded]:
@@ -94,8 +102,9 @@ class ProcessWorkers(Workers):
                     loaded = next(answers)
                 except StopIteration:
                     return
-                except RuntimeError as error:
-                    if "exited unexpectedly" not in str(error):
+                except (RuntimeError, ConnectionError, EOFError) as error:
+                    # ConnectionError, EOFError: it died while its tensors were handed over
+                    if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
                         raise
                     raise RuntimeError(
                         f"a data worker process died ({error}); usually the machine's memory or /dev/shm ran out: "
@@ -109,7 +118,7 @@ class ProcessWorkers(Workers):
 class _Requested(Dataset[Loaded]):
     """The dataset as DataLoader wants it: one item is one request's answer."""
 
-    def __init__(self, dataset: ImageDataset) -> None:
+    def __init__(self, dataset: SampleDataset) -> None:
         self._dataset = dataset
 
     def __getitem__(self, request: Request) -> Loaded:
@@ -126,7 +135,7 @@ class _RequestSampler(Sampler[Request]):
         return self._requests
 
 
-def make_workers(dataset: ImageDataset, workers: int, kind: str, prefetch: int, pin_memory: bool) -> Workers:
+def make_workers(dataset: SampleDataset, workers: int, kind: str, prefetch: int, pin_memory: bool) -> Workers:
     """The workers that a configuration asks for. kind: "thread" or "process"; 0 workers: the calling thread."""
     if workers < 0 or prefetch < 1:
         raise ValueError(f"data.workers is {workers} and data.prefetch {prefetch}; expected >= 0 and >= 1")
@@ -139,7 +148,7 @@ def make_workers(dataset: ImageDataset, workers: int, kind: str, prefetch: int, 
     raise ValueError(f"data.worker_kind is {kind!r}; expected 'thread' or 'process'")
 
 
-def _load(dataset: ImageDataset, request: Request, pin_memory: bool) -> Loaded:
+def _load(dataset: SampleDataset, request: Request, pin_memory: bool) -> Loaded:
     loaded = dataset.load(request)
     return loaded.pin_memory() if pin_memory else loaded
 
@@ -148,7 +157,7 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _single_threaded_pool(workers: int) -> ThreadPoolExecutor:
+def single_threaded_pool(workers: int) -> ThreadPoolExecutor:
     """Threads in which torch's operators use one core each: 16 workers on 16 cores would start 256 threads otherwise.
 
     The number is a property of the thread that sets it, and the default of later threads; the caller restores that.

@@ -65,7 +65,8 @@ class Interval:
     num_samples: int = 0
     """Over all ranks."""
     num_micro_batches: int = 0
-    data_wait_s: float = 0.0
+    waits_s: list[float] = field(default_factory=list)
+    """For data, of each step."""
     sums: dict[str, Tensor] = field(default_factory=dict)
     grad_norm_sums: dict[str, float] = field(default_factory=dict)
     """By player; a norm that is not finite makes the mean so too."""
@@ -75,8 +76,10 @@ class Interval:
             known = self.sums.get(name)
             self.sums[name] = value.float() if known is None else known + value.float()
 
-    def add_step(self, num_samples: int, grad_norms: dict[str, float]) -> None:
+    def add_step(self, num_samples: int, grad_norms: dict[str, float], wait_s: float) -> None:
+        """wait_s: for data, of all the step's micro-batches."""
         self.num_steps += 1
+        self.waits_s.append(wait_s)
         self.num_samples += num_samples
         for player, norm in grad_norms.items():
             self.grad_norm_sums[player] = self.grad_norm_sums.get(player, 0.0) + norm
@@ -92,7 +95,7 @@ class Interval:
         *totals, bad = self.world.sum(torch.tensor([*means, num_bad], dtype=torch.float64)).tolist()
         memory = float(_memory_bytes(self.world.device))
         wait_s, slowest_s, memory = self.world.max(
-            torch.tensor([self.data_wait_s, wall_s, memory], dtype=torch.float64)
+            torch.tensor([sum(self.waits_s), wall_s, memory], dtype=torch.float64)
         ).tolist()
         samples_per_s = self.num_samples / slowest_s
         result = {f"train/{name}": total / self.world.size for name, total in zip(names, totals, strict=True)}
@@ -119,7 +122,7 @@ class Interval:
         """Starts a new interval now, so that validation and pictures do not count as training time."""
         self.begin_s = time.perf_counter()
         self.num_steps = self.num_samples = self.num_micro_batches = 0
-        self.data_wait_s = 0.0
+        self.waits_s = []
         self.sums, self.grad_norm_sums = {}, {}
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data_pipes.manifest import write_atomically
+from data_pipes.files import write_atomically
 
 LABELS = {
     "input": "input",

@@ -47,8 +47,8 @@ class ProgressLine:
             return
         text = (
             f"loss {metrics['train/loss']:.5f}  {metrics['throughput/samples_per_s']:,.0f} samples/s  "
-            f"data wait {100 * metrics['data/wait_fraction']:.1f}%  MFU {100 * metrics['throughput/mfu']:.1f}%  "
-            f"{_duration(seconds_left)} left"
+            f"data wait {100 * metrics['data/wait_fraction']:.1f}%  {_store(metrics)}"
+            f"MFU {100 * metrics['throughput/mfu']:.1f}%  {_duration(seconds_left)} left"
         )
         if self._live is not None:
             self._live.update(self._task, completed=step, text=text)
@@ -59,6 +59,15 @@ class ProgressLine:
         """A line of its own, above the bar."""
         if self.enabled:
             self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def _store(metrics: dict[str, float]) -> str:
+    """What came from an object store, and how much of it out of the cache."""
+    if "data/fetched_bytes_per_s" not in metrics:
+        return ""
+    cache = metrics.get("data/cache_hit_fraction")
+    hits = "" if cache is None else f", cache {100 * cache:.0f}%"
+    return f"fetched {metrics['data/fetched_bytes_per_s'] / 1e6:,.1f} MB/s{hits}  "
 
 
 def _duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipes.manifest import write_atomically
+from data_pipes.files import write_atomically
 from pretrain.curves import format_value, line_chart
 from pretrain.environment import redact_argument, redact_url
 from pretrain.journal import JOURNAL_NAME, MetricPoint, now_ms, read_journal, read_metrics
@@ -45,6 +45,16 @@ PANELS = (
     Panel("Gradient norm", ("train/grad_norm",), log=True),
     Panel("Throughput, samples/s over all ranks", ("throughput/samples_per_s",), from_zero=True),
     Panel("Waiting for data, % of the time, slowest rank", ("data/wait_fraction",), factor=100, from_zero=True),
+    Panel(
+        "Wait for data in a step, ms, slowest rank",
+        ("data/wait_p50_ms_per_step", "data/wait_p99_ms_per_step"),
+        from_zero=True,
+    ),
+    Panel("Loading, ms per sample", ("data/read_ms_per_sample", "data/decode_ms_per_sample"), from_zero=True),
+    Panel("Data, MB/s", ("data/used_bytes_per_s", "data/fetched_bytes_per_s"), factor=1e-6, from_zero=True),
+    Panel("Read amplification since the start", ("data/read_amplification",), from_zero=True),
+    Panel("Cache hits, %", ("data/cache_hit_fraction",), factor=100, from_zero=True),
+    Panel("Bad samples since the start", ("data/bad_samples",), from_zero=True),
     Panel("Model FLOPs utilisation, %", ("throughput/mfu",), factor=100, from_zero=True),
     Panel("Peak memory per rank, GiB", ("memory/peak_bytes_per_rank",), factor=2**-30, from_zero=True),
 )
@@ -187,12 +197,17 @@ def _chart(panel: Panel, curves: Curves, marks: Sequence[int]) -> dict[str, Any]
 
 
 def _panels(curves: Curves, marks: Sequence[int]) -> list[dict[str, Any]]:
-    charts = (_chart(panel, curves, marks) for panel in PANELS)
+    charts = (_chart(panel, curves, marks) for panel in (*PANELS, _mixture_panel(curves)))
     return [chart for chart in charts if chart is not None]
 
 
+def _mixture_panel(curves: Curves) -> Panel:
+    names = sorted(name for name in curves if name.startswith(("data/share_", "data/wanted_share_")))
+    return Panel("Shares of the sources, %, consumed and wanted", tuple(names), factor=100, from_zero=True)
+
+
 def _other_panels(curves: Curves, marks: Sequence[int]) -> list[dict[str, Any]]:
-    shown = {name for panel in PANELS for name in panel.metrics}
+    shown = {name for panel in (*PANELS, _mixture_panel(curves)) for name in panel.metrics}
     others = [name for name in sorted(curves) if name not in shown and not name.startswith("eval/")]
     charts = (_chart(Panel(name, (name,), log="loss" in name), curves, marks) for name in others)
     return [chart for chart in charts if chart is not None]

@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from data_pipes.manifest import write_atomically
+from data_pipes.files import write_atomically
 from pretrain.checkpoint import list_checkpoints
 from pretrain.config import ConfigError, RunConfig
 from pretrain.environment import environment, redact_argument

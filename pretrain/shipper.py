@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from data_pipes.manifest import write_atomically
+from data_pipes.files import write_atomically
 from pretrain.environment import redact_url
 from pretrain.journal import JOURNAL_NAME, JournalWriter, now_ms, read_lines
 from pretrain.journal_batches import ENTITIES_PER_CALL, METRICS_PER_CALL, NAME_LENGTH, TAG_LENGTH, Batch, read_batch

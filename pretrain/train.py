@@ -10,17 +10,21 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data_pipes.collection import Collection
 from data_pipes.image import EvalTransform
-from data_pipes.loader import Batch, BatchPlan, Loader, open_dataset
+from data_pipes.loader import Batch, BatchPlan, DataConfig, open_collection, open_loader
 from data_pipes.manifest import Manifest
 from data_pipes.sequential import SequentialImages
+from data_pipes.storage import Storage
 from pretrain.checkpoint import Checkpointer, rng_state, set_rng_state
 from pretrain.config import ConfigError, RunConfig
+from pretrain.data_metrics import DataMeter
 from pretrain.metrics import Interval, peak_flops
 from pretrain.objectives.base import Objective, Turn
 from pretrain.optim import scheduled_lr
@@ -44,20 +48,42 @@ def train(
     again safely; without it the processes join here and leave at the end.
     Raises ValueError (ConfigError, ShardError, CheckpointError) for the user's mistakes.
     """
-    plan, manifests = check(config)
+    plan, data = check(config)
     joined = world or dist.start(config.device, config.parallel.timeout_s)
     with StopRequest() as stop:
-        summary = _train(config, plan, manifests, joined, stop, config_path, overrides)
+        summary = _train(config, plan, data, joined, stop, config_path, overrides)
     if world is None:
         dist.stop()
     return summary
 
 
-def check(config: RunConfig) -> tuple[BatchPlan, dict[str, Manifest]]:
+@dataclass(frozen=True)
+class TrainingData:
+    """The data sets of a run, opened."""
+
+    collection: Collection | None
+    """What is trained on; None: shards that cannot be indexed."""
+    val: Manifest | None
+    num_samples: int
+    """Of an epoch; 0 where nobody knows."""
+
+    @property
+    def looked_at(self) -> Manifest | None:
+        """Where validation and pictures come from."""
+        return self.val or (None if self.collection is None else self.collection.manifests[0])
+
+
+def open_data(data: DataConfig) -> TrainingData:
+    """The manifests that a configuration names. Raises ValueError for what is missing or malformed."""
+    collection = None if data.unindexed is not None else open_collection(data)
+    val = None if data.val is None else Manifest.load(data.val, Storage(data.storage))
+    num_samples = collection.num_samples if collection is not None else 0
+    return TrainingData(collection, val, num_samples)
+
+
+def check(config: RunConfig) -> tuple[BatchPlan, TrainingData]:
     """Finds the user's mistakes that can be found without a device: data, batch accounting, model, length."""
-    manifests = {"train": Manifest.load(config.data.train)}
-    if config.data.val is not None:
-        manifests["val"] = Manifest.load(config.data.val)
+    data = open_data(config.data)
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     global_batch = config.train.global_batch
     plan = BatchPlan(
@@ -65,14 +91,20 @@ def check(config: RunConfig) -> tuple[BatchPlan, dict[str, Manifest]]:
         micro_batch=config.train.micro_batch or max(1, global_batch // world_size),
         rank=rank,
         world_size=world_size,
+        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
     if (config.train.epochs is None) == (config.train.steps is None):
         raise ConfigError(
             f"train.epochs is {config.train.epochs} and train.steps is {config.train.steps}; give exactly one"
         )
-    if total_samples(config, manifests["train"].num_samples) < global_batch:
+    if data.num_samples == 0 and (config.train.epochs is not None or config.optim.warmup_epochs):
         raise ConfigError(
-            f"the run is shorter than one step: {manifests['train'].num_samples} training samples, "
+            "train.epochs and optim.warmup_epochs need the number of samples, which nobody knows for data.unindexed; "
+            "give train.steps and optim.warmup_steps"
+        )
+    if total_samples(config, data.num_samples) < global_batch:
+        raise ConfigError(
+            f"the run is shorter than one step: {data.num_samples} training samples, "
             f"train.epochs={config.train.epochs}, train.global_batch={global_batch}; lower the batch or train longer"
         )
     if config.parallel.strategy == "single" and world_size > 1:
@@ -88,7 +120,7 @@ def check(config: RunConfig) -> tuple[BatchPlan, dict[str, Manifest]]:
     with torch.device("meta"):
         config.build_objective()
     dist.pick_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
-    return plan, manifests
+    return plan, data
 
 
 def initialize(objective: Objective, config: RunConfig) -> None:
@@ -140,14 +172,14 @@ def total_samples(config: RunConfig, num_samples: int) -> int:
 def _train(
     config: RunConfig,
     plan: BatchPlan,
-    manifests: dict[str, Manifest],
+    data: TrainingData,
     world: dist.World,
     stop: StopRequest,
     config_path: Path,
     overrides: Sequence[str],
 ) -> dict[str, Any]:
     # 1. The run's folder and identity.
-    run_dir, num_samples = config.run_dir, manifests["train"].num_samples
+    run_dir, num_samples = config.run_dir, data.num_samples
     identity: dict[str, Any] | None = None
     refusal: ValueError | None = None
     if world.is_main:
@@ -177,27 +209,31 @@ def _train(
     step, position = int(loop["step"]), int(loop["position"])
 
     # 4. Data, schedule, validation.
-    dataset = open_dataset(
+    loader = open_loader(
         config.data,
+        plan,
         image_size=objective.image_size,
         channels=objective.in_channels,
-        global_batch=plan.global_batch,
         state=loop["order"],
+        collection=data.collection,
+        quarantine_dir=run_dir / "quarantine",
     )
-    loader = Loader(dataset, plan, config.data, quarantine_dir=run_dir / "quarantine")
     total = total_samples(config, num_samples)
     warmup = config.optim.warmup_epochs * num_samples + config.optim.warmup_steps * plan.global_batch
     peak_lr = config.optim.peak_lr(plan.global_batch)
     last_step = step + max(0, total - position) // plan.global_batch
-    looked_at = manifests.get("val", manifests["train"])
-    samples = SequentialImages(
-        looked_at,
-        EvalTransform(objective.image_size),
-        channels=objective.in_channels,
-        bit_depth=config.data.bit_depth,
-        max_pixels=config.data.max_pixels,
-    )
-    validator = Validator(samples, config.train.val_samples, plan.micro_batch, config.train.num_pictures, world)
+    validator = None
+    if data.looked_at is not None and config.data.video is None:
+        samples = SequentialImages(
+            data.looked_at,
+            EvalTransform(objective.image_size),
+            channels=objective.in_channels,
+            bit_depth=config.data.bit_depth,
+            max_pixels=config.data.max_pixels,
+            label_key=config.data.label_key,
+            storage=config.data.storage,
+        )
+        validator = Validator(samples, config.train.val_samples, plan.micro_batch, config.train.num_pictures, world)
     save_every, val_every = config.checkpoint.every_steps, config.train.val_every or config.checkpoint.every_steps
 
     # 5. Tracking, on rank 0 alone.
@@ -207,12 +243,15 @@ def _train(
         tracker.start(config.as_dict(), identity, step=step)
     peak = peak_flops(world.device, bf16=strategy.bf16)
     interval = Interval(world, objective.flops_per_sample(), peak)
+    data_meter = DataMeter(world, loader.source_names)
     skipped_in_a_row, grad_norms = 0, dict[str, float]()
     first_step, started_s, metrics = step, time.perf_counter(), dict[str, float]()
 
     def look() -> dict[str, float]:
         """Validation loss and pictures, outside of the interval's time."""
-        found = validator.run(objective, strategy, step) if "val" in manifests else {}
+        if validator is None:
+            return {}
+        found = validator.run(objective, strategy, step) if data.val is not None else {}
         picture = run_dir / "pictures" / f"step-{step:08d}.png"
         validator.draw(objective, strategy, picture)
         if tracker is not None:
@@ -226,7 +265,7 @@ def _train(
             tracker.flush_to_disk()
         extra = {
             "position": position,
-            "order": dataset.order.state(position),
+            "order": loader.state(position),
             "run_uid": identity["run_uid"],
             "mlflow_run_id": tracker.mlflow_run_id if tracker is not None else None,
             "samples_per_epoch": num_samples,
@@ -238,6 +277,8 @@ def _train(
     with failing(tracker), ProgressLine(config.name, last_step, enabled=world.is_main) as progress:
         if checkpoint is not None:
             progress.say(f"resumed from {checkpoint} at sample {position:,} of {total:,}")
+        if data.collection is None:
+            progress.say("data.unindexed: the shards are read from front to back, so resume is approximate")
         batches = loader.batches(position)
         while step < last_step:
             lr = scheduled_lr(
@@ -248,10 +289,11 @@ def _train(
                 minimum=config.optim.min_lr,
                 schedule=config.optim.schedule,
             )
+            wait_s = 0.0
             for micro in range(plan.accumulate):
                 waiting_s = time.perf_counter()
                 batch = next(batches).to(world.device)
-                interval.data_wait_s += time.perf_counter() - waiting_s
+                wait_s += time.perf_counter() - waiting_s
                 last = micro == plan.accumulate - 1
                 strategy.accumulate(last)
                 for turn in each_turn(objective, strategy, batch, step):
@@ -262,7 +304,7 @@ def _train(
                 interval.num_micro_batches += 1
             step += 1
             position += plan.global_batch
-            interval.add_step(plan.global_batch, grad_norms)
+            interval.add_step(plan.global_batch, grad_norms, wait_s)
 
             all_finite = all(norm < float("inf") for norm in grad_norms.values())
             skipped_in_a_row = 0 if all_finite else skipped_in_a_row + 1
@@ -276,7 +318,15 @@ def _train(
                 )
 
             if step % config.train.log_every == 0 or step == last_step:
-                metrics = interval.report(loader.bad.num_bad) | {"train/lr": lr, "train/epoch": position / num_samples}
+                metrics = data_meter.report(
+                    loader.tally.take(),
+                    loader.bad.by_cause,
+                    interval.waits_s,
+                    time.perf_counter() - interval.begin_s,
+                    loader.wanted_shares(position - 1),
+                )
+                metrics |= interval.report(loader.bad.num_bad) | {"train/lr": lr, "data/position": position}
+                metrics |= {"train/epoch": position / num_samples} if num_samples else {}
                 metrics |= {"checkpoint/blocked_ms": 1e3 * checkpointer.blocked_s}
                 checkpointer.blocked_s = 0.0
                 left_s = (last_step - step) * metrics["throughput/step_ms"] / 1e3

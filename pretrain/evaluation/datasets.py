@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data_pipes.config import DataConfig
 from data_pipes.image import EvalTransform
 from data_pipes.manifest import Manifest
 from data_pipes.sequential import SequentialImages
@@ -71,12 +72,16 @@ def open_evaluation_data(
     config = backbone.model.config
     ratio = view_ratio(config.image_size) if resize_ratio is None else resize_ratio
     transform = EvalTransform(config.image_size, round(max(config.image_size) * ratio))
+    loading = DataConfig() if run is None else run.data
     opened = {
         side: SequentialImages(
             manifest,
             transform,
             channels=config.in_channels,
-            **({} if run is None else {"bit_depth": run.data.bit_depth, "max_pixels": run.data.max_pixels}),
+            bit_depth=loading.bit_depth,
+            max_pixels=loading.max_pixels,
+            label_key=loading.label_key,
+            storage=loading.storage,
         )
         for side, manifest in manifests.items()
     }

@@ -21,7 +21,7 @@ import torch
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_pipes.manifest import write_atomically
+from data_pipes.files import write_atomically
 from pretrain.config import load_typed, nearest
 from pretrain.evaluation.backbone import Backbone
 from pretrain.evaluation.datasets import EvaluationData, open_evaluation_data

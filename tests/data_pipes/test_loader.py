@@ -8,20 +8,24 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_shards import jpeg_header, picture, png_header, write_shards
 
+from data_pipes.collection import Place
 from data_pipes.dataset import Request
-from data_pipes.loader import BadDataError, Batch, BatchPlan, DataConfig, ImageDataset, Loader, open_dataset
+from data_pipes.image import TrainTransform
+from data_pipes.loader import BadDataError, Batch, BatchPlan, DataConfig, Loader, SampleDataset, open_dataset
 from data_pipes.order import OrderConfig
 from data_pipes.quarantine import BadSample, Quarantine
+from data_pipes.reader import RawSample
+from data_pipes.recipe import ImageRecipe
 from data_pipes.shard_index import ShardError
+from tests.data_pipes.tiny_shards import jpeg_header, picture, png_header, write_shards
 
 SHARDS = (5, 23, 31, 2)
 NUM_SAMPLES = sum(SHARDS)
@@ -51,7 +55,7 @@ def config_for(folder: Path, **fields: object) -> DataConfig:
     return DataConfig(**{"train": str(folder), "order": ORDER, "max_bad_fraction": 1.0, **fields})
 
 
-def open_tiny(config: DataConfig, state: dict[str, object] | None = None) -> ImageDataset:
+def open_tiny(config: DataConfig, state: dict[str, object] | None = None) -> SampleDataset:
     return open_dataset(config, image_size=(8, 8), channels=3, global_batch=24, state=state)
 
 
@@ -279,12 +283,10 @@ def test_a_changed_shard_stops_the_run(tmp_path: Path, workers: int, kind: str) 
     loader.close()
 
 
-class Broken:
-    """A transform with a defect."""
+class Broken(ImageRecipe):
+    """A recipe with a defect."""
 
-    size, num_uniforms = (8, 8), 1
-
-    def __call__(self, image: torch.Tensor, uniforms: object) -> torch.Tensor:
+    def __call__(self, raw: RawSample, uniforms: Sequence[float]) -> torch.Tensor:
         raise ZeroDivisionError("defect")
 
 
@@ -293,12 +295,13 @@ def test_a_defect_names_the_sample(folder: Path, workers: int, kind: str) -> Non
     config = config_for(folder, workers=workers, worker_kind=kind)
     dataset = open_tiny(config)
     first_key = dataset.item(0)[2]
-    dataset.transform = Broken()
+    dataset.recipe = Broken(TrainTransform((8, 8)))
     loader = Loader(dataset, BatchPlan(4, 4), config)
     with pytest.raises(ZeroDivisionError, match="defect") as caught:
         next(loader.batches(0))
     text = str(caught.value) + "".join(getattr(caught.value, "__notes__", []))
-    assert f"while loading {first_key} of shard-00000" in text
+    assert f"while loading {first_key} of " in text
+    assert "shard-00000" in text
     loader.close()
 
 
@@ -368,7 +371,7 @@ def test_16_bit_data(tmp_path: Path) -> None:
     assert {image.dtype for image in images.values()} == {torch.uint16}
     assert images["000001"].float().unique().tolist() == [40_000]
     assert images["000000"].float().max() > 10_000  # 8-bit pictures are widened
-    narrow = open_tiny(config_for(folder)).load(Request(*(np.array([v]) for v in (0, 0, 1))))
+    narrow = open_tiny(config_for(folder)).load(Request(np.array([0]), [Place(0, 1)]))
     assert [sample.cause for sample in narrow.bad] == ["bit_depth"]
 
 
@@ -376,7 +379,9 @@ def test_timings_are_counted(folder: Path) -> None:
     config = config_for(folder)
     loader = Loader(open_tiny(config), BatchPlan(8, 8), config)
     next(loader.batches(0))
-    assert min(loader.timings.read_s, loader.timings.decode_s, loader.timings.transform_s) > 0
+    sums = loader.tally.take()
+    assert min(sums["read_s"], sums["decode_s"], sums["bytes_used"]) > 0
+    assert sums["samples_loaded"] == 8
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_shards import picture, write_shards
 from torch.utils.data import DataLoader
 
 from data_pipes.decode import SampleError, decode_image
 from data_pipes.image import EvalTransform
 from data_pipes.sequential import SequentialImages
+from tests.data_pipes.tiny_shards import picture, write_shards
 
 
 def test_each_sample_once_in_order(tmp_path: Path) -> None:
