@@ -1,14 +1,13 @@
-"""CPU time per image of our loader, against stock webdataset, on the same tar shards.
+"""CPU time per image of our loader, against decoding alone and against other loaders, on the same pictures.
 
-The variants do the same work: read, decode, RandomResizedCrop 224 bicubic with antialias, flip, batches. `recipe` is
-the usual one: webdataset + PIL + torchvision float32 with ToTensor and Normalize; `webdataset` is stock webdataset (its
-shuffle, its tar reader) with our decoder and our uint8 transform. Rounds are interleaved and swap their order, ratios
-are medians of the rounds' ratios, and CPU time is counted (of this process and its children, user + system), since wall
-time on a shared machine measures the neighbours. The clock starts after the second batch: the start of processes and
-the filling of queues do not count.
+What is compared is in bench_peers.py. Rounds are interleaved and swap their order, ratios are medians of the rounds'
+ratios, and CPU time is counted (of this process and its children, user + system), since wall time on a shared machine
+measures the neighbours. The clock starts after the second batch: the start of processes and the filling of queues do
+not count. `decode alone` is a full decode of the same bytes in one thread and nothing else.
 
     python tools/bench_data.py
-    python tools/bench_data.py --source ../shared/data/photos_300.zip --original-size --rounds 9 --json
+    python tools/bench_data.py --source ../shared/data/photos_300.zip --size 500x375 --rounds 9 --json
+    python tools/bench_data.py --peers webdataset imagefolder --require-decode 1.35 --require-parity 1.0
 """
 
 from __future__ import annotations
@@ -16,95 +15,102 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: every variant's work is one thread's per worker
+
 import numpy as np
 import psutil
 import torch
-import webdataset
+from bench_peers import BATCH, PEERS, PREFETCH, Run, make_variants
 from PIL import Image
-from torchvision import transforms
 
-from data_pipes.decode import decode_image
-from data_pipes.hashing import hash_uniform
-from data_pipes.image import TrainTransform
-from data_pipes.index import Manifest, index_shards
-from data_pipes.loader import BatchPlan, DataConfig, Loader, open_dataset
-
-SIZE, SCALE, BATCH = 224, (0.2, 1.0), 32
 PHOTOGRAPHS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "photos_300.zip"
-Run = Callable[[int], Iterator[object]]
-"""From a round's number to its batches."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Medians over the rounds. Names of variants -> milliseconds per image; pairs of them -> ratio of CPU times."""
+    """Medians over the rounds, of one size of pictures. By the names of variants, or pairs of them."""
 
-    cpu_ms_per_image: dict[str, float]
-    wall_ms_per_image: dict[str, float]
-    ratios: dict[str, float]
+    size: str
     image_bytes: int
     num_images: int
     rounds: int
     images_per_round: int
+    cpu_ms_per_image: dict[str, float]
+    wall_images_per_s: dict[str, float]
+    ratios: dict[str, float]
+    # of CPU times
 
 
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="bench_data") as folder:
-        size = None if arguments.original_size else (500, 375)
-        manifest = write_shards(Path(folder), arguments.source, arguments.images, size)
-        result = measure(variants(manifest, arguments.workers), manifest, arguments.rounds, arguments.batches)
-    source = arguments.source.name if arguments.source else "generated"
-    print(json.dumps({"source": source, **asdict(result)}) if arguments.json else describe(result, source))
-    too_slow = [
-        f"{name} is {result.ratios[name]:.2f}, expected {'at least' if sign > 0 else 'at most'} {limit}"
-        for name, sign, limit in (
-            ("recipe/ours", 1, arguments.require_speedup),
-            ("ours/webdataset", -1, arguments.require_parity),
-        )
-        if limit is not None and sign * result.ratios[name] < sign * limit
-    ]
-    if too_slow:
-        print("; ".join(too_slow), file=sys.stderr)
+    results = []
+    for size in arguments.size:
+        pictures = [resized(data, size) for data in islice(read_jpegs(arguments.source), arguments.images)]
+        ahead = 2 + arguments.batches + PREFETCH * arguments.workers + 1
+        repeated = pictures * -(-ahead * BATCH // len(pictures))  # an epoch holds a round
+        with tempfile.TemporaryDirectory(prefix="bench_data") as folder:
+            runs = make_variants(Path(folder), repeated, arguments.workers, arguments.peers)
+            result = measure(runs, "x".join(map(str, size)), pictures, arguments.rounds, arguments.batches)
+        results.append(result)
+        if not arguments.json:
+            print(describe(result), flush=True)
+    if arguments.json:
+        print(json.dumps({"source": str(arguments.source or "generated"), "results": [asdict(one) for one in results]}))
+    failures = [failure for result in results for failure in check(result, arguments)]
+    if failures:
+        print("; ".join(failures), file=sys.stderr)
         raise SystemExit(1)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = PHOTOGRAPHS if PHOTOGRAPHS.exists() else None
+    sizes = [(500, 375), (1024, 768)]
     parser.add_argument("--source", type=Path, default=default, help="zip or folder of JPEGs; without: generated ones")
     parser.add_argument("--images", type=int, default=300, help="at most so many pictures of the source")
-    parser.add_argument("--original-size", action="store_true", help="do not resize the pictures to 500x375 first")
+    parser.add_argument("--size", type=parse_size, nargs="+", default=sizes, help="the pictures are resized to these")
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="besides ours")
     parser.add_argument("--workers", type=int, default=2, help="threads or processes, where a variant has some")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
     parser.add_argument("--batches", type=int, default=8, help=f"timed batches of {BATCH} per variant and round")
-    parser.add_argument("--require-speedup", type=float, help="exit 1 when recipe/ours is below this, e.g. 2.5")
-    parser.add_argument("--require-parity", type=float, help="exit 1 when ours/webdataset is above this, e.g. 1.0")
+    parser.add_argument("--require-decode", type=float, help="exit 1 when ours/decode alone is above this, e.g. 1.35")
+    parser.add_argument("--require-parity", type=float, help="exit 1 when ours/a peer (our transforms) is above this")
+    parser.add_argument("--require-speedup", type=float, help="exit 1 when a peer (recipe)/ours is below this")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
     return parser.parse_args()
 
 
-def write_shards(folder: Path, source: Path | None, limit: int, size: tuple[int, int] | None) -> Manifest:
-    """Packs the pictures with webdataset's writer, 100 to a shard. size: (width, height); None: as they are."""
-    paths: list[Path] = []
-    with webdataset.ShardWriter(
-        f"{folder}/shard-%06d.tar", maxcount=100, verbose=0, post=lambda name: paths.append(Path(name))
-    ) as writer:
-        for number, data in enumerate(islice(read_jpegs(source), limit)):
-            writer.write({"__key__": f"{number:06d}", "jpg": resized(data, size), "cls": "0"})
-    return index_shards(paths, folder)
+def parse_size(text: str) -> tuple[int, int]:
+    width, height = text.split("x")
+    return int(width), int(height)
+
+
+def check(result: Result, arguments: argparse.Namespace) -> Iterator[str]:
+    """What is not as required."""
+    limits = (
+        ("ours/decode alone", -1, arguments.require_decode),
+        ("ours/peer", -1, arguments.require_parity),
+        ("recipe/ours", 1, arguments.require_speedup),
+    )
+    for pair, ratio in result.ratios.items():
+        kind = (
+            "ours/decode alone" if "decode alone" in pair else "ours/peer" if pair.startswith("ours") else "recipe/ours"
+        )
+        for name, sign, limit in limits:
+            if kind == name and limit is not None and sign * ratio < sign * limit:
+                yield f"{result.size}: {pair} is {ratio:.2f}, expected {'at least' if sign > 0 else 'at most'} {limit}"
 
 
 def read_jpegs(source: Path | None) -> Iterator[bytes]:
@@ -122,91 +128,26 @@ def read_jpegs(source: Path | None) -> Iterator[bytes]:
 
 
 def generated_jpeg(number: int) -> bytes:
-    """Smoothed noise of 500x375, with about the bytes of a photograph."""
+    """Smoothed noise of 1024x768, with about the bytes of a photograph."""
     rng = np.random.default_rng(number)
-    layers = [rng.integers(0, 256, (375 // step + 1, 500 // step + 1, 3), np.uint8) for step in (50, 12, 4)]
-    blurred = [np.asarray(Image.fromarray(layer).resize((500, 375), Image.Resampling.BICUBIC), int) for layer in layers]
+    layers = [rng.integers(0, 256, (768 // step + 1, 1024 // step + 1, 3), np.uint8) for step in (100, 24, 8)]
+    blurred = [
+        np.asarray(Image.fromarray(layer).resize((1024, 768), Image.Resampling.BICUBIC), int) for layer in layers
+    ]
     file = io.BytesIO()
     Image.fromarray(np.mean(blurred, axis=0).astype(np.uint8)).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
-def resized(data: bytes, size: tuple[int, int] | None) -> bytes:
-    if size is None:
-        return data
+def resized(data: bytes, size: tuple[int, int]) -> bytes:
+    """size: (width, height); of upright pictures (height, width)."""
     image, file = Image.open(io.BytesIO(data)).convert("RGB"), io.BytesIO()
     size = size if image.width >= image.height else size[::-1]
     image.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
-def variants(manifest: Manifest, workers: int) -> dict[str, Run]:
-    """What is compared. `ours` and `webdataset`, `recipe` load in the process itself; the others name their workers."""
-
-    def ours(count: int, kind: str) -> Run:
-        config = DataConfig(train=str(manifest.root), workers=count, worker_kind=kind, crop_scale=SCALE)  # type: ignore[arg-type]
-        dataset = open_dataset(config, image_size=(SIZE, SIZE), channels=3, global_batch=BATCH)
-
-        def run(number: int) -> Iterator[object]:
-            with closing(Loader(dataset, BatchPlan(BATCH, BATCH), config)) as loader:
-                yield from loader.batches(number * 64 * BATCH)
-
-        return run
-
-    urls = [str(manifest.shard_path(shard)) for shard in range(len(manifest.shards))]
-
-    def stock(decode: Callable[[dict[str, bytes]], tuple[torch.Tensor, int]], count: int) -> Run:
-        def run(number: int) -> Iterator[object]:
-            data = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=number, empty_check=False).shuffle(100)
-            data = data.map(decode).batched(BATCH, partial=False).repeat()
-            if count == 0:
-                return iter(data)
-            return iter(webdataset.WebLoader(data, batch_size=None, num_workers=count, prefetch_factor=2))
-
-        return run
-
-    return {
-        "ours": ours(0, "thread"),
-        "webdataset": stock(OurRecipe(), 0),
-        "recipe": stock(UsualRecipe(), 0),
-        f"ours, {workers} threads": ours(workers, "thread"),
-        f"ours, {workers} processes": ours(workers, "process"),
-        f"webdataset, {workers} processes": stock(OurRecipe(), workers),
-        f"recipe, {workers} processes": stock(UsualRecipe(), workers),
-    }
-
-
-class OurRecipe:
-    """Our decoder and transform on webdataset's samples."""
-
-    def __init__(self) -> None:
-        self.transform, self.count = TrainTransform((SIZE, SIZE), SCALE), 0
-
-    def __call__(self, sample: dict[str, bytes]) -> tuple[torch.Tensor, int]:
-        self.count += 1
-        uniforms = hash_uniform(0, [self.count], 0, self.transform.num_uniforms)[0].tolist()
-        return self.transform(decode_image(sample["jpg"], 3), uniforms), int(sample["cls"])
-
-
-class UsualRecipe:
-    """PIL and torchvision in float32, as training scripts have it."""
-
-    def __init__(self) -> None:
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(SIZE, SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-            ]
-        )
-
-    def __call__(self, sample: dict[str, bytes]) -> tuple[torch.Tensor, int]:
-        image: torch.Tensor = self.transform(Image.open(io.BytesIO(sample["jpg"])).convert("RGB"))
-        return image, int(sample["cls"])
-
-
-def measure(runs: dict[str, Run], manifest: Manifest, rounds: int, batches: int) -> Result:
+def measure(runs: dict[str, Run], size: str, pictures: list[bytes], rounds: int, batches: int) -> Result:
     """Medians over the rounds; the first round warms up and is dropped."""
     cpu_ms: dict[str, list[float]] = {name: [] for name in runs}
     wall_ms: dict[str, list[float]] = {name: [] for name in runs}
@@ -216,29 +157,32 @@ def measure(runs: dict[str, Run], manifest: Manifest, rounds: int, batches: int)
             if number:
                 cpu_ms[name].append(cpu)
                 wall_ms[name].append(wall)
-
-    def ratio(one: str, other: str) -> float:
-        return statistics.median(a / b for a, b in zip(cpu_ms[one], cpu_ms[other], strict=True))
-
-    processes = next(name for name in runs if name.startswith("ours,") and name.endswith("processes"))
-    threads = next(name for name in runs if name.endswith("threads"))
-    recipe_processes, webdataset_processes = (processes.replace("ours", name) for name in ("recipe", "webdataset"))
+    ratios = {
+        f"{one}/{other}": statistics.median(a / b for a, b in zip(cpu_ms[one], cpu_ms[other], strict=True))
+        for one, other in compared(list(runs))
+    }
     return Result(
-        cpu_ms_per_image={name: statistics.median(values) for name, values in cpu_ms.items()},
-        wall_ms_per_image={name: statistics.median(values) for name, values in wall_ms.items()},
-        ratios={
-            "recipe/ours": ratio("recipe", "ours"),
-            "ours/webdataset": ratio("ours", "webdataset"),
-            "recipe/ours, threads": ratio(recipe_processes, threads),
-            "ours/webdataset, threads": ratio(threads, webdataset_processes),
-            "recipe/ours, processes": ratio(recipe_processes, processes),
-            "ours/webdataset, processes": ratio(processes, webdataset_processes),
-        },
-        image_bytes=manifest.size_bytes // manifest.num_samples,
-        num_images=manifest.num_samples,
-        rounds=rounds,
-        images_per_round=batches * BATCH,
+        size,
+        sum(map(len, pictures)) // len(pictures),
+        len(pictures),
+        rounds,
+        batches * BATCH,
+        {name: statistics.median(values) for name, values in cpu_ms.items()},
+        {name: 1000 / statistics.median(values) for name, values in wall_ms.items()},
+        ratios,
     )
+
+
+def compared(names: list[str]) -> Iterator[tuple[str, str]]:
+    """Pairs whose ratio counts: like with like, in the process itself, or ours in threads with theirs in processes."""
+    yield "ours", "decode alone"
+    threads = next(name for name in names if name.startswith("ours, ") and name.endswith("threads"))
+    for name in names:
+        mine = threads if name.endswith("processes") else "ours"
+        if ", transforms" in name:
+            yield mine, name
+        elif ", recipe" in name and not name.endswith("threads"):
+            yield name, mine
 
 
 def time_batches(batches: Iterator[object], count: int) -> tuple[float, float]:
@@ -263,15 +207,15 @@ def cpu_seconds() -> float:
     return time.process_time() + float(sum(times.user + times.system for times in children))
 
 
-def describe(result: Result, source: str) -> str:
+def describe(result: Result) -> str:
     lines = [
-        f"{result.num_images} pictures ({source}), {result.image_bytes:,} bytes each; "
+        f"{result.num_images} pictures of {result.size}, {result.image_bytes:,} bytes each; "
         f"{result.rounds} rounds of {result.images_per_round} images",
-        f"{'':26}{'CPU ms':>10}{'wall ms':>10}   per image",
+        f"{'':36}{'CPU ms/image':>14}{'images/s':>10}",
     ]
-    cpu, wall = result.cpu_ms_per_image, result.wall_ms_per_image
-    lines += [f"{name:26}{cpu[name]:10.3f}{wall[name]:10.3f}" for name in cpu]
-    lines += [f"{name:40}{value:6.2f}" for name, value in result.ratios.items()]
+    cpu, wall = result.cpu_ms_per_image, result.wall_images_per_s
+    lines += [f"{name:36}{cpu[name]:14.3f}{wall[name]:10.0f}" for name in cpu]
+    lines += ["ratios of CPU times", *(f"{name:60}{value:6.2f}" for name, value in result.ratios.items())]
     return "\n".join(lines)
 
 
