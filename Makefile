@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench constraints clean
+.PHONY: help demo test lint bench bench-peers constraints clean
 
 help:
 	@echo "make demo   install, then pretrain, evaluate, export and report a small masked autoencoder (about 5 minutes)"
 	@echo "make test   install, then run the default test suite"
 	@echo "make lint   install, then ruff and mypy"
 	@echo "make bench  install, then the benchmarks of the loader and of the training step"
+	@echo "make bench-peers   the loader beside litdata and mosaicml-streaming, in an environment of their own"
 
 # One environment for all targets; made again when the dependencies change.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -34,8 +35,14 @@ bench: $(BIN)/.installed
 	$(BIN)/python tools/bench_data.py
 	$(BIN)/python tools/bench_step.py
 
+# mosaicml-streaming asks for older packages than the rest of the development environment.
+bench-peers: $(BIN)/.installed
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	$(BIN)/uv pip install --quiet --python .venv-peers/bin/python --editable '.[peers]'
+	.venv-peers/bin/python tools/bench_data.py
+
 constraints: $(BIN)/.installed
 	$(BIN)/uv pip freeze --quiet --exclude-editable --python $(BIN)/python > constraints.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-peers build dist *.egg-info
