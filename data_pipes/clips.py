@@ -10,8 +10,8 @@ The recipes of the papers:
   ratio (0.75, 1.33), flip.
 - VideoMAE (2203.12602): ClipSampling(16, 4) (SSv2: 2), crop "multi_scale", no flip. VideoMAE v2 (2303.16727): the same
   with repeats=4, shared_window=True: four crops of one clip.
-A video that is too short repeats its last frame, as in the public code of these. Resizing is antialiased, which theirs
-is not: the fine texture of a large crop would turn into noise that a pixel target has to predict.
+A video that is too short repeats its last frame. Resizing is antialiased: else the fine texture of a large crop would
+turn into noise that a pixel target has to predict.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Batch:
     """A micro-batch."""
 
     images: Tensor
-    # [B, C, H, W] uint8 or uint16, contiguous; of videos [B, R, C, T, H, W]
+    # [B, C, H, W] uint8 or uint16; of videos [B, R, C, T, H, W]. From the loader: channels last in memory
     labels: Tensor
     # [B] int64, -1 where there is none
     positions: Tensor
@@ -54,8 +54,8 @@ class Batch:
     # [B], where data.metadata asks for it
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device; from page-locked memory without waiting for the copy."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same on a device, contiguous; from page-locked memory without waiting for the copy."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True).contiguous())
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory, from which copies to a CUDA device overlap with work."""
@@ -125,13 +125,18 @@ class SampleDataset:
 
     def request(self, positions: Int64s) -> Request:
         """The request for positions [B]."""
-        located = self.order.locate(positions)
+        return self.requests([positions])[0]
+
+    def requests(self, batches: list[Int64s]) -> list[Request]:
+        """Those of several batches, located together."""
+        located = self.order.locate(np.concatenate(batches))
         places = []
         columns = located.shard.tolist(), located.sample.tolist(), located.chunk.tolist()
         for shard, sample, chunk in zip(*columns, strict=True):
             _, first, count = self.order.chunk_samples(chunk)
             places.append(Place(shard, sample, first, count))
-        return Request(positions, places)
+        ends = np.cumsum([len(positions) for positions in batches]).tolist()
+        return [Request(one, places[end - len(one) : end]) for one, end in zip(batches, ends, strict=True)]
 
     def item(self, position: int) -> tuple[Tensor, int, str]:
         """(tensor, label, key) at one position. Raises BadDataError and ShardError as `load` reports them."""
@@ -164,7 +169,7 @@ class _Building:
     def __init__(self, dataset: SampleDataset, request: Request) -> None:
         size, recipe = len(request.positions), dataset.recipe
         self.dataset, self.request, self.extras = dataset, request, dataset.extras
-        self.images = torch.empty((size, *recipe.shape), dtype=recipe.dtype)
+        self.images = recipe.empty_batch(size)
         self.labels = torch.empty(size, dtype=torch.int64)
         self.sources = torch.empty(size, dtype=torch.int64)
         self.keys: list[str] = []

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,10 @@ __all__ = [
     "open_dataset",
     "open_loader",
 ]
+
+
+_LOCATED_TOGETHER = 256
+# positions: alone, one takes 25 us, among so many 2
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,10 @@ class Loader:
                 self.tally.add(f"source_{source}", count)
 
     def _requests(self, position: int) -> Iterator[Request]:
-        return map(self.dataset.request, self.plan.micro_batches(position))
+        together = -(-_LOCATED_TOGETHER // self.plan.micro_batch)
+        ahead = self.plan.micro_batches(position)
+        while True:
+            yield from self.dataset.requests(list(islice(ahead, together)))
 
 
 def open_loader(

@@ -238,27 +238,27 @@ class ShardReader:
 
     def _read_file(self, wanted: _Wanted) -> bytes:
         shard, offset, length = wanted.place.shard, wanted.begin, wanted.length
-        url = self.collection.shard_url(shard)
         try:
-            data = self._file(shard, url).read(offset, length)
+            data = self._file(shard).read(offset, length)
         except OSError as error:
             raise ShardError(
-                f"{url}: cannot be read at byte {offset:,} ({error.strerror or error}); check the file and its storage"
+                f"{self.collection.shard_url(shard)}: cannot be read at byte {offset:,} ({error.strerror or error}); "
+                "check the file and its storage"
             ) from error
         if len(data) != length:
             raise ShardError(
-                f"{url}: it has {len(data):,} of the {length:,} bytes from byte {offset:,} on; the shard was cut while "
-                "it was open: restore it"
+                f"{self.collection.shard_url(shard)}: it has {len(data):,} of the {length:,} bytes from byte "
+                f"{offset:,} on; the shard was cut while it was open: restore it"
             )
         self.tally.add("bytes_used", length)
         return data
 
-    def _file(self, shard: int, url: str) -> LocalFile:
+    def _file(self, shard: int) -> LocalFile:
         with self._lock:
             if shard in self._files:
                 self._files.move_to_end(shard)
                 return self._files[shard]
-        path, expected = local_path(url), self.collection.entry(shard).size_bytes
+        path, expected = local_path(self.collection.shard_url(shard)), self.collection.entry(shard).size_bytes
         file = LocalFile(path)
         if file.size() != expected:
             raise ShardError(

@@ -53,6 +53,10 @@ class Recipe(ABC):
     def __call__(self, raw: RawSample, uniforms: Sequence[float]) -> Tensor:
         """The tensor. Raises SampleError."""
 
+    def empty_batch(self, size: int) -> Tensor:
+        """[size, *shape] of memory, in the order in which the results lie: transposing here would cost 5% of all."""
+        return torch.empty((size, *self.shape), dtype=self.dtype)
+
 
 @dataclass(frozen=True)
 class ImageRecipe(Recipe):
@@ -90,6 +94,9 @@ class ImageRecipe(Recipe):
         image = self.transform.load(encoded_picture(raw), uniforms, channels=self.channels, max_pixels=self.max_pixels)
         return with_bit_depth(image, self.dtype)
 
+    def empty_batch(self, size: int) -> Tensor:
+        return _channels_last(size, self.shape, self.dtype, axis=0)
+
 
 @dataclass(frozen=True)
 class ClipRecipe(Recipe):
@@ -116,6 +123,15 @@ class ClipRecipe(Recipe):
 
     def __call__(self, raw: RawSample, uniforms: Sequence[float]) -> Tensor:
         return self.transform.load(_encoded_video(raw), uniforms, max_pixels=self.max_pixels)
+
+    def empty_batch(self, size: int) -> Tensor:
+        return _channels_last(size, self.shape, self.dtype, axis=1)
+
+
+def _channels_last(size: int, shape: tuple[int, ...], dtype: torch.dtype, axis: int) -> Tensor:
+    """[size, *shape] of memory in which the channels, `axis` of the shape, are the innermost dimension."""
+    others = shape[:axis] + shape[axis + 1 :]
+    return torch.empty((size, *others, shape[axis]), dtype=dtype).movedim(-1, axis + 1)
 
 
 def _encoded_video(raw: RawSample) -> bytes:

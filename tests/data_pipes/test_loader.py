@@ -208,7 +208,8 @@ def test_batches_are_what_the_contract_says(folder: Path) -> None:
     batch = next(Loader(open_tiny(config), BatchPlan(12, 3, 1, 2), config).batches(24))
     assert batch.images.shape == (3, 3, 8, 8)
     assert batch.images.dtype == torch.uint8
-    assert batch.images.is_contiguous()
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.to(torch.device("cpu")).images.is_contiguous()
     assert batch.labels.dtype == batch.positions.dtype == torch.int64
     assert batch.positions.tolist() == [30, 31, 32]
 

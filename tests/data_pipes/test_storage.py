@@ -509,7 +509,7 @@ def test_write_read_list(kind: str, tmp_path: Path, server: FaultyServer, make: 
 
 
 def test_http_server_that_takes_no_files(server: FaultyServer, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("faulty_server._Handler.do_PUT", lambda handler: handler._error(405))
+    monkeypatch.setattr("tests.data_pipes.faulty_server._Handler.do_PUT", lambda handler: handler._error(405))
     with pytest.raises(StorageError, match="takes no files"):
         make().write_whole(f"{server.url}/bucket/x.idx", b"x")
 
