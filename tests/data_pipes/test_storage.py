@@ -440,7 +440,7 @@ def test_a_forgotten_storage_closes_itself(server: FaultyServer) -> None:
     assert "tessera-storage" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_as_a_file(http_url: str, server: FaultyServer, make: Make) -> None:
+def test_as_a_file(http_url: str, make: Make) -> None:
     storage, draw = make(request_bytes=50_000), random.Random(2)
     with storage.open(http_url) as file:
         for _ in range(60):
@@ -450,16 +450,20 @@ def test_as_a_file(http_url: str, server: FaultyServer, make: Make) -> None:
         assert file.seek(-10, os.SEEK_END) == len(CONTENT) - 10
         assert file.read() == CONTENT[-10:]
         assert file.read(5) == b""
-    server.log.clear()
-    with storage.open(http_url) as file:
+
+
+def test_each_block_of_a_file_is_fetched_once(http_url: str, server: FaultyServer, make: Make) -> None:
+    with make(request_bytes=50_000).open(http_url) as file:
         assert file.read() == CONTENT
-    assert len(server.requests()) == 24  # each block once
-    server.log.clear()
-    with storage.open(http_url) as file:
+    assert len(server.requests()) == 24
+
+
+def test_jumped_over_blocks_stay_where_they_are(http_url: str, server: FaultyServer, make: Make) -> None:
+    with make(request_bytes=50_000).open(http_url) as file:
         for offset in range(0, len(CONTENT), 200_000):
             file.seek(offset)
             assert file.read(10) == CONTENT[offset : offset + 10]
-    assert len(server.requests()) == 6  # blocks that are jumped over stay where they are
+    assert len(server.requests()) == 6
 
 
 def test_reading_in_order_is_fetched_ahead(server: FaultyServer, make: Make) -> None:
