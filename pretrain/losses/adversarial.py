@@ -1,0 +1,170 @@
+"""The game between an autoencoder and its discriminator: losses, penalties, their weights over time, LeCam's averages.
+
+Enters: logits of a patch discriminator. Leaves: one number per sample, float32 in any autocast.
+Legend: B batch, C channels, H/W pixels, h/w patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.losses.reconstruction import at_least_float32
+
+GRADIENT_EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """When and how the discriminator plays. The generator's loss counts `weight * generator_share(step)`."""
+
+    weight: float = 0.0
+    """Of the generator's loss, beside a reconstruction loss that is a mean over values; 0 = no discriminator."""
+    kind: Literal["hinge", "non_saturating"] = "hinge"
+    """Loss of both players."""
+    adaptive: bool = False
+    """Scale each sample's adversarial gradient at its pixels to its reconstruction gradient there, then by `weight`."""
+    adaptive_max: float = 1e4
+    """Largest factor that `adaptive` may give."""
+    start_step: int = 0
+    """Optimizer step of the run at which the discriminator starts to learn."""
+    warmup_steps: int = 0
+    """Optimizer steps that it learns alone, before its judgement counts for the autoencoder."""
+    ramp_steps: int = 0
+    """Optimizer steps over which the weight then rises linearly from 0."""
+    r1_weight: float = 0.0
+    """Gamma of the penalty gamma / 2 * |gradient at images|**2; 0 = none. Differentiates twice: not under FSDP2."""
+    r1_every: int = 16
+    """Optimizer steps between R1 penalties, each counted that many times (StyleGAN2's lazy regularisation)."""
+    lecam_weight: float = 0.0
+    """Of LeCam's penalty (arXiv 2104.03310); 0 = none. Published: 0.001 to 0.3."""
+    lecam_decay: float = 0.999
+    """Decay of LeCam's averages of the logits, per optimizer step."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "start_step", "warmup_steps", "ramp_steps", "r1_weight", "lecam_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more.")
+        if self.r1_every < 1 or self.adaptive_max <= 0.0 or not 0.0 <= self.lecam_decay < 1.0:
+            raise ValueError(
+                f"r1_every is {self.r1_every}, adaptive_max {self.adaptive_max} and lecam_decay {self.lecam_decay}; "
+                "expected at least 1, more than 0, and a decay in [0, 1)."
+            )
+
+    def discriminator_learns(self, step: int) -> bool:
+        """Whether the discriminator moves in this optimizer step."""
+        return self.weight > 0.0 and step >= self.start_step
+
+    def generator_share(self, step: int) -> float:
+        """How much of `weight` counts in this optimizer step: 0 while the discriminator warms up, then a ramp to 1."""
+        done = step - self.start_step - self.warmup_steps
+        if self.weight == 0.0 or done < 0:
+            return 0.0
+        return min(1.0, (done + 1) / (self.ramp_steps + 1))
+
+    def r1_factor(self, step: int) -> float:
+        """What the squared gradient is multiplied with in this optimizer step; 0 in most."""
+        due = self.r1_weight > 0.0 and (step - self.start_step) % self.r1_every == 0
+        return 0.5 * self.r1_weight * self.r1_every if due else 0.0
+
+
+def generator_loss(fake: Tensor, kind: str) -> Tensor:
+    """fake: logits [B, 1, h, w] of reconstructions. Returns [B]."""
+    fake = at_least_float32(fake)
+    return sample_mean(-fake if kind == "hinge" else F.softplus(-fake))
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
+    """real, fake: logits [B, 1, h, w] of images and of their reconstructions. Returns [B].
+
+    Hinge: the mean of both halves, as in VQGAN; non-saturating: their sum, as in the original GAN.
+    """
+    real, fake = at_least_float32(real), at_least_float32(fake)
+    if kind == "hinge":
+        return 0.5 * sample_mean(F.relu(1.0 - real) + F.relu(1.0 + fake))
+    return sample_mean(F.softplus(-real) + F.softplus(fake))
+
+
+def squared_gradient(real: Tensor, images: Tensor) -> Tensor:
+    """R1 (arXiv 1801.04406): squared norm of each image's gradient of the mean logit, [B], itself differentiable.
+
+    real: logits [B, 1, h, w] of `images`, which require gradients. Samples must not mix in the discriminator.
+    """
+    (gradient,) = torch.autograd.grad(sample_mean(real).sum(), images, create_graph=True)
+    return at_least_float32(gradient).square().flatten(1).sum(dim=1)
+
+
+def adaptive_factors(reconstruction: Tensor, adversarial: Tensor, maximum: float) -> Tensor:
+    """Per sample, |gradient of the reconstruction loss| / |gradient of the adversarial loss|, at most `maximum`: [B].
+
+    Both are gradients at the reconstruction's pixels, [B, C, H, W]. VQGAN takes them at the decoder's last layer, over
+    the whole batch: under sharding that layer's gradient lies in pieces, and ranks and micro-batches would each
+    get a factor of their own. At the pixels each sample has one that does not depend on its neighbours.
+    """
+    wanted, given = (
+        torch.linalg.vector_norm(at_least_float32(gradient).flatten(1), dim=1)
+        for gradient in (reconstruction, adversarial)
+    )
+    factors: Tensor = wanted / (given + GRADIENT_EPS)
+    return factors.clamp(max=maximum)
+
+
+def with_gradient(value: Tensor, at: Tensor, gradient: Tensor) -> Tensor:
+    """`value` as a number, whose gradient at `at` is `gradient`: joins gradients that were computed apart."""
+    surrogate = (at * gradient.detach()).sum()
+    return value.detach() + (surrogate - surrogate.detach())
+
+
+def sample_mean(values: Tensor) -> Tensor:
+    """[B, ...] -> [B]."""
+    return values.flatten(1).mean(dim=1)
+
+
+class LeCam(nn.Module):
+    """Moving averages of a discriminator's mean logits, and the penalty for leaving them (arXiv 2104.03310).
+
+    All state is in buffers, so that a checkpoint holds it. The averages move once per optimizer step: the logits of its
+    micro-batches are collected, over all ranks, and taken in when the next step begins.
+    """
+
+    averages: Tensor
+    collected: Tensor
+    collected_step: Tensor
+
+    def __init__(self, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("averages", torch.zeros(2))  # of images, of reconstructions
+        self.register_buffer("collected", torch.zeros(3))  # sums of the two, and how many micro-batches
+        self.register_buffer("collected_step", torch.tensor(-1))
+
+    def penalty(self, real: Tensor, fake: Tensor) -> Tensor:
+        """real, fake: logits [B, 1, h, w]. Returns [B]."""
+        real, fake = at_least_float32(real), at_least_float32(fake)
+        average_real, average_fake = self.averages.clone()  # which an update may change before the backward pass
+        return sample_mean(F.relu(real - average_fake).square()) + sample_mean(F.relu(average_real - fake).square())
+
+    @torch.no_grad()
+    def collect(self, real: Tensor, fake: Tensor, step: int) -> None:
+        """Takes in a micro-batch's logits; a collective where a process group exists. No host synchronisation."""
+        means = torch.stack([at_least_float32(real).mean(), at_least_float32(fake).mean()])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(means)
+            means /= torch.distributed.get_world_size()
+        begins = self.collected_step != step
+        has_some = begins & (self.collected[2] > 0)
+        previous = self.collected[:2] / self.collected[2].clamp_min(1.0)
+        moved = torch.lerp(previous, self.averages, self.decay)
+        self.averages.copy_(torch.where(has_some, moved, self.averages))
+        fresh = torch.cat([means, means.new_ones(1)])
+        self.collected.copy_(torch.where(begins, fresh, self.collected + fresh))
+        self.collected_step.fill_(step)
+
+    def reset_parameters(self) -> None:
+        self.averages.zero_()
+        self.collected.zero_()
+        self.collected_step.fill_(-1)
