@@ -205,7 +205,8 @@ class PatchEmbed(nn.Module):
 class PatchProjection(nn.Module):
     """A convolution's parameters (kernel = stride = patch), applied as the linear map that it is to single patches."""
 
-    def __init__(self, in_channels: int, patch_size: tuple[int, int], width: int) -> None:
+    def __init__(self, in_channels: int, patch_size: tuple[int, ...], width: int) -> None:
+        """patch_size: (p, q), or (t, p, q) for clips."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, in_channels, *patch_size))
         self.bias = nn.Parameter(torch.empty(width))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from data_pipes.loader import Batch
+    from pretrain.models.video_vit import VideoViT
     from pretrain.models.vit import ViT
 
 
@@ -96,13 +97,23 @@ class Objective(ABC):
         """Model FLOPs of forward and backward for one sample (matrix products only, nothing recomputed)."""
 
     @abstractmethod
-    def build_backbone(self) -> ViT:
+    def build_backbone(self) -> ViT | VideoViT:
         """A fresh, unsharded backbone on the CPU, to load `backbone_prefix` weights into."""
 
     @property
     @abstractmethod
     def image_size(self) -> tuple[int, int]:
         """Height and width, in pixels, of the images that `turns` expects."""
+
+    @property
+    def num_frames(self) -> int | None:
+        """Frames of the clips that `turns` expects, [B, R, C, T, H, W]; None: it expects images, [B, C, H, W]."""
+        return None
+
+    @property
+    def repeats(self) -> int:
+        """R, clips of each video that `turns` expects; batches, learning rates and epochs count videos."""
+        return 1
 
     @property
     @abstractmethod

@@ -1,0 +1,87 @@
+"""From an image encoder's weights to a video encoder's (inflation; Carreira and Zisserman, arXiv 1705.07750).
+
+Enters: the state dict of a `ViT` (an image MAE's encoder). Leaves: one for a `VideoViT` of the same width, depth and
+patches. Why it exists: images teach a video encoder most of what it has to know about appearance, at a fraction of the
+cost.
+Legend: D width, C channels, t/p/q a tubelet's frames and its height/width in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pretrain.models.video_positions import sinusoid_table
+from pretrain.models.video_vit import VideoViTConfig
+
+Inflation = Literal["average", "centre"]
+
+
+def inflate_encoder(state: Mapping[str, Tensor], config: VideoViTConfig, how: Inflation) -> dict[str, Tensor]:
+    """The state dict of `VideoViT(config)` from that of a `ViT`.
+
+    The projection of a patch becomes one of a tubelet. "average": each frame has 1/t of its weights, so that a clip
+    that does not move gives the image's tokens. "centre": the frame in the middle (t // 2) has all of them, the others
+    none, so that training finds the use of their neighbours. Blocks and norm are taken as they are. mae_st: the
+    positions in space and the class token are the image's, the positions in time start at zero. video_mae: its
+    sinusoid is fixed, and there is no class token, so the image's are left out.
+
+    state: names of `ViT` (`patch_embed.proj.weight`, `pos_embed`, `blocks.*`, ...). Raises ValueError when the image
+    encoder does not fit `config`.
+    """
+    if how not in ("average", "centre"):
+        raise ValueError(f"The inflation is {how!r}; expected 'average' or 'centre'.")
+    _check_fit(state, config)
+    inflated = {name: tensor for name, tensor in state.items() if name.startswith(("blocks.", "norm.", "patch_embed."))}
+    inflated["patch_embed.proj.weight"] = _inflate(state["patch_embed.proj.weight"], config.tubelet_size, how)
+    if config.family == "mae_st":
+        spatial, temporal = (
+            state["pos_embed"][:, 1:],
+            state["pos_embed"].new_zeros(1, config.grid_size[0], config.width),
+        )
+        inflated |= {
+            "cls_token": state["cls_token"],
+            "positions.cls": state["pos_embed"][:, :1],
+            "positions.spatial": spatial,
+            "positions.temporal": temporal,
+        }
+    else:
+        inflated["positions.table"] = sinusoid_table(config.num_tokens, config.width)
+    return {name: tensor.clone() for name, tensor in inflated.items()}
+
+
+def _inflate(weight: Tensor, frames: int, how: Inflation) -> Tensor:
+    """[D, C, p, q] -> [D, C, t, p, q]."""
+    if how == "average":
+        return (weight / frames)[:, :, None].repeat(1, 1, frames, 1, 1)
+    inflated = torch.zeros_like(weight)[:, :, None].repeat(1, 1, frames, 1, 1)
+    inflated[:, :, frames // 2] = weight
+    return inflated
+
+
+def _check_fit(state: Mapping[str, Tensor], config: VideoViTConfig) -> None:
+    """Raise ValueError, naming what differs."""
+    weight, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+    if weight is None or positions is None or weight.ndim != 4:
+        raise ValueError("The weights are not an image encoder's; expected names such as patch_embed.proj.weight.")
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+    found_and_expected = {
+        "width": (weight.shape[0], config.width),
+        "depth": (depth, config.depth),
+        "channels": (weight.shape[1], config.in_channels),
+        "patch size": (tuple(weight.shape[2:]), config.patch_size),
+        "hidden width of a block": (hidden, int(config.width * config.mlp_ratio)),
+    }
+    if config.family == "mae_st":
+        found_and_expected["number of patches"] = (positions.shape[1] - 1, config.tokens_per_step)
+    differences = [
+        f"{name} {found} in the image encoder, {expected} in the video encoder"
+        for name, (found, expected) in found_and_expected.items()
+        if found != expected
+    ]
+    if differences:
+        raise ValueError(f"The image encoder cannot be inflated: {'; '.join(differences)}. Make the encoders agree.")

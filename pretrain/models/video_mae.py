@@ -1,0 +1,229 @@
+"""Masked autoencoder for video: MAE-ST (arXiv 2205.09113), VideoMAE (2203.12602) and VideoMAE v2 (2303.16727).
+
+Enters: normalised clips, which tokens are seen and which predicted, and what they should be. Leaves: the loss and the
+predictions. The three methods are one model here: they differ in positions and class token (`family`), in masks
+(video_masking) and in targets (the objectives).
+Legend: B batch, N tokens, K kept tokens, M predicted tokens, D encoder width, E decoder width, V predicted values of a
+token, C channels, T frames, H/W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.losses.clips import clip_loss
+from pretrain.models.mae import blocks_flops
+from pretrain.models.video_masking import ClipMask
+from pretrain.models.video_positions import SeparablePositions
+from pretrain.models.video_vit import VIDEO_VIT_SIZES, VideoViT, VideoViTConfig, check_width, make_positions
+from pretrain.models.vit import LAYER_NORM_EPS, TOKEN_STD, init_layer, transformer_blocks
+
+Method = Literal["mae_st", "video_mae", "video_mae_v2"]
+
+DECODERS: dict[Method, dict[str, tuple[int, int, int]]] = {
+    "mae_st": dict.fromkeys(("base", "large", "huge"), (512, 4, 16)),
+    "video_mae": {"small": (192, 4, 3), "base": (384, 4, 6), "large": (512, 12, 8), "huge": (640, 12, 8)},
+    "video_mae_v2": {
+        "small": (192, 4, 3),
+        "base": (384, 4, 6),
+        **dict.fromkeys(("large", "huge", "giant"), (512, 4, 8)),
+    },
+}
+"""Width, depth and heads of the papers' decoders by method and size of the encoder."""
+
+
+@dataclass(frozen=True)
+class VideoMAEConfig:
+    """A masked autoencoder for clips. The defaults are those of VideoMAE's ViT-B/16 on 16 frames of 224 x 224."""
+
+    encoder: VideoViTConfig = field(default_factory=VideoViTConfig)
+    """Shape of the encoder, and of the clips."""
+    decoder_width: int = 384
+    """Features per decoder token; even, divisible by decoder_heads."""
+    decoder_depth: int = 4
+    """Number of decoder blocks (their MLPs have the encoder's mlp_ratio)."""
+    decoder_heads: int = 6
+    """Attention heads per decoder block."""
+    predicted_frames: int | None = None
+    """Frames of a clip that are predicted, evenly spread: a multiple of the encoder's steps in time; null: all."""
+
+    def __post_init__(self) -> None:
+        check_width("decoder_width", self.decoder_width, "decoder_heads", self.decoder_heads)
+        if self.decoder_depth < 1:
+            raise ValueError(f"decoder_depth is {self.decoder_depth}; expected at least 1 block.")
+        frames, steps = self.num_predicted_frames, self.encoder.grid_size[0]
+        if not 1 <= frames <= self.encoder.num_frames or frames % steps:
+            raise ValueError(
+                f"predicted_frames is {frames} for clips of {self.encoder.num_frames} frames; expected a multiple of "
+                f"their {steps} steps in time, at most {self.encoder.num_frames}."
+            )
+
+    @property
+    def num_predicted_frames(self) -> int:
+        return self.encoder.num_frames if self.predicted_frames is None else self.predicted_frames
+
+    @property
+    def target_size(self) -> tuple[int, int, int]:
+        """Predicted frames, height and width of a token."""
+        return (self.num_predicted_frames // self.encoder.grid_size[0], *self.encoder.patch_size)
+
+    @property
+    def target_values(self) -> int:
+        """V."""
+        frames, height, width = self.target_size
+        return frames * height * width * self.encoder.in_channels
+
+
+def video_mae_config(
+    method: Method,
+    size: str,
+    num_frames: int = 16,
+    image_size: int | tuple[int, int] = 224,
+    in_channels: int = 3,
+) -> VideoMAEConfig:
+    """The paper's model of a method (a key of DECODERS) and a size. image_size: pixels, a side or (height, width).
+
+    Raises ValueError for a name that the paper does not have.
+    """
+    if method not in DECODERS or size not in DECODERS[method]:
+        known = ", ".join(f"{name} {'/'.join(sizes)}" for name, sizes in DECODERS.items())
+        raise ValueError(f"There is no {method!r} of size {size!r}; expected one of {known}.")
+    width, depth, heads, mlp_ratio = VIDEO_VIT_SIZES[size]
+    patch = 14 if size == "giant" or (method, size) == ("mae_st", "huge") else 16
+    encoder = VideoViTConfig(
+        num_frames=num_frames,
+        image_size=(image_size, image_size) if isinstance(image_size, int) else image_size,
+        patch_size=(patch, patch),
+        in_channels=in_channels,
+        width=width,
+        depth=depth,
+        heads=heads,
+        mlp_ratio=mlp_ratio,
+        family="mae_st" if method == "mae_st" else "video_mae",
+    )
+    predicted = num_frames // 2 if method == "mae_st" else None
+    return VideoMAEConfig(encoder, *DECODERS[method][size], predicted_frames=predicted)
+
+
+class VideoMAEOutput(NamedTuple):
+    """What a forward pass gives."""
+
+    loss: Tensor
+    """0-d float32: mean over the clips of the squared error over the tokens that count."""
+    prediction: Tensor
+    """[B, M, V] for the predicted tokens, values in the order (t, p, q, c)."""
+
+
+class VideoMAE(nn.Module):
+    """Encoder on the visible tokens, decoder on these and the ones to predict, loss on the predictions that count."""
+
+    def __init__(self, config: VideoMAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = VideoViT(config.encoder)
+        self.decoder = VideoMAEDecoder(config)
+
+    def forward(self, clips: Tensor, mask: ClipMask, target: Tensor) -> VideoMAEOutput:
+        """clips: float32 [B, C, T, H, W], normalised. target: float32 [B, M, V], for the tokens `mask.predict_ids`.
+
+        Raises ValueError for other shapes, or inputs of lower precision.
+        """
+        check_inputs(clips, mask, target, self.config)
+        tokens = self.encoder(clips, mask.keep_ids)  # [B, K, D], and the class token first in MAE-ST
+        prediction = self.decoder(tokens, mask.keep_ids, mask.predict_ids)  # [B, M, V]
+        return VideoMAEOutput(clip_loss(prediction, target, mask.counted), prediction)
+
+    def init_weights(self) -> None:
+        """Fill all parameters and buffers with their starting values (encoder first, then decoder)."""
+        self.encoder.init_weights()
+        self.decoder.init_weights()
+
+
+class VideoMAEDecoder(nn.Module):
+    """Narrow transformer over the visible tokens and mask tokens at the places to predict.
+
+    Its sequence is [visible, to predict] and not in the order of the tokens: positions are added, attention has no
+    order, and the last layers then run on the tokens to predict alone.
+    """
+
+    def __init__(self, config: VideoMAEConfig) -> None:
+        super().__init__()
+        encoder, width = config.encoder, config.decoder_width
+        self.is_mae_st = encoder.family == "mae_st"
+        self.embed = nn.Linear(encoder.width, width, bias=self.is_mae_st)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        if self.is_mae_st:  # the encoder's class token stays behind; the decoder has its own
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = make_positions(encoder.family, encoder.grid_size, width)
+        self.blocks = transformer_blocks(width, config.decoder_depth, config.decoder_heads, encoder.mlp_ratio)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.pred = nn.Linear(width, config.target_values)
+        self.init_weights()
+
+    def forward(self, tokens: Tensor, keep_ids: Tensor, predict_ids: Tensor) -> Tensor:
+        """tokens: [B, K, D], or [B, 1 + K, D] with a class token. keep_ids: int64 [B, K]. predict_ids: int64 [B, M].
+
+        Returns [B, M, V].
+        """
+        visible = self.embed(tokens[:, -keep_ids.shape[1] :]) + self.positions(keep_ids)
+        parts = [visible, self.mask_token + self.positions(predict_ids)]
+        if self.is_mae_st:
+            assert isinstance(self.positions, SeparablePositions)
+            parts.insert(0, (self.cls_token + self.positions.cls).expand(len(tokens), -1, -1))
+        sequence = torch.cat(parts, dim=1)
+        for block in self.blocks:
+            sequence = block(sequence)
+        prediction: Tensor = self.pred(self.norm(sequence[:, -predict_ids.shape[1] :]))
+        return prediction
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Starting values: xavier-uniform, mask token N(0, 0.02), class token 0, positions by their kind."""
+        for part in (self.blocks, self.norm, self.pred):
+            part.apply(init_layer)
+        nn.init.xavier_uniform_(self.embed.weight)
+        if self.embed.bias is not None:
+            nn.init.zeros_(self.embed.bias)
+        nn.init.normal_(self.mask_token, std=TOKEN_STD)
+        if self.is_mae_st:
+            nn.init.zeros_(self.cls_token)
+        self.positions.init_weights()
+
+
+def check_inputs(clips: Tensor, mask: ClipMask, target: Tensor, config: VideoMAEConfig) -> None:
+    """Raise ValueError unless clips and targets are full precision, and the targets fit the tokens to predict."""
+    for name, tensor in (("clips", clips), ("targets", target)):
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"The {name} are {tensor.dtype}; expected float32. Normalise integer clips first, and keep mixed "
+                "precision from casting the inputs of forward (FSDP2: cast_forward_inputs=False on the root)."
+            )
+    expected = (*mask.predict_ids.shape, config.target_values)
+    if target.shape != expected or len(clips) != len(target):
+        raise ValueError(
+            f"The targets have shape {list(target.shape)} for {len(clips)} clips; expected {list(expected)}, the "
+            "values of each token to predict."
+        )
+
+
+def video_mae_flops(config: VideoMAEConfig, num_kept: int, num_predicted: int) -> float:
+    """Model FLOPs of forward and backward for one clip of which `num_kept` tokens are seen.
+
+    Counts matrix products, as `mae_flops` does; the decoder counts the tokens of its sequence.
+    """
+    encoder = config.encoder
+    first = int(encoder.has_class_token)
+    linear = (
+        encoder.token_values * encoder.width * num_kept
+        + encoder.width * config.decoder_width * num_kept
+        + config.decoder_width * config.target_values * num_predicted
+    )
+    return (
+        6.0 * linear
+        + blocks_flops(encoder.width, encoder.depth, encoder.mlp_ratio, first + num_kept)
+        + blocks_flops(config.decoder_width, config.decoder_depth, encoder.mlp_ratio, first + num_kept + num_predicted)
+    )

@@ -1,0 +1,155 @@
+"""Which tokens of a clip the encoder does not see, and which of them the decoder predicts.
+
+Enters: global sample positions and the number of clips of each video. Leaves: token ids. As for images, everything is a
+counter-based hash of (seed, position, repeat number, token): no generator's state, the same on every device and rank.
+Legend: B videos, R repeats (clips of a video), N tokens of a clip (time-major), S tokens that share their time, K kept
+tokens, M predicted tokens. Clips are ordered by video, then by repeat: [B * R].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pretrain.models.masking import num_kept, position_noise
+
+CELL_TOKENS = 4
+"""Of a running cell: 2 x 2 tokens."""
+# The cells' phases must not follow from the noise of the tubes.
+_PHASE_SEED = 0x5EED_CE11
+
+
+class ClipMask(NamedTuple):
+    """What the encoder sees of each clip, and what the decoder predicts."""
+
+    keep_ids: Tensor
+    """int64 [B * R, K], ascending: tokens that the encoder sees."""
+    predict_ids: Tensor
+    """int64 [B * R, M], ascending: tokens that the decoder predicts."""
+    counted: Tensor
+    """bool [B * R, M]: predictions that count in the loss; the encoder saw the others."""
+
+    def hidden(self, num_tokens: int) -> Tensor:
+        """bool [B * R, N]: True = hidden from the encoder."""
+        every = torch.ones(len(self.keep_ids), num_tokens, dtype=torch.bool, device=self.keep_ids.device)
+        return every.scatter(1, self.keep_ids, False)
+
+
+def spacetime_masks(
+    positions: Tensor, repeats: int, grid_size: tuple[int, int, int], mask_ratio: float, seed: int
+) -> ClipMask:
+    """MAE-ST's (arXiv 2205.09113): any `int(N * (1 - mask_ratio))` tokens are kept; all hidden ones are predicted.
+
+    positions: int64 [B]. repeats: R. grid_size: tokens along time, height, width. Raises ValueError for a ratio that
+    leaves no token.
+    """
+    steps, rows, columns = grid_size
+    noise = repeat_noise(positions, repeats, steps * rows * columns, seed)
+    keep_ids, predict_ids = _split(noise, num_kept(noise.shape[1], mask_ratio))
+    return ClipMask(keep_ids, predict_ids, torch.ones_like(predict_ids, dtype=torch.bool))
+
+
+def tube_masks(
+    positions: Tensor, repeats: int, grid_size: tuple[int, int, int], mask_ratio: float, seed: int
+) -> ClipMask:
+    """VideoMAE's (arXiv 2203.12602): the same places are hidden at all times; all hidden tokens are predicted.
+
+    Arguments as for `spacetime_masks`; `num_tube_kept` places are kept.
+    """
+    steps, rows, columns = grid_size
+    noise = repeat_noise(positions, repeats, rows * columns, seed)
+    kept, hidden = _split(noise, num_tube_kept(rows * columns, mask_ratio))
+    keep_ids, predict_ids = (_tubes(places, steps, rows * columns) for places in (kept, hidden))
+    return ClipMask(keep_ids, predict_ids, torch.ones_like(predict_ids, dtype=torch.bool))
+
+
+def dual_masks(
+    positions: Tensor,
+    repeats: int,
+    grid_size: tuple[int, int, int],
+    mask_ratio: float,
+    decoder_mask_ratio: float,
+    seed: int,
+) -> ClipMask:
+    """VideoMAE v2's (arXiv 2303.16727): tubes for the encoder, running cells for the decoder.
+
+    The decoder predicts the tokens that its own mask leaves; those among them that the encoder saw do not count.
+    decoder_mask_ratio: 0.25, 0.5 or 0.75. The other arguments as for `tube_masks`.
+    """
+    tubes = tube_masks(positions, repeats, grid_size, mask_ratio, seed)
+    cells = running_cells(grid_size, decoder_mask_ratio, positions.device)  # [4, N]
+    ids_by_phase = cells.to(torch.uint8).argsort(dim=1, stable=True)[:, : num_decoded(grid_size, decoder_mask_ratio)]
+    phase = (repeat_noise(positions, repeats, 1, seed + _PHASE_SEED)[:, 0] * CELL_TOKENS).to(torch.int64)
+    predict_ids = ids_by_phase[phase]
+    return ClipMask(tubes.keep_ids, predict_ids, tubes.hidden(cells.shape[1]).gather(1, predict_ids))
+
+
+def running_cells(
+    grid_size: tuple[int, int, int], decoder_mask_ratio: float, device: torch.device | None = None
+) -> Tensor:
+    """The decoder's masks of VideoMAE v2, one for each phase: bool [4, N], True = not predicted.
+
+    In a cell of 2 x 2 tokens, numbered row by row, `int(4 * ratio)` neighbouring numbers are masked; with each step in
+    time they move by one, so that over four steps every place is masked equally often. Phases differ in the first
+    step. Raises ValueError for another ratio, and for a grid that 2 x 2 cells do not fill.
+    """
+    steps, rows, columns = grid_size
+    masked = num_masked_of_cell(decoder_mask_ratio)
+    if rows % 2 or columns % 2:
+        raise ValueError(
+            f"The grid has {rows} x {columns} tokens; running cells are 2 x 2 and need even numbers. Choose an image "
+            "size that is an even multiple of the patch size, or decoder_mask_ratio 0 by way of video_mae."
+        )
+    phase, step, row, column = torch.meshgrid(
+        *(torch.arange(count, device=device) for count in (CELL_TOKENS, steps, rows, columns)), indexing="ij"
+    )
+    number = row % 2 * 2 + column % 2
+    mask: Tensor = (number + phase + step + 1) % CELL_TOKENS < masked
+    return mask.flatten(1)
+
+
+def num_masked_of_cell(decoder_mask_ratio: float) -> int:
+    """Masked tokens of a running cell: `int(4 * ratio)`, 1 to 3. Raises ValueError for another ratio."""
+    masked = CELL_TOKENS * decoder_mask_ratio
+    if masked not in (1, 2, 3):
+        raise ValueError(
+            f"decoder_mask_ratio is {decoder_mask_ratio}; expected 0.25, 0.5 or 0.75: a cell has {CELL_TOKENS} tokens."
+        )
+    return int(masked)
+
+
+def num_decoded(grid_size: tuple[int, int, int], decoder_mask_ratio: float) -> int:
+    """M of dual masks: the tokens that running cells leave."""
+    steps, rows, columns = grid_size
+    return steps * rows * columns // CELL_TOKENS * (CELL_TOKENS - num_masked_of_cell(decoder_mask_ratio))
+
+
+def num_tube_kept(tokens_per_step: int, mask_ratio: float) -> int:
+    """Places that a tube mask keeps: S - int(S * mask_ratio), as in VideoMAE (20 of 196 at 0.9, where MAE's rule for
+    images, int(S * 0.1), would keep 19). Raises ValueError when mask_ratio is outside [0, 1) or hides every place.
+    """
+    if not 0.0 <= mask_ratio < 1.0:
+        raise ValueError(f"mask_ratio is {mask_ratio}; expected a share of hidden tokens in [0, 1).")
+    return tokens_per_step - int(tokens_per_step * mask_ratio)
+
+
+def repeat_noise(positions: Tensor, repeats: int, num_tokens: int, seed: int) -> Tensor:
+    """Uniform noise for each token of each clip, a pure function of (seed, position, repeat, token).
+
+    positions: int64 [B]. Returns float32 [B * R, num_tokens]; see `position_noise`, which this cuts into repeats.
+    """
+    return position_noise(positions, repeats * num_tokens, seed).view(len(positions) * repeats, num_tokens)
+
+
+def _split(noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Ids of the `kept` least and of the other values in each row of [B, N], both ascending."""
+    order = noise.argsort(dim=1, stable=True)
+    return order[:, :kept].sort(dim=1).values, order[:, kept:].sort(dim=1).values
+
+
+def _tubes(places: Tensor, steps: int, tokens_per_step: int) -> Tensor:
+    """Token ids of the places [B, P] at all times: [B, steps * P]."""
+    starts = torch.arange(steps, device=places.device) * tokens_per_step
+    return (starts[:, None] + places[:, None]).flatten(1)

@@ -1,0 +1,62 @@
+"""Where a token lies in a clip: the two kinds of position embedding of video autoencoders.
+
+Enters: token ids. Leaves: embeddings to add. Token ids are time-major: id = step * S + place, places row by row.
+Legend: B batch, N tokens of a clip, K selected tokens, T steps in time (of a tubelet each), S places in space, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+POSITION_STD = 0.02
+
+
+class SinusoidPositions(nn.Module):
+    """VideoMAE's (arXiv 2203.12602): one fixed sinusoid over all tokens in order, not trained."""
+
+    table: Tensor
+
+    def __init__(self, grid_size: tuple[int, int, int], width: int) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(1, grid_size[0] * grid_size[1] * grid_size[2], width))
+
+    def forward(self, ids: Tensor | None) -> Tensor:
+        """ids: int64 [B, K], or None for all in order. Returns [B, K, D] or [1, N, D]."""
+        return self.table if ids is None else self.table[0][ids]
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        self.table.copy_(sinusoid_table(self.table.shape[1], self.table.shape[2]))
+
+
+class SeparablePositions(nn.Module):
+    """MAE-ST's (arXiv 2205.09113): learned, one for the place plus one for the time, and one for the class token."""
+
+    def __init__(self, grid_size: tuple[int, int, int], width: int) -> None:
+        super().__init__()
+        self.spatial = nn.Parameter(torch.zeros(1, grid_size[1] * grid_size[2], width))
+        self.temporal = nn.Parameter(torch.zeros(1, grid_size[0], width))
+        self.cls = nn.Parameter(torch.zeros(1, 1, width))
+
+    def forward(self, ids: Tensor | None) -> Tensor:
+        """ids: int64 [B, K], or None for all in order. Returns [B, K, D] or [1, N, D], without the class token's."""
+        table = (self.temporal[:, :, None] + self.spatial[:, None]).flatten(1, 2)
+        return table if ids is None else table[0][ids]
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        for parameter in (self.spatial, self.temporal, self.cls):
+            nn.init.normal_(parameter, std=POSITION_STD)
+
+
+def sinusoid_table(num_tokens: int, width: int) -> Tensor:
+    """The sinusoid of Vaswani et al. over token ids, computed in float64.
+
+    Returns float32 [1, num_tokens, width] on the CPU: sine at even features, cosine at odd ones, of
+    id / 10000 ** (2 * (feature // 2) / width).
+    """
+    ids = torch.arange(num_tokens, dtype=torch.float64, device="cpu")
+    feature = torch.arange(width, dtype=torch.float64, device="cpu")
+    angle = ids[:, None] / 10000.0 ** (2 * (feature // 2) / width)
+    return torch.where(feature % 2 == 0, angle.sin(), angle.cos())[None].float()

@@ -1,0 +1,228 @@
+"""Vision transformer encoder for clips that can skip hidden tubelets.
+
+Enters: normalised clips and, for masked training, the ids of the tokens to look at. Leaves: tokens. The blocks are the
+image encoder's; a token is a tubelet, a patch over a few frames.
+Legend: B batch, N tokens (time-major, then row by row), K kept tokens, D width, C channels, T frames, H/W pixels,
+t/p/q a tubelet's frames and its height/width in pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.models.video_positions import SeparablePositions, SinusoidPositions
+from pretrain.models.vit import LAYER_NORM_EPS, TOKEN_STD, PatchProjection, init_layer, transformer_blocks
+
+Family = Literal["video_mae", "mae_st"]
+
+VIDEO_VIT_SIZES: dict[str, tuple[int, int, int, float]] = {
+    "small": (384, 12, 6, 4.0),
+    "base": (768, 12, 12, 4.0),
+    "large": (1024, 24, 16, 4.0),
+    "huge": (1280, 32, 16, 4.0),
+    "giant": (1408, 40, 16, 48 / 11),
+}
+"""Width, depth, heads and mlp_ratio by name. The giant one has patches of 14 x 14, and MAE-ST's huge one too."""
+
+
+@dataclass(frozen=True)
+class VideoViTConfig:
+    """Shape of a video transformer. The defaults are VideoMAE's ViT-B/16 on 16 frames of 224 x 224."""
+
+    num_frames: int = 16
+    """Frames of a clip."""
+    image_size: tuple[int, int] = (224, 224)
+    """Height and width of a frame, in pixels."""
+    tubelet_size: int = 2
+    """Frames of a tubelet; divides num_frames."""
+    patch_size: tuple[int, int] = (16, 16)
+    """Height and width of a tubelet, in pixels; divides image_size."""
+    in_channels: int = 3
+    """Channels of a frame."""
+    width: int = 768
+    """Features per token; even, divisible by heads."""
+    depth: int = 12
+    """Number of transformer blocks."""
+    heads: int = 12
+    """Attention heads per block."""
+    mlp_ratio: float = 4.0
+    """Hidden features of a block's MLP / width."""
+    family: Family = "video_mae"
+    """video_mae: a fixed sinusoid over all tokens, no class token. mae_st: learned positions, space plus time, and a
+    class token."""
+
+    def __post_init__(self) -> None:
+        # A YAML file gives lists.
+        object.__setattr__(self, "image_size", tuple(self.image_size))
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        for name, pair in (("image_size", self.image_size), ("patch_size", self.patch_size)):
+            if len(pair) != 2 or min(pair) < 1:
+                raise ValueError(f"{name} is {list(pair)}; expected [height, width], each at least 1 pixel.")
+        if min(self.num_frames, self.tubelet_size, self.in_channels, self.depth) < 1:
+            raise ValueError(
+                f"num_frames is {self.num_frames}, tubelet_size {self.tubelet_size}, in_channels {self.in_channels} "
+                f"and depth {self.depth}; expected at least 1 of each."
+            )
+        sides = zip(("num_frames", "height", "width"), self.clip_size, self.token_size, strict=True)
+        for side, whole, part in sides:
+            if whole % part:
+                raise ValueError(
+                    f"The clip's {side} of {whole} is no multiple of a tubelet's {part}. Set it to "
+                    f"{whole // part * part or part} or {(whole // part + 1) * part}, or choose other tubelets."
+                )
+        check_width("width", self.width, "heads", self.heads)
+        if self.family not in ("video_mae", "mae_st"):
+            raise ValueError(f"family is {self.family!r}; expected 'video_mae' or 'mae_st'.")
+
+    @property
+    def clip_size(self) -> tuple[int, int, int]:
+        """T, H, W."""
+        return (self.num_frames, *self.image_size)
+
+    @property
+    def token_size(self) -> tuple[int, int, int]:
+        """t, p, q."""
+        return (self.tubelet_size, *self.patch_size)
+
+    @property
+    def grid_size(self) -> tuple[int, int, int]:
+        """Tokens along time, height and width."""
+        steps, rows, columns = (whole // part for whole, part in zip(self.clip_size, self.token_size, strict=True))
+        return steps, rows, columns
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.grid_size[0] * self.tokens_per_step
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that share their time."""
+        return self.grid_size[1] * self.grid_size[2]
+
+    @property
+    def token_values(self) -> int:
+        """Numbers in one tubelet: t * p * q * C."""
+        return self.tubelet_size * self.patch_size[0] * self.patch_size[1] * self.in_channels
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.family == "mae_st"
+
+
+def check_width(width_name: str, width: int, heads_name: str, heads: int) -> None:
+    """Raise ValueError unless the width splits evenly into heads, and into sines and cosines."""
+    if heads < 1 or width < 1 or width % heads or width % 2:
+        raise ValueError(
+            f"{width_name} is {width} and {heads_name} is {heads}; expected an even {width_name} that is a multiple of "
+            f"{heads_name}."
+        )
+
+
+class VideoViT(nn.Module):
+    """Encoder of VideoMAE (arXiv 2203.12602) or MAE-ST (2205.09113): pre-norm blocks and a final norm."""
+
+    def __init__(self, config: VideoViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = TubeletEmbed(config)
+        if config.has_class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.positions = make_positions(config.family, config.grid_size, config.width)
+        self.blocks = transformer_blocks(config.width, config.depth, config.heads, config.mlp_ratio)
+        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.init_weights()
+
+    def forward(self, clips: Tensor, keep_ids: Tensor | None = None) -> Tensor:
+        """Encode the kept tokens, or all of them.
+
+        clips: float32 [B, C, T, H, W], normalised. keep_ids: int64 [B, K] in [0, N); None keeps all N in order.
+        Returns [B, K, D] after the final norm; [B, 1 + K, D] with the class token first where the family has one.
+        Raises ValueError when the clips do not have the configured shape.
+        """
+        tokens = self.embed(clips, keep_ids)
+        for block in self.blocks:
+            tokens = block(tokens)
+        normed: Tensor = self.norm(tokens)
+        return normed
+
+    def features(self, clips: Tensor, num_blocks: int = 1) -> list[tuple[Tensor, Tensor]]:
+        """Unmasked features of the last `num_blocks` blocks, first to last, each after the final norm.
+
+        clips: float32 [B, C, T, H, W], normalised. num_blocks: in [1, depth].
+        Returns pairs (summary [B, D], tokens [B, N, D]). The summary is the class token, or the mean of the tokens
+        where the family has none. Raises ValueError for num_blocks outside its range.
+        """
+        if not 1 <= num_blocks <= len(self.blocks):
+            raise ValueError(f"num_blocks is {num_blocks}; expected 1 to {len(self.blocks)}, the encoder's depth.")
+        tokens = self.embed(clips, None)
+        features = []
+        for index, block in enumerate(self.blocks):
+            tokens = block(tokens)
+            if index >= len(self.blocks) - num_blocks:
+                normed = self.norm(tokens)
+                if self.config.has_class_token:
+                    features.append((normed[:, 0], normed[:, 1:]))
+                else:
+                    features.append((normed.mean(dim=1), normed))
+        return features
+
+    def embed(self, clips: Tensor, keep_ids: Tensor | None) -> Tensor:
+        """Project the kept tubelets and add their positions: [B, K, D], or [B, 1 + K, D] with a class token.
+
+        The tubelets are selected before the projection: with 90% hidden that is a tenth of its work.
+        """
+        expected = (self.config.in_channels, *self.config.clip_size)
+        if clips.ndim != 5 or clips.shape[1:] != expected:
+            raise ValueError(
+                f"The clips have shape {list(clips.shape)}; expected [batch, {', '.join(map(str, expected))}] "
+                "(channels, frames, height, width). Make the data's frames, size and channels agree with the model's."
+            )
+        tubelets = split_tubelets(clips, self.config.token_size).flatten(1, 3).flatten(2)  # [B, N, C*t*p*q]
+        if keep_ids is not None:
+            tubelets = tubelets.gather(1, keep_ids[..., None].expand(-1, -1, tubelets.shape[-1]))
+        tokens: Tensor = self.patch_embed(tubelets) + self.positions(keep_ids)
+        if not self.config.has_class_token:
+            return tokens
+        assert isinstance(self.positions, SeparablePositions)
+        cls_token = self.cls_token + self.positions.cls
+        return torch.cat((cls_token.expand(len(clips), -1, -1), tokens), dim=1)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Starting values: xavier-uniform as in the image MAE, positions by their kind, class token N(0, 0.02)."""
+        self.apply(init_layer)
+        self.positions.init_weights()
+        if self.config.has_class_token:
+            nn.init.normal_(self.cls_token, std=TOKEN_STD)
+
+
+class TubeletEmbed(nn.Module):
+    """Holds the projection (a 3-D convolution's parameters) under the name of the original, `patch_embed.proj`."""
+
+    def __init__(self, config: VideoViTConfig) -> None:
+        super().__init__()
+        self.proj = PatchProjection(config.in_channels, config.token_size, config.width)
+
+    def forward(self, tubelets: Tensor) -> Tensor:
+        """tubelets: [B, K, C*t*p*q] in the order (c, t, p, q). Returns [B, K, D]."""
+        tokens: Tensor = self.proj(tubelets)
+        return tokens
+
+
+def make_positions(
+    family: Family, grid_size: tuple[int, int, int], width: int
+) -> SinusoidPositions | SeparablePositions:
+    """The family's position embedding, for an encoder or a decoder."""
+    return (SeparablePositions if family == "mae_st" else SinusoidPositions)(grid_size, width)
+
+
+def split_tubelets(clips: Tensor, token_size: tuple[int, int, int]) -> Tensor:
+    """View clips [B, C, T, H, W] as tubelets [B, steps, rows, columns, C, t, p, q] without a copy."""
+    frames, height, width = token_size
+    grid: Tensor = clips.unflatten(4, (-1, width)).unflatten(3, (-1, height)).unflatten(2, (-1, frames))
+    return grid.permute(0, 2, 4, 6, 1, 3, 5, 7)  # from [B, C, steps, t, rows, p, columns, q]

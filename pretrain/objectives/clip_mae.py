@@ -1,0 +1,234 @@
+"""Masked autoencoding of video clips: what one step computes, whatever the method.
+
+Enters: batches of stored (uint8) clips, several of each video, with the videos' global sample positions. Leaves: the
+loss on hidden tokens, and pictures. The methods (mae_st, video_mae, video_mae_v2) hand in their masks and their target.
+Legend: B videos, R repeats (clips of a video), N tokens of a clip, M predicted tokens, V values of a token per channel,
+C channels, T frames, H/W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.losses.clips import from_tubelets, predicted_frames, tubelets
+from pretrain.models.normalise import Normalise, default_mean, default_std
+from pretrain.models.video_mae import VideoMAE, VideoMAEConfig, VideoMAEOutput, video_mae_flops
+from pretrain.models.video_masking import ClipMask
+from pretrain.models.video_vit import VideoViT
+from pretrain.objectives.base import Objective, Turn
+from pretrain.objectives.clip_target import ClipTarget, normalise_clips
+from pretrain.objectives.image_mae import VALIDATION_SEED
+
+if TYPE_CHECKING:
+    from data_pipes.loader import Batch
+
+GREY = 128
+SHOWN_FRAMES = 4
+"""At most this many frames of a clip in a picture."""
+
+MakeMasks = Callable[[Tensor, int, int], ClipMask]
+"""(positions [B], repeats, seed) -> the masks of [B * R] clips."""
+
+
+@dataclass(frozen=True)
+class ClipMAEConfig:
+    """A masked autoencoder for clips, its masks, and the statistics of its videos."""
+
+    model: VideoMAEConfig = field(default_factory=VideoMAEConfig)
+    """The autoencoder; its encoder's num_frames, image_size and in_channels are those of the data."""
+    mask_ratio: float = 0.9
+    """Share of the tokens that is hidden from the encoder."""
+    norm_pixels: bool = True
+    """Predict normalised tokens; False predicts the pixels themselves."""
+    repeats: int = 1
+    """Clips of each video in a batch (data.video.repeats). Batches, learning rates and epochs count videos."""
+    mean: tuple[float, ...] = ()
+    """Per channel, on the scale where the stored range is [0, 1]; empty: the method's for 3 channels, else 0.5."""
+    std: tuple[float, ...] = ()
+    """Per channel, on the same scale, > 0; empty: the method's for 3 channels, else 0.5."""
+    init_from: str | None = None
+    """Weights to start from; null starts from the paper's initialisation."""
+
+    def __post_init__(self) -> None:
+        channels = self.model.encoder.in_channels
+        object.__setattr__(self, "mean", tuple(self.mean) or default_mean(channels))
+        object.__setattr__(self, "std", tuple(self.std) or default_std(channels))
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != channels:
+                raise ValueError(
+                    f"{name} has {len(values)} numbers and the model {channels} channels; expected one number per "
+                    f"channel. Set {name} to {channels} numbers, or to [] for the default."
+                )
+        if min(self.std) <= 0.0:
+            raise ValueError(f"std is {list(self.std)}; expected positive numbers.")
+        if self.repeats < 1:
+            raise ValueError(f"repeats is {self.repeats}; expected at least 1 clip of each video.")
+        if self.norm_pixels and self.model.target_values < 2 * channels:
+            raise ValueError("norm_pixels needs at least 2 values per token; enlarge patch_size or set it to false.")
+
+
+def check_family(config: VideoMAEConfig, family: str, method: str) -> None:
+    """Raise ValueError unless the encoder is of the family that the method has."""
+    if config.encoder.family != family:
+        raise ValueError(
+            f"{method} has an encoder of the family {family!r}; model.encoder.family is {config.encoder.family!r}."
+        )
+
+
+def check_some_hidden(num_kept: int, num_tokens: int, mask_ratio: float) -> None:
+    """Raise ValueError when there would be nothing to predict."""
+    if num_kept == num_tokens:
+        raise ValueError(
+            f"mask_ratio {mask_ratio} hides none of {num_tokens} tokens, so there is nothing to predict. Raise it."
+        )
+
+
+class ClipMAEObjective(Objective):
+    """One player, "model": a `VideoMAE`, called as `players["model"](clips, mask, target) -> VideoMAEOutput`."""
+
+    backbone_player = "model"
+    backbone_prefix = "encoder."
+
+    def __init__(
+        self,
+        config: ClipMAEConfig,
+        seed: int,
+        *,
+        make_masks: MakeMasks,
+        target: ClipTarget,
+        num_kept: int,
+        num_predicted: int,
+    ) -> None:
+        """seed: of the training masks, together with position and repeat. num_kept, num_predicted: tokens of a clip."""
+        self.config = config
+        self.seed = seed
+        self.model = VideoMAE(config.model)
+        self.players: dict[str, nn.Module] = {"model": self.model}
+        self.normalise = Normalise(config.mean, config.std)
+        self.make_masks = make_masks
+        self.target = target
+        self._flops_per_clip = video_mae_flops(config.model, num_kept, num_predicted)
+        encoder = config.model.encoder
+        self._frames = predicted_frames(encoder.num_frames, config.model.num_predicted_frames)
+
+    def turns(self, batch: Batch, step: int) -> Iterator[Turn]:
+        if batch.images.shape[1] != self.repeats:
+            raise ValueError(
+                f"The batch has {batch.images.shape[1]} clips of each video and objective.repeats is "
+                f"{self.repeats}; set objective.repeats and data.video.repeats to the same number."
+            )
+        output, _ = self._forward(batch.images, batch.positions, self.seed)
+        yield Turn(output.loss, "model", {"loss": output.loss.detach()})
+
+    def blocks(self, player: str) -> list[nn.Module]:
+        self._check(player)
+        return [*self.model.encoder.blocks, *self.model.decoder.blocks]
+
+    def init_weights(self, player: str) -> None:
+        self._check(player)
+        self.model.init_weights()
+
+    @torch.no_grad()
+    def validate(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        return {"loss": self._forward(batch.images, batch.positions, VALIDATION_SEED)[0].loss}
+
+    @torch.no_grad()
+    def films(self, batch: Batch) -> dict[str, Tensor]:
+        """The first clip of each video and what the model makes of it: uint8 [B, T, 1 or 3, H, W] on the CPU.
+
+        T: the frames that the method predicts. "input": these frames. "masked": the hidden tokens in grey.
+        "prediction": the model's output in the hidden tokens that it predicts, grey in those that it does not (VideoMAE
+        v2), the frames themselves elsewhere. With `norm_pixels` the model predicts each token's contrast and not its
+        brightness, so this honest view is grey on average where tokens were hidden. "oracle_denormalised" (only with
+        `norm_pixels`): the same with each token's true mean and deviation put back, which the model was not given.
+        """
+        clips = batch.images[:, :1]
+        output, mask = self._forward(clips, batch.positions, VALIDATION_SEED)
+        values = self._values(clips.flatten(0, 1))  # [B, N, V, C], stored
+        shown = self.target.to_uint8(output.prediction, self._gather(values, mask.predict_ids), self.normalise)
+        masked = values.masked_fill(mask.hidden(values.shape[1])[..., None, None], GREY)
+        views = {"input": values, "masked": masked}
+        for name, predicted in shown.items():
+            ids = mask.predict_ids[..., None, None].expand_as(predicted)
+            seen = masked.gather(1, ids)
+            views[name] = masked.scatter(1, ids, torch.where(mask.counted[..., None, None], predicted, seen))
+        return {name: self._film(view) for name, view in views.items()}
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """The views of `films` with up to four frames of each clip side by side: uint8 [B, 1 or 3, H, frames * W]."""
+        films = self.films(batch)
+        frames = predicted_frames(len(self._frames), min(SHOWN_FRAMES, len(self._frames)))
+        return {name: film[:, frames].permute(0, 2, 3, 1, 4).flatten(3) for name, film in films.items()}
+
+    def flops_per_sample(self) -> float:
+        """Of one video: all its clips."""
+        return self.repeats * self._flops_per_clip
+
+    def build_backbone(self) -> VideoViT:
+        with torch.device("cpu"):
+            return VideoViT(self.config.model.encoder)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a clip that `turns` expects."""
+        return self.config.model.encoder.num_frames
+
+    @property
+    def repeats(self) -> int:
+        """R, clips of each video that `turns` expects."""
+        return self.config.repeats
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.config.model.encoder.image_size
+
+    @property
+    def in_channels(self) -> int:
+        return self.config.model.encoder.in_channels
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return self.config.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return self.config.std
+
+    def _forward(self, images: Tensor, positions: Tensor, seed: int) -> tuple[VideoMAEOutput, ClipMask]:
+        """images: stored [B, R, C, T, H, W]. The repeats become clips of their own: [B * R, C, T, H, W]."""
+        expected = (self.in_channels, self.num_frames, *self.image_size)
+        if images.ndim != 6 or images.shape[2:] != expected:
+            raise ValueError(
+                f"The clips have shape {list(images.shape)}; expected [videos, repeats, "
+                f"{', '.join(map(str, expected))}] (channels, frames, height, width). Make data.video and the model's "
+                "encoder agree."
+            )
+        clips, mask = images.flatten(0, 1), self.make_masks(positions, images.shape[1], seed)
+        target = self.target(self._gather(self._values(clips), mask.predict_ids))
+        output: VideoMAEOutput = self.players["model"](normalise_clips(self.normalise, clips), mask, target)
+        return output, mask
+
+    def _values(self, clips: Tensor) -> Tensor:
+        """Stored [B * R, C, T, H, W] -> the predicted frames' tokens [B * R, N, V, C], stored."""
+        if len(self._frames) < clips.shape[2]:  # slices: a list as an index would be copied to a GPU in every step
+            clips = torch.stack([clips[:, :, frame] for frame in self._frames], dim=2)
+        return tubelets(clips, self.config.model.target_size)
+
+    @staticmethod
+    def _gather(values: Tensor, ids: Tensor) -> Tensor:
+        """[B * R, N, V, C] -> [B * R, M, V, C]."""
+        return values.gather(1, ids[..., None, None].expand(-1, -1, *values.shape[2:]))
+
+    def _film(self, values: Tensor) -> Tensor:
+        """uint8 [B, N, V, C] -> [B, T, 1 or 3, H, W] on the CPU."""
+        clips = from_tubelets(values, self.config.model.encoder.grid_size, self.config.model.target_size)
+        return clips[:, : 3 if self.in_channels >= 3 else 1].transpose(1, 2).cpu()
+
+    def _check(self, player: str) -> None:
+        if player != "model":
+            raise ValueError(f"There is no player {player!r}; a masked autoencoder has one, 'model'.")
