@@ -17,7 +17,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from data_pipes.files import write_atomically
-from pretrain.checkpoint import list_checkpoints
+from pretrain.checkpoint import Place, list_checkpoints
+from pretrain.checkpoint_read import folder_of_run, list_folder
+from pretrain.checkpoint_store import store_of
 from pretrain.config import ConfigError, RunConfig
 from pretrain.environment import environment, redact_argument
 from pretrain.journal import now_ms
@@ -34,9 +36,10 @@ def open_run_folder(
     """
     run_dir = config.run_dir
     run_file = run_dir / "run.json"
-    has_checkpoints = bool(list_checkpoints(run_dir))
-    if has_checkpoints:
-        _check_may_continue(config)
+    # where they go now, and where they went before: checkpoint.folder may have changed since
+    found = [*list_checkpoints(run_dir), *list_folder(folder_of_run(run_dir, config.checkpoint.folder))]
+    if found:
+        _check_may_continue(config, found[-1])
     identity: dict[str, Any] = {}
     if run_file.is_file():
         try:
@@ -72,16 +75,20 @@ def launch_command(config_path: Path, overrides: Sequence[str], world_size: int)
     return f"torchrun --nproc-per-node {world_size} -m pretrain {arguments}"
 
 
-def _check_may_continue(config: RunConfig) -> None:
+def _check_may_continue(config: RunConfig, checkpoint: Place) -> None:
     if config.checkpoint.resume == "never":
         raise ConfigError(
             f"{config.run_dir} already holds checkpoints and checkpoint.resume is never; choose another name, or set "
             "checkpoint.resume=auto to continue it"
         )
     saved_path = config.run_dir / "config.yaml"
-    if not saved_path.is_file():
+    if saved_path.is_file():
+        text = saved_path.read_text()
+    elif isinstance(checkpoint, Path):
         raise ConfigError(f"{config.run_dir} holds checkpoints but no config.yaml; restore it or choose another name")
-    saved = OmegaConf.to_container(OmegaConf.load(saved_path))
+    else:  # another machine than before: what was saved with the newest checkpoint
+        text = store_of(checkpoint).read(checkpoint, "config.yaml").decode()
+    saved = OmegaConf.to_container(OmegaConf.create(text))
     assert isinstance(saved, dict)
     wanted = config.as_dict()
     for key in ("objective", "seed"):

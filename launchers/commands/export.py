@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pretrain.checkpoint_store import place_of
+
 HELP = "export a backbone to another library, after reloading it there and comparing the features"
 EXAMPLES = """\
   tessera export runs/cifar10_tiny exports/cifar10_tiny --to timm
@@ -13,7 +15,7 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="CHECKPOINT", help="checkpoint folder, run, or a weights file")
+    parser.add_argument("model", type=place_of, metavar="CHECKPOINT", help="checkpoint folder, run, or a weights file")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; it must not exist")
     parser.add_argument("--to", choices=("timm",), required=True, help="the library that will load it")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights")

@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import find_damage, load_run_config, load_weights, newest_complete, read_complete
+from pretrain.checkpoint import Place, find_damage, load_run_config, load_weights, newest_complete, read_complete
+from pretrain.checkpoint_store import RemoteFolder
 from pretrain.export.official import (
     EXPORT_WEIGHTS,
     describe_encoder,
@@ -48,7 +49,7 @@ class Backbone:
     """which weights these are; `imported` ones came from a file without a run"""
     label: str
     """short name for folders and tables, e.g. `step-00001200` or `step-00001200-ema`"""
-    source: Path
+    source: Place
     """the checkpoint folder, export folder or file that was read"""
     digest: str
     """`weights_digest` of the model"""
@@ -58,22 +59,27 @@ class Backbone:
     """the run's configuration, when the backbone comes from a checkpoint"""
     complete: Mapping[str, Any] | None = None
     """the checkpoint's COMPLETE record"""
+    named_by: Path | None = None
+    """the run's folder, when it names a checkpoint that lies elsewhere (`checkpoint.folder`)"""
 
     @property
     def run_dir(self) -> Path | None:
-        """The run's folder, when the checkpoint still lies in one."""
+        """The run's folder, when the checkpoint still lies in one or was found by one."""
+        if self.named_by is not None or isinstance(self.source, RemoteFolder):
+            return self.named_by
         folder = self.source.parent if self.source.parent.name else self.source.resolve().parent
         is_run = self.complete is not None and folder.name == "checkpoints" and (folder.parent / "run.json").is_file()
         return folder.parent if is_run else None
 
 
 def load_backbone(
-    path: Path, *, ema: bool = False, untrained: bool = False, architecture: str | None = None, verify: bool = False
+    path: Place, *, ema: bool = False, untrained: bool = False, architecture: str | None = None, verify: bool = False
 ) -> Backbone:
     """The backbone behind `path`.
 
     Args:
-        path: run folder (its newest complete checkpoint), checkpoint folder, export folder, or weights file.
+        path: run folder (its newest complete checkpoint), checkpoint folder, export folder, or weights file; in an
+            object store, a checkpoint or the folder that holds a run's checkpoints.
         ema: the moving average of the weights; only checkpoints have one.
         untrained: the weights of step 0 instead, from the run's own seed: the baseline of every learning check.
         architecture: timm name or size; required for a weights file, refused otherwise.
@@ -85,6 +91,10 @@ def load_backbone(
     """
     if ema and untrained:
         raise ValueError("the moving average and the untrained weights exclude each other: ask for one of them")
+    if isinstance(path, RemoteFolder):
+        if architecture is not None:
+            raise ValueError(f"{path} knows its architecture: leave it out")
+        return _from_checkpoint(find_checkpoint(path), ema=ema, untrained=untrained, verify=verify)
     if not path.exists():
         raise FileNotFoundError(f"no model at {path}: expected a run, a checkpoint, an export folder or a weights file")
     is_export = path.is_dir() and (path / EXPORT_CONFIG).is_file() and (path / EXPORT_WEIGHTS).is_file()
@@ -96,21 +106,29 @@ def load_backbone(
         return _from_export(path, untrained) if is_export else _from_file(path, architecture, untrained)
     if architecture is not None:
         raise ValueError(f"{path} is a run's or a checkpoint's folder, which knows its architecture: leave it out")
-    return _from_checkpoint(find_checkpoint(path), ema=ema, untrained=untrained, verify=verify)
+    found = find_checkpoint(path)
+    backbone = _from_checkpoint(found, ema=ema, untrained=untrained, verify=verify)
+    return replace(backbone, named_by=path) if found.parent != path / "checkpoints" and found != path else backbone
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Place) -> Place:
     """The checkpoint folder that `path` is, or the newest complete one of the run folder that it is.
 
     Raises:
         ValueError: neither, or a torn checkpoint.
     """
-    if (path / "checkpoints").is_dir():
+    if isinstance(path, RemoteFolder):
+        is_run = not path.name.startswith("step-")
+    else:
+        is_run = (path / "checkpoints").is_dir() or (path / "run.json").is_file()
+    if is_run:
         newest = newest_complete(path)
         if newest is None:
             raise ValueError(f"{path} has no complete checkpoint yet: wait for the run's first save, or resume the run")
         return newest
-    if path.is_dir() and (path.name.startswith("step-") or (path / "COMPLETE").is_file()):
+    if isinstance(path, RemoteFolder) or (
+        path.is_dir() and (path.name.startswith("step-") or (path / "COMPLETE").is_file())
+    ):
         read_complete(path)  # raises for a torn one
         return path
     raise ValueError(
@@ -129,7 +147,7 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _from_checkpoint(checkpoint: Path, *, ema: bool, untrained: bool, verify: bool) -> Backbone:
+def _from_checkpoint(checkpoint: Place, *, ema: bool, untrained: bool, verify: bool) -> Backbone:
     damage = find_damage(checkpoint, hashes=verify)
     if damage is not None:
         raise ValueError(f"{checkpoint} is damaged ({damage}): use another checkpoint of the run")
@@ -142,6 +160,8 @@ def _from_checkpoint(checkpoint: Path, *, ema: bool, untrained: bool, verify: bo
     else:
         state = load_weights(checkpoint, player, ema=ema)
     model = objective.build_backbone()
+    if not isinstance(model, ViT):
+        raise ValueError(f"{checkpoint} holds a video encoder; the protocols for images cannot evaluate it")
     model.load_state_dict({name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)})
     suffix = "-ema" if ema else "-untrained" if untrained else ""
     return Backbone(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pretrain.checkpoint_store import Place, store_of
 from pretrain.evaluation.backbone import Backbone
 
 UNKNOWN = "not recorded"
@@ -56,8 +57,8 @@ def model_card(
 def provenance(backbone: Backbone) -> dict[str, str]:
     """Where the weights come from, as label -> text; unknown entries say so."""
     complete = backbone.complete or {}
-    run = _read_json(backbone.run_dir / "run.json") if backbone.run_dir is not None else {}
-    state = _read_json(backbone.source / "state.json") if backbone.complete is not None else {}
+    run = _read_json(backbone.run_dir, "run.json") if backbone.run_dir is not None else {}
+    state = _read_json(backbone.source, "state.json") if backbone.complete is not None else {}
     order = state.get("order") or {}
     position = complete.get("position")
     return {
@@ -77,7 +78,7 @@ def provenance(backbone: Backbone) -> dict[str, str]:
 
 def read_results(run_dir: Path, label: str) -> list[dict[str, Any]]:
     """The evaluation results of one model of a run, in the order of their file names."""
-    return [_read_json(path) for path in sorted((run_dir / "eval" / label).glob("*.json"))]
+    return [_read_json(path.parent, path.name) for path in sorted((run_dir / "eval" / label).glob("*.json"))]
 
 
 def _summary(backbone: Backbone, pool: str) -> str:
@@ -142,10 +143,10 @@ def _numbers(values: Iterable[float]) -> str:
     return "[" + ", ".join(f"{value:g}" for value in values) + "]"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(folder: Place, name: str) -> dict[str, Any]:
     """The object in a JSON file; empty when the file is missing or unreadable: a card is written without it."""
     try:
-        loaded = json.loads(path.read_text())
+        loaded = json.loads(store_of(folder).read(folder, name))
     except (OSError, json.JSONDecodeError):
         return {}
     return loaded if isinstance(loaded, dict) else {}

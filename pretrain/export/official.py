@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import find_damage, load_weights, newest_complete
+from pretrain.checkpoint import Place, find_damage, load_weights, newest_complete
 from pretrain.models.mae import MAE
 from pretrain.models.vit import VIT_SIZES, ViT, ViTConfig, sincos_position_embedding, vit_config
 
@@ -123,9 +123,9 @@ def read_canonical(path: Path) -> dict[str, Tensor]:
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
-def _checkpoint_in(path: Path) -> Path:
+def _checkpoint_in(path: Path) -> Place:
     """The checkpoint folder that `path` is, or the newest complete one of the run folder that it is."""
-    checkpoint = path if (path / "COMPLETE").is_file() else newest_complete(path)
+    checkpoint: Place | None = path if (path / "COMPLETE").is_file() else newest_complete(path)
     if checkpoint is None:
         raise WeightsError(
             f"{path} holds neither a complete checkpoint nor {EXPORT_WEIGHTS}: give a checkpoint (step-...), a run "
