@@ -18,15 +18,24 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="the run's YAML file, for example configs/demo/digits.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=100 optim.clip_norm=1.0")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print memory per rank, start nothing")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="of the run that --dry-run plans")
+    parser.add_argument("--processes-per-node", type=int, metavar="N", help="with --dry-run; default: all of them")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains; returns the run's summary. Raises ValueError for the user's mistakes."""
+    """Trains, or plans with --dry-run; returns the summary. Raises ValueError for the user's mistakes."""
     from pretrain.config import load_config
     from pretrain.train import train
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from pretrain.dry_run import dry_run
+
+        return dry_run(config, arguments.processes, arguments.processes_per_node)
+    if arguments.processes != 1 or arguments.processes_per_node is not None:
+        raise ValueError("--processes belongs to --dry-run; processes are started by torchrun --nproc-per-node N")
     return train(config, config_path=arguments.config, overrides=arguments.overrides)
 
 
@@ -41,9 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         return 2
-    if rank == 0:
-        sentence = f"{summary['status']}: {summary['run']} at step {summary['step']}"
-        print(json.dumps(summary) if arguments.json else sentence, flush=True)
+    if rank != 0:
+        return 0
+    if arguments.json:
+        print(json.dumps(summary), flush=True)
+    elif arguments.dry_run:
+        from rich.console import Console
+
+        from pretrain.dry_run import table
+
+        Console().print(table(summary))
+    else:
+        print(f"{summary['status']}: {summary['run']} at step {summary['step']}", flush=True)
     return 0
 
 

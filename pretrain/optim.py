@@ -90,10 +90,22 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_deca
     return [group for group in groups if group["params"]]
 
 
-def build_adamw(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW; its kernel leaves weights and state as they are where `found_inf` says so.
+
+    The attributes are those that `torch.amp.GradScaler` sets, with the same meaning.
+    """
+
+    found_inf: Tensor | None = None
+    """0-d float32 on the parameters' device: 1 = the next `step` changes nothing."""
+    grad_scale: Tensor | None = None
+    """0-d float32 that gradients are divided by; None = they are not."""
+
+
+def build_adamw(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> AdamW:
     """Fused AdamW; its learning rate is set before each step by the loop."""
     groups = parameter_groups(parameters, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    return AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
 @torch.no_grad()

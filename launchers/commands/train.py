@@ -14,6 +14,7 @@ HELP = "train a configuration, continuing from its newest checkpoint"
 EXAMPLES = """\
   tessera train configs/demo/digits.yaml
   tessera train configs/mae/cifar10_tiny.yaml data.train=data/cifar10/train data.val=data/cifar10/val
+  tessera train configs/mae/vit_large.yaml data.train=/shards/imagenet/train --dry-run --processes 8
   torchrun --nproc-per-node 8 -m pretrain configs/mae/vit_base.yaml data.train=/shards/imagenet/train
 """
 
@@ -24,7 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     summary = run_training(arguments)
-    if not arguments.json:
+    if arguments.json:
+        return dict(summary)
+    if arguments.dry_run:
+        from pretrain.dry_run import table  # brings torch along, which --help need not wait for
+
+        Console().print(table(summary))
+    else:
         console = Console(file=sys.stderr)
         console.print(f"[bold]{summary['status']}[/] at step {summary['step']}, {summary['samples']:,} samples")
         console.print(f"checkpoint {summary['checkpoint']}", highlight=False)

@@ -8,14 +8,12 @@ every strategy and world size starts from the same ones.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -23,13 +21,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.objectives.base import Objective
-from pretrain.optim import OptimConfig, build_adamw, update_ema
+from pretrain.optim import AdamW, OptimConfig, build_adamw, update_ema
+from pretrain.parallel import fsdp2
+from pretrain.parallel.blocks import checkpoint_blocks
 from pretrain.parallel.dist import World
 from pretrain.parallel.strategy import ParallelConfig, Strategy, Tensors
 
@@ -44,7 +43,7 @@ class NativeStrategy(Strategy):
         self.kind = _resolve_kind(config, world)
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
         self.compile = config.compile == "blocks" or (config.compile == "auto" and world.device.type == "cuda")
-        self.optimizers: dict[str, torch.optim.AdamW] = {}
+        self.optimizers: dict[str, AdamW] = {}
         self.live: dict[str, Tensors] = {}
         self.averages: dict[str, Tensors] = {}
 
@@ -59,11 +58,10 @@ class NativeStrategy(Strategy):
             self.objective = build()
             initialize(self.objective)
         for player, module in self.objective.players.items():
-            if self.config.activation_checkpointing:
-                _checkpoint_blocks(module, self.objective.blocks(player))
+            checkpoint_blocks(module, self.objective.blocks(player), self.config.activation_checkpointing)
             if self.compile:
                 for block in self.objective.blocks(player):
-                    block.compile(fullgraph=not self.config.activation_checkpointing)
+                    block.compile(fullgraph=True)
         if sharded:
             self._shard(build, initialize)
         else:
@@ -90,18 +88,9 @@ class NativeStrategy(Strategy):
         return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **unsynced)
 
     def _shard(self, build: Callable[[], Objective], initialize: Callable[[Objective], None]) -> None:
-        mesh = _device_mesh(self.kind, self.config, self.world)
-        # Blocks compute in bf16 on gathered bf16 weights. The root's inputs are not cast: mask noise in bf16 would have
-        # ties and hide other patches than fp32 does, and targets are taken from full-precision images.
-        root_policy = block_policy = MixedPrecisionPolicy()
-        if self.bf16:
-            block_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            root_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        reshard = self.config.reshard_after_forward
+        mesh = fsdp2.device_mesh(self.kind, self.config, self.world)
         for player, module in self.objective.players.items():
-            for block in self.objective.blocks(player):
-                fully_shard(block, mesh=mesh, mp_policy=block_policy, reshard_after_forward=reshard)
-            fully_shard(module, mesh=mesh, mp_policy=root_policy, reshard_after_forward=reshard)
+            fsdp2.shard(module, self.objective.blocks(player), mesh, self.config, self.bf16)
             module.to_empty(device=self.world.device)
             with torch.no_grad():  # a parameter that nothing initialises shows at once
                 for tensor in [*module.parameters(), *module.buffers()]:
@@ -135,23 +124,24 @@ class NativeStrategy(Strategy):
     def backward(self, loss: Tensor, player: str) -> None:
         loss.backward()
 
-    def step(self, player: str, lr: float) -> float:
+    def step(self, player: str, lr: float) -> Tensor:
         module, optimizer = self._unwrapped(player), self.optimizers[player]
+        if isinstance(module, FSDPModule):
+            fsdp2.free_gathered(module)
         parameters = [p for p in module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        value = float(norm)
-        finite = value < float("inf")  # false for nan too; the norm is global, so all ranks decide alike
-        if finite:
-            if self.optim.clip_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip_norm, norm)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            self._update_average(player)
+        if self.optim.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip_norm, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # The norm is global, so all ranks skip alike; the kernel reads it where it lies, so the host need not wait.
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
+        optimizer.step()
+        self._update_average(player)
         optimizer.zero_grad(set_to_none=True)
-        return value
+        return norm.float()
 
     def _update_average(self, player: str) -> None:
         if player not in self.averages:
@@ -221,24 +211,6 @@ def _resolve_kind(config: ParallelConfig, world: World) -> str:
             "run `torchrun --nproc-per-node N -m pretrain CONFIG`"
         )
     return config.strategy
-
-
-def _device_mesh(kind: str, config: ParallelConfig, world: World) -> torch.distributed.device_mesh.DeviceMesh:
-    if kind == "fsdp2":
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    shards = config.shards or int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    if world.size % shards:
-        raise ValueError(f"parallel.shards is {shards}, which does not divide the world size {world.size}")
-    return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard"))
-
-
-def _checkpoint_blocks(module: nn.Module, blocks: list[nn.Module]) -> None:
-    """Replaces each block, wherever it hangs in `module`, by one that recomputes its activations."""
-    wanted = {id(block) for block in blocks}
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if id(child) in wanted:
-                setattr(parent, name, checkpoint_wrapper(child, preserve_rng_state=True))
 
 
 def _local(tensor: Tensor) -> Tensor:

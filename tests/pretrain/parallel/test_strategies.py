@@ -21,7 +21,7 @@ def test_losses_agree_over_20_steps(tiny_dataset: Path, tmp_path: Path) -> None:
 
     run_here(run("single"))
     run_here(run("accumulated", "train.micro_batch=2"))
-    run_here(run("recomputed", "parallel.activation_checkpointing=true"))
+    run_here(run("recomputed", "parallel.activation_checkpointing=full"))
     run_several(
         2,
         [
@@ -29,7 +29,7 @@ def test_losses_agree_over_20_steps(tiny_dataset: Path, tmp_path: Path) -> None:
             run("ddp_accumulated", "parallel.strategy=ddp", "train.micro_batch=2"),
             run("fsdp2", "parallel.strategy=fsdp2"),
             run("fsdp2_accumulated", "parallel.strategy=fsdp2", "train.micro_batch=2"),
-            run("fsdp2_recomputed", "parallel.strategy=fsdp2", "parallel.activation_checkpointing=true"),
+            run("fsdp2_recomputed", "parallel.strategy=fsdp2", "parallel.activation_checkpointing=selective"),
         ],
         tmp_path,
     )
