@@ -18,11 +18,13 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 
 from data_pipes.loader import DataConfig
 from pretrain.checkpoint import CheckpointConfig
+from pretrain.guard import GuardConfig
 from pretrain.objectives.base import Objective
 from pretrain.objectives.table import OBJECTIVES
 from pretrain.optim import OptimConfig
 from pretrain.parallel.strategy import ParallelConfig
 from pretrain.tracking import TrackingConfig
+from pretrain.watchdog_config import WatchdogConfig
 
 T = TypeVar("T")
 
@@ -51,13 +53,13 @@ class TrainConfig:
     """Validation samples per validation, from the start of `data.val`; 0 = all."""
     num_pictures: int = 8
     """Validation samples shown as input, masked, prediction and oracle view."""
-    max_skipped_steps: int = 10
-    """Optimizer steps in a row that may be skipped for a non-finite gradient before the run stops."""
+    gc_every: int = 500
+    """Steps between Python's garbage collections, the same on all ranks; 0 = whenever Python likes."""
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "max_skipped_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in (("log_every", 1), ("gc_every", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +80,10 @@ class RunConfig:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+    watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
 
     @property
     def run_dir(self) -> Path:

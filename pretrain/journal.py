@@ -14,6 +14,7 @@ A record is `{"time_ms": int, "type": str, ...}`:
 | artifact | path (relative to the run's folder when inside it), artifact_dir |
 | status | status: RUNNING, FINISHED, FAILED or KILLED |
 | resume | step: the checkpoint that training went on from; later steps written before this line are superseded |
+| event | name, and what else belongs to it: a skipped step, a rollback, a checkpoint that was not saved |
 | artifact_skipped, rejected | what the shipper could not deliver for good, and why |
 """
 

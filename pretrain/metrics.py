@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -68,7 +69,7 @@ class Interval:
     waits_s: list[float] = field(default_factory=list)
     """For data, of each step."""
     sums: dict[str, Tensor] = field(default_factory=dict)
-    grad_norm_sums: dict[str, float] = field(default_factory=dict)
+    grad_norm_sums: dict[str, Tensor] = field(default_factory=dict)
     """By player; a norm that is not finite makes the mean so too."""
 
     def add_turn(self, metrics: dict[str, Tensor]) -> None:
@@ -76,13 +77,14 @@ class Interval:
             known = self.sums.get(name)
             self.sums[name] = value.float() if known is None else known + value.float()
 
-    def add_step(self, num_samples: int, grad_norms: dict[str, float], wait_s: float) -> None:
-        """wait_s: for data, of all the step's micro-batches."""
+    def add_step(self, num_samples: int, grad_norms: Mapping[str, Tensor], wait_s: float) -> None:
+        """grad_norms: by player, 0-d; not read here. wait_s: for data, of all the step's micro-batches."""
         self.num_steps += 1
         self.waits_s.append(wait_s)
         self.num_samples += num_samples
         for player, norm in grad_norms.items():
-            self.grad_norm_sums[player] = self.grad_norm_sums.get(player, 0.0) + norm
+            known = self.grad_norm_sums.get(player)
+            self.grad_norm_sums[player] = norm if known is None else known + norm
 
     def report(self, num_bad: int) -> dict[str, float]:
         """The interval's metrics by name, over all ranks; then starts a new interval. A collective.
@@ -91,7 +93,9 @@ class Interval:
         """
         wall_s = time.perf_counter() - self.begin_s
         names = sorted(self.sums)
-        means = [self.sums[name].item() / max(1, self.num_micro_batches) for name in names]
+        # One copy to the host for all: each number read on its own would wait for the device anew.
+        sums = torch.stack([self.sums[name] for name in names]).tolist() if names else []
+        means = [total / max(1, self.num_micro_batches) for total in sums]
         *totals, bad = self.world.sum(torch.tensor([*means, num_bad], dtype=torch.float64)).tolist()
         memory = float(_memory_bytes(self.world.device))
         wait_s, slowest_s, memory = self.world.max(
@@ -113,7 +117,7 @@ class Interval:
         return result
 
     def _grad_norms(self) -> dict[str, float]:
-        means = {player: total / max(1, self.num_steps) for player, total in self.grad_norm_sums.items()}
+        means = {player: float(total) / max(1, self.num_steps) for player, total in self.grad_norm_sums.items()}
         if len(means) == 1:
             return {"train/grad_norm": next(iter(means.values()))}
         return {f"train/grad_norm_{player}": mean for player, mean in means.items()}

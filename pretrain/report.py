@@ -19,6 +19,7 @@ from pretrain.curves import format_value, line_chart
 from pretrain.environment import redact_argument, redact_url
 from pretrain.journal import JOURNAL_NAME, MetricPoint, now_ms, read_journal, read_metrics
 from pretrain.pictures import picture_uri
+from pretrain.report_events import event_rows
 from pretrain.shipper import STATE_NAME
 
 TEMPLATE = "report.html"
@@ -91,6 +92,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
     records, curves = list(read_journal(run_dir)), read_metrics(run_dir)
     config_text = _read_text(run_dir / "config.yaml")
     marks = sorted({int(record["step"]) for record in records if record["type"] == "resume" and record["step"] > 0})
+    events, num_older_events = event_rows(records)
     return {
         "name": run.get("name") or run_dir.resolve().name,
         "status": run_status(records),
@@ -102,6 +104,8 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "pictures": _pictures(run_dir),
         "evaluations": _evaluations(run_dir),
         "evaluation_curves": _evaluation_curves(curves),
+        "events": [(_utc(event.time_ms), event.title, event.details) for event in events],
+        "num_older_events": num_older_events,
         "config": redact_url(config_text),
         "commands": _commands(run, run_dir),
         "environment": json.dumps(_redacted(run.get("environment", {})), indent=2) if run.get("environment") else "",

@@ -153,6 +153,10 @@ class Tracker:
         """Set tags of the run, as strings; the last value of a tag counts."""
         self._journal.append("tags", {"tags": {name: str(value) for name, value in tags.items()}})
 
+    def log_event(self, name: str, fields: Mapping[str, object]) -> None:
+        """Note that something happened (a skipped step, a rollback, a save that failed); shown by the report."""
+        self._journal.append("event", {"name": name, **fields})
+
     def log_resume(self, step: int) -> None:
         """Say that training goes on from the checkpoint of `step` (resumed or rolled back); later points are void."""
         self._journal.append("resume", {"step": int(step)})

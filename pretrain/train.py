@@ -15,27 +15,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data_pipes.collection import Collection
 from data_pipes.image import EvalTransform
-from data_pipes.loader import Batch, BatchPlan, DataConfig, open_collection, open_loader
+from data_pipes.loader import Batch, BatchPlan, DataConfig, Loader, open_collection, open_loader
 from data_pipes.manifest import Manifest
 from data_pipes.sequential import SequentialImages
 from data_pipes.storage import Storage
-from pretrain.checkpoint import Checkpointer, rng_state, set_rng_state
+from pretrain.checkpoint import Checkpointer, Place, rng_state, set_rng_state
 from pretrain.config import ConfigError, RunConfig
 from pretrain.data_metrics import DataMeter
+from pretrain.garbage import ScheduledGC
+from pretrain.guard import Guard, Rollback, SkippedSamples
 from pretrain.metrics import Interval, peak_flops
+from pretrain.models.mae import MAE
 from pretrain.objectives.base import Objective, Turn
 from pretrain.optim import scheduled_lr
 from pretrain.parallel import dist
-from pretrain.parallel.native import NativeStrategy
+from pretrain.parallel.batches import fit_micro_batch
+from pretrain.parallel.choose import check_strategy, make_strategy
 from pretrain.parallel.strategy import Strategy
 from pretrain.progress import ProgressLine
 from pretrain.run_folder import open_run_folder
+from pretrain.sentinel import Evidence, Sentinel, are_finite
 from pretrain.signals import StopRequest
 from pretrain.tracking import Tracker
 from pretrain.validation import Validator
+from pretrain.watchdog import Watchdog
 
 
 def train(
@@ -48,12 +55,13 @@ def train(
     again safely; without it the processes join here and leave at the end.
     Raises ValueError (ConfigError, ShardError, CheckpointError) for the user's mistakes.
     """
-    plan, data = check(config)
-    joined = world or dist.start(config.device, config.parallel.timeout_s)
     with StopRequest() as stop:
-        summary = _train(config, plan, data, joined, stop, config_path, overrides)
-    if world is None:
-        dist.stop()
+        plan, data = check(config)
+        joined = world or dist.start(config.device, config.parallel.timeout_s)
+        with Watchdog(config.run_dir, joined, config.watchdog, stop) as watchdog:
+            summary = _train(config, plan, data, joined, stop, watchdog, config_path, overrides)
+            if world is None:
+                dist.stop()
     return summary
 
 
@@ -88,7 +96,7 @@ def check(config: RunConfig) -> tuple[BatchPlan, TrainingData]:
     global_batch = config.train.global_batch
     plan = BatchPlan(
         global_batch=global_batch,
-        micro_batch=config.train.micro_batch or max(1, global_batch // world_size),
+        micro_batch=fit_micro_batch(global_batch, world_size, config.train.micro_batch),
         rank=rank,
         world_size=world_size,
         ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
@@ -114,13 +122,34 @@ def check(config: RunConfig) -> tuple[BatchPlan, TrainingData]:
             f"parallel.strategy is {config.parallel.strategy}, but this process was not started by torchrun; run "
             "`torchrun --nproc-per-node N -m pretrain CONFIG`, or set parallel.strategy=auto"
         )
+    device = dist.pick_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
+    accounting = {
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulate,
+    }
+    check_strategy(config.parallel, config.optim, device_type=device.type, batch=accounting)
     init_from = getattr(config.objective, "init_from", None)
     if init_from and not Path(init_from).is_file():
         raise ConfigError(f"objective.init_from is {init_from}, which is no file; give the path of a weights file")
     with torch.device("meta"):
-        config.build_objective()
-    dist.pick_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
+        objective = config.build_objective()
+    video = config.data.video
+    wanted = objective.num_frames, objective.repeats
+    given = (None, 1) if video is None else (video.num_frames, video.repeats)
+    if wanted != given:
+        raise ConfigError(
+            f"the objective {config.objective_name} trains on {describe_clips(*wanted)}, and the data are "
+            f"{describe_clips(*given)}; set data.video.num_frames and data.video.repeats, or data.video=null for images"
+        )
+    if init_from and not isinstance(objective.players[objective.backbone_player], MAE):
+        raise ConfigError(f"objective.init_from is not there yet for {config.objective_name}; set it to null")
     return plan, data
+
+
+def describe_clips(num_frames: int | None, repeats: int) -> str:
+    """In words, for errors."""
+    return "images" if num_frames is None else f"{repeats} clips of {num_frames} frames per video"
 
 
 def initialize(objective: Objective, config: RunConfig) -> None:
@@ -128,7 +157,6 @@ def initialize(objective: Objective, config: RunConfig) -> None:
     objective.start(config.seed)
     if getattr(config.objective, "init_from", None):
         from pretrain.export.official import load_initial_weights
-        from pretrain.models.mae import MAE
 
         autoencoder = objective.players[objective.backbone_player]
         assert isinstance(autoencoder, MAE)
@@ -175,6 +203,7 @@ def _train(
     data: TrainingData,
     world: dist.World,
     stop: StopRequest,
+    watchdog: Watchdog,
     config_path: Path,
     overrides: Sequence[str],
 ) -> dict[str, Any]:
@@ -194,19 +223,25 @@ def _train(
 
     # 2. Model, optimizer, strategy.
     torch.manual_seed(config.seed + world.rank)
-    strategy = NativeStrategy(config.parallel, config.optim, world)
+    strategy = make_strategy(config.parallel, config.optim, world)
     objective = strategy.prepare(config.build_objective, lambda whole: initialize(whole, config))
 
     # 3. Resume: weights, optimizer, average, generator states, and the one integer that is the data position.
     checkpointer = Checkpointer(run_dir, config.checkpoint, world)
-    checkpoint = checkpointer.find()
-    loop: dict[str, Any] = {"step": 0, "position": 0, "order": None}
-    if checkpoint is not None:
+
+    def restore(checkpoint: Place) -> dict[str, Any]:
         state = strategy.state() | {"rng": rng_state(world)}
         loop = checkpointer.load(checkpoint, state)
         strategy.load_state(state)
         set_rng_state(state["rng"], world)
+        return loop
+
+    checkpoint = checkpointer.find()
+    loop: dict[str, Any] = {"step": 0, "position": 0, "order": None} if checkpoint is None else restore(checkpoint)
+    checkpointer.reserve(strategy.state() | {"rng": rng_state(world)})
     step, position = int(loop["step"]), int(loop["position"])
+    skipped = SkippedSamples(tuple((int(begin), int(end)) for begin, end in loop.get("skipped", ())))
+    num_rollbacks = int(loop.get("rollbacks", 0))
 
     # 4. Data, schedule, validation.
     loader = open_loader(
@@ -221,7 +256,7 @@ def _train(
     total = total_samples(config, num_samples)
     warmup = config.optim.warmup_epochs * num_samples + config.optim.warmup_steps * plan.global_batch
     peak_lr = config.optim.peak_lr(plan.global_batch)
-    last_step = step + max(0, total - position) // plan.global_batch
+    last_step = step + max(0, total - position - skipped.count_from(position)) // plan.global_batch
     validator = None
     if data.looked_at is not None and config.data.video is None:
         samples = SequentialImages(
@@ -244,14 +279,24 @@ def _train(
     peak = peak_flops(world.device, bf16=strategy.bf16)
     interval = Interval(world, objective.flops_per_sample(), peak)
     data_meter = DataMeter(world, loader.source_names)
-    skipped_in_a_row, grad_norms = 0, dict[str, float]()
+    guard, sentinel = Guard(config.guard), Sentinel(world)
+    dataset = loader.dataset if isinstance(loader, Loader) else None
+    evidence = Evidence(run_dir / "guard", world, plan, dataset, config.guard.dump)
+    grad_norms, went_back_to = dict[str, Tensor](), -config.guard.window
     first_step, started_s, metrics = step, time.perf_counter(), dict[str, float]()
 
+    def asked_to_stop() -> bool:
+        """Between validation batches: whether a rank got a signal. A collective."""
+        watchdog.beat("validate", step)
+        return world.any(stop.received is not None)
+
     def look() -> dict[str, float]:
-        """Validation loss and pictures, outside of the interval's time."""
+        """Validation loss and pictures, outside of the interval's time; nothing when a signal comes meanwhile."""
         if validator is None:
             return {}
-        found = validator.run(objective, strategy, step) if data.val is not None else {}
+        found = validator.run(objective, strategy, step, asked_to_stop) if data.val is not None else {}
+        if asked_to_stop():
+            return {}
         picture = run_dir / "pictures" / f"step-{step:08d}.png"
         validator.draw(objective, strategy, picture)
         if tracker is not None:
@@ -260,7 +305,16 @@ def _train(
         interval.restart()
         return found
 
-    def save() -> None:
+    def tell(name: str, fields: dict[str, Any]) -> None:
+        if tracker is not None:
+            tracker.log_event(name, fields)
+
+    def tell_of_saves() -> None:
+        for event in checkpointer.take_events():
+            tell(f"checkpoint_{event.pop('event')}", event)
+
+    def save(last: bool) -> None:
+        watchdog.beat("save", step)
         if tracker is not None:
             tracker.flush_to_disk()
         extra = {
@@ -269,18 +323,38 @@ def _train(
             "run_uid": identity["run_uid"],
             "mlflow_run_id": tracker.mlflow_run_id if tracker is not None else None,
             "samples_per_epoch": num_samples,
+            "skipped": skipped.ranges,
+            "rollbacks": num_rollbacks,
         }
-        checkpointer.save(step, strategy.state() | {"rng": rng_state(world)}, extra, config.to_yaml())
+        state = strategy.state()
+        if not are_finite(state, world):
+            raise FloatingPointError(
+                f"step {step} is not saved: a weight is not finite, although every gradient was. The last complete "
+                "checkpoint is untouched. Lower optim.base_lr, set optim.clip_norm, or use fp32"
+            )
+        checkpointer.save(step, state | {"rng": rng_state(world)}, extra, config.to_yaml(), last=last)
 
     # 6. Steps.
     status = "finished"
-    with failing(tracker), ProgressLine(config.name, last_step, enabled=world.is_main) as progress:
+    collector = ScheduledGC(config.train.gc_every)
+    with failing(tracker), collector, ProgressLine(config.name, last_step, enabled=world.is_main) as progress:
         if checkpoint is not None:
             progress.say(f"resumed from {checkpoint} at sample {position:,} of {total:,}")
         if data.collection is None:
             progress.say("data.unindexed: the shards are read from front to back, so resume is approximate")
+        if plan.micro_batch != (config.train.micro_batch or plan.micro_batch):
+            progress.say(
+                f"train.micro_batch is {config.train.micro_batch}; with {world.size} processes the global batch of "
+                f"{plan.global_batch} is reached by {plan.accumulate} x {plan.micro_batch}"
+            )
         batches = loader.batches(position)
-        while step < last_step:
+        if step < last_step and world.any(stop.received is not None):
+            status = "stopped"  # before the first step: nothing is new, so nothing is saved
+        while step < last_step and status != "stopped":
+            if (ahead := skipped.next_position(position)) != position:
+                progress.say(f"samples {position:,} to {ahead:,} are left out")
+                position = ahead
+                batches = loader.batches(position)
             lr = scheduled_lr(
                 position,
                 peak=peak_lr,
@@ -289,35 +363,83 @@ def _train(
                 minimum=config.optim.min_lr,
                 schedule=config.optim.schedule,
             )
-            wait_s = 0.0
+            wait_s, losses = 0.0, list[Tensor]()
             for micro in range(plan.accumulate):
+                watchdog.beat("data", step)
                 waiting_s = time.perf_counter()
                 batch = next(batches).to(world.device)
                 wait_s += time.perf_counter() - waiting_s
+                watchdog.beat("forward", step)
                 last = micro == plan.accumulate - 1
                 strategy.accumulate(last)
                 for turn in each_turn(objective, strategy, batch, step):
+                    watchdog.beat("step", step)
                     strategy.backward(turn.loss / plan.accumulate, turn.player)
                     interval.add_turn(turn.metrics)
+                    if turn.player == objective.backbone_player:
+                        losses.append(turn.loss.detach())
                     if last:
                         grad_norms[turn.player] = strategy.step(turn.player, lr)
+                    watchdog.beat("forward", step)
+                watchdog.beat("step", step)
                 interval.num_micro_batches += 1
+            if step == first_step:
+                dist.change_timeout(world, config.watchdog.longest_later_s + 60)
             step += 1
+            collector.after_step(step)
+            sentinel.add(step, position, losses, list(grad_norms.values()))
             position += plan.global_batch
             interval.add_step(plan.global_batch, grad_norms, wait_s)
 
-            all_finite = all(norm < float("inf") for norm in grad_norms.values())
-            skipped_in_a_row = 0 if all_finite else skipped_in_a_row + 1
-            if skipped_in_a_row:
-                progress.say(f"step {step}: the gradient norms are {grad_norms}; every rank skipped the update")
-            if skipped_in_a_row >= config.train.max_skipped_steps:
-                checkpointer.wait()
-                raise FloatingPointError(
-                    f"the gradient was not finite in {skipped_in_a_row} steps in a row, up to step {step}; the last "
-                    f"complete checkpoint is untouched. Lower optim.base_lr, set optim.clip_norm, or use fp32"
-                )
+            # What all ranks know of the steps by now; everything, where something is about to be kept.
+            ending = step == last_step
+            saving = ending or (save_every is not None and step % save_every == 0)
+            logging = ending or step % config.train.log_every == 0
+            stopping, observed = sentinel.settle(stop.received is not None, everything=saving or logging)
+            if stopping and not (saving or logging):
+                observed += sentinel.settle(True, everything=True)[1]
+            rollback: Rollback | None = None
+            for seen in observed:
+                rollback = rollback or guard.observe(seen)
+                if not seen.is_finite:
+                    progress.say(f"step {seen.step}: the gradient or loss is not finite; every rank skipped the update")
+                    tell("skipped_step", evidence.collect(seen, sentinel.local_losses[seen.step]))
+            if ending and rollback is None:
+                rollback = guard.give_up()
+            if rollback is not None:
+                num_rollbacks += 1
+                found = evidence.collect(rollback.suspect, sentinel.local_losses.get(rollback.suspect.step, []))
+                tell("rollback", {"reason": rollback.reason, **found})
+                newest = rollback.newest_good_step
+                if step - went_back_to < config.guard.window:  # that checkpoint was spoiled too
+                    newest = min(newest, went_back_to - 1)
+                good: Place | None = None
+                if num_rollbacks <= config.guard.max_rollbacks:
+                    checkpointer.settle()
+                    good = checkpointer.find(up_to_step=newest)
+                if good is None:
+                    raise FloatingPointError(
+                        f"{rollback.reason}, and the run cannot go back: this would be rollback {num_rollbacks} of at "
+                        f"most guard.max_rollbacks={config.guard.max_rollbacks}, to a complete checkpoint of step "
+                        f"{newest} or before (checkpoint.every_steps={save_every}). Checkpoints are untouched. Lower "
+                        "optim.base_lr, set optim.clip_norm, or use fp32"
+                    )
+                loop = restore(good)
+                step, position = int(loop["step"]), int(loop["position"])
+                checkpointer.discard_after(step)
+                went_back_to = step
+                skipped = skipped.with_range(*rollback.skipped(plan.global_batch))
+                last_step = step + max(0, total - position - skipped.count_from(position)) // plan.global_batch
+                progress.say(f"{rollback.reason}; going back to step {step}, without the samples {skipped.ranges[-1]}")
+                if tracker is not None:
+                    tracker.log_resume(step)
+                guard.restart()
+                sentinel.restart()
+                interval.restart()
+                batches = loader.batches(position)
+                continue
 
-            if step % config.train.log_every == 0 or step == last_step:
+            if logging:
                 metrics = data_meter.report(
                     loader.tally.take(),
                     loader.bad.by_cause,
@@ -327,18 +449,23 @@ def _train(
                 )
                 metrics |= interval.report(loader.bad.num_bad) | {"train/lr": lr, "data/position": position}
                 metrics |= {"train/epoch": position / num_samples} if num_samples else {}
-                metrics |= {"checkpoint/blocked_ms": 1e3 * checkpointer.blocked_s}
-                checkpointer.blocked_s = 0.0
+                metrics |= watchdog.metrics()
+                metrics |= checkpointer.stats() | {"guard/rollbacks": num_rollbacks}
+                tell_of_saves()
                 left_s = (last_step - step) * metrics["throughput/step_ms"] / 1e3
                 progress.update(step, metrics, left_s)
                 if tracker is not None:
                     tracker.log_metrics(metrics, step)
 
-            stopping = world.any(stop.received is not None)
-            if step == last_step or (save_every is not None and step % save_every == 0) or stopping:
-                save()
-            if not stopping and (step == last_step or (val_every is not None and step % val_every == 0)):
+            if guard.is_suspicious and (saving or stopping):
+                progress.say(f"step {step} is not saved: the newest losses are not to be trusted")
+            elif saving or stopping:
+                save(last=ending or stopping)
+            if not stopping and (ending or (val_every is not None and step % val_every == 0)):
                 metrics |= look()
+                stopping = world.any(stop.received is not None)
+                if stopping and not saving and not guard.is_suspicious:
+                    save(last=True)
             if stopping and step < last_step:
                 name = stop.received.name if stop.received is not None else "a signal to another rank"
                 progress.say(f"{name}: saving step {step}, then leaving; start the same command to go on")
@@ -346,9 +473,13 @@ def _train(
                 break
 
     # 7. Leave nothing half done.
+    watchdog.beat("close", step)
     loader.close()
-    checkpointer.wait()
-    checkpointer.close()
+    try:
+        checkpointer.wait()
+    finally:
+        tell_of_saves()
+        checkpointer.close()
     if tracker is not None:
         tracker.finish("FINISHED" if status == "finished" else "KILLED")
     return {
@@ -358,7 +489,7 @@ def _train(
         "samples": position,
         "steps_this_start": step - first_step,
         "seconds": round(time.perf_counter() - started_s, 2),
-        "checkpoint": str(run_dir / "checkpoints" / f"step-{step:08d}"),
+        "checkpoint": str(checkpointer.folder / f"step-{step:08d}"),
         "mfu_of": peak.source,
         **{name: metrics[name] for name in ("train/loss", "val/loss", "throughput/samples_per_s") if name in metrics},
     }

@@ -7,7 +7,7 @@ Legend: B batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,11 +36,18 @@ class Validator:
         self.world = world
         self._pictures: Batch | None = None
 
-    def run(self, objective: Objective, strategy: Strategy, step: int) -> dict[str, float]:
-        """`val/<name>`: means over the validation samples. A collective."""
+    def run(
+        self, objective: Objective, strategy: Strategy, step: int, should_stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
+        """`val/<name>`: means over the validation samples. A collective.
+
+        should_stop: asked before each batch, with the same answer on every rank; True ends without a result.
+        """
         sums: dict[str, Tensor] = {}
         with evaluating(objective), torch.no_grad():
             for batch, counts in self._batches():
+                if should_stop():
+                    return {}
                 with strategy.autocast():
                     metrics = objective.validate(batch, step)
                 if counts:

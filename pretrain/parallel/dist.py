@@ -107,6 +107,25 @@ def start(device: str, timeout_s: float) -> World:
     return World(rank, size, local_rank, picked, control, saving)
 
 
+def change_timeout(world: World, timeout_s: float) -> None:
+    """Sets how long a collective of training (default group) or deciding (`world.control`) may take from now on.
+
+    Long until the first step is done, because ranks load, compile and resume at different speeds; short later. It is
+    the backstop of the watchdog, so it should be longer than each of its limits after the start. `world.saving`
+    keeps its own: a slow disk is no reason to end a run. Every rank calls it at the same point of the run.
+    """
+    if world.control is None:
+        return
+    default = dist.group.WORLD
+    assert default is not None
+    timeout = datetime.timedelta(seconds=timeout_s)
+    for group in (default, world.control):
+        if hasattr(dist, "set_timeout"):
+            dist.set_timeout(timeout, group)
+        else:  # torch 2.11 has it under its first name
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
 def stop() -> None:
     """Leaves the process group, after every rank arrived (an early leaver makes its peers abort)."""
     if dist.is_initialized():

@@ -52,12 +52,18 @@ def torchrun(num_processes: int, *arguments: str) -> list[str]:
     return [*launcher, *arguments]
 
 
-def run_several(num_processes: int, runs: Sequence[Sequence[str]], folder: Path) -> None:
+def run_several(
+    num_processes: int,
+    runs: Sequence[Sequence[str]],
+    folder: Path,
+    *,
+    script: str = "several_runs.py",
+    arguments: Sequence[str] = (),
+) -> None:
     """Trains configurations one after the other on several processes."""
     listed = folder / f"runs-{len(list(folder.glob('runs-*')))}.json"
     listed.write_text(json.dumps([list(run) for run in runs]))
-    script = str(Path(__file__).with_name("several_runs.py"))
-    command = torchrun(num_processes, script, str(CONFIG), str(listed))
+    command = torchrun(num_processes, str(Path(__file__).with_name(script)), str(CONFIG), str(listed), *arguments)
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 

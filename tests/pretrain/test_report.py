@@ -35,6 +35,9 @@ def write_run(run_dir: Path) -> None:
                 "metrics", {"step": step, "metrics": metrics | {"memory/peak_bytes_per_rank": 2.0**31}}, begin_ms
             )
     writer.append("metrics", {"step": 400, "metrics": {"val/loss": 1.1, "eval/digits/top1": 0.9}}, begin_ms)
+    skipped = {"name": "skipped_step", "at_step": 300, "loss": math.nan, "samples": ["a.tar:<7>"], "num_samples": 1}
+    for _ in range(60):
+        writer.append("event", skipped, begin_ms)
     writer.append("artifact_skipped", {"path": "gone.png", "reason": "the file is gone"}, begin_ms)
     writer.append("status", {"status": "FINISHED"}, begin_ms + 3_600_000)
     writer.close()
@@ -114,6 +117,8 @@ def test_a_full_run_has_every_section_and_refers_to_nothing(tmp_path: Path) -> N
         "1,234", "Waiting for data", "Model FLOPs", "step 380", "step 0", "untrained", "0.9375", "digits &lt;b&gt;",
         "100 / 32", "k=10", "k on held-out", "global_batch: 64", "tessera train a.yaml", "name=NEW_NAME", "abc123",
         "resumed at step 200", "step 100: nan", "custom/thing", "gone.png is not in MLflow", "eval/digits/top1",
+        "skipped step", "a.tar:&lt;7&gt;",
+        "10 older ones are in the journal",
     ):  # fmt: skip
         assert text in page, text
     assert "hunter2" not in page

@@ -1,0 +1,1 @@
+"""Faults injected into real runs: kills, stops and signals at chosen moments."""

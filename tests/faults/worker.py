@@ -1,0 +1,76 @@
+"""One rank of a run under test: `python -m pretrain` that also writes down which samples it trained on, and can pause.
+
+usage: python -m tests.faults.worker CONFIG [key=value ...]      (under torchrun, or forked by the zygote)
+
+TESSERA_TEST_RECORD is a folder: gets `<rank>-<pid>.jsonl` with the positions and keys of every micro-batch that the
+loop took. TESSERA_TEST_PAUSE is `phase:step:rank:seconds`, a list of them with commas: that rank makes the file
+`paused-<phase>-<step>` in the record folder when it is about to begin the phase, then waits there for so long, so that
+a signal can be sent in the phase; `sleep` in place of `phase` would say nothing, so each pause names its phase.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import pretrain.train as train_module
+from data_pipes.loader import Batch, Loader
+from pretrain.__main__ import main as pretrain_main
+from pretrain.metrics import PeakFlops
+from pretrain.watchdog import Watchdog
+
+
+def main(arguments: list[str]) -> int:
+    torch.set_num_threads(1)
+    train_module.peak_flops = lambda device, *, bf16: PeakFlops(1e12, "not measured")  # type: ignore[attr-defined]
+    folder = Path(os.environ["TESSERA_TEST_RECORD"])
+    folder.mkdir(parents=True, exist_ok=True)
+    _record_samples(folder / f"{os.environ.get('RANK', '0')}-{os.getpid()}.jsonl")
+    _pause(folder, os.environ.get("TESSERA_TEST_PAUSE", ""))
+    return pretrain_main(arguments)
+
+
+def _record_samples(path: Path) -> None:
+    batches = Loader.batches
+
+    def recorded(self: Loader, position: int) -> Iterator[Batch]:
+        with path.open("a") as file:
+            for batch in batches(self, position):
+                file.write(json.dumps([batch.positions.tolist(), batch.keys]) + "\n")
+                file.flush()
+                yield batch
+
+    Loader.batches = recorded  # type: ignore[method-assign]
+
+
+def _pause(folder: Path, wanted: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    pauses = {}
+    for pause in filter(None, wanted.split(",")):
+        phase, step, who, seconds = pause.split(":")
+        if who == rank:
+            pauses[phase, int(step)] = float(seconds)
+    if not pauses:
+        return
+    beat = Watchdog.beat
+
+    def pausing(self: Watchdog, phase: str, step: int) -> None:
+        beat(self, phase, step)
+        seconds = pauses.pop((phase, step), None)
+        if seconds is not None:
+            (folder / f"paused-{phase}-{step}").touch()
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline:  # in pieces, so that this looks like a loop in Python, not like a wait
+                time.sleep(0.01)
+
+    Watchdog.beat = pausing  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
