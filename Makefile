@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-peers constraints clean
+.PHONY: help demo test test-faults lint bench bench-peers constraints clean
 
 help:
 	@echo "make demo   install, then pretrain, evaluate, export and report a small masked autoencoder (about 5 minutes)"
 	@echo "make test   install, then run the default test suite"
+	@echo "make test-faults   install, then kill real runs at random moments (about an hour on two cores)"
 	@echo "make lint   install, then ruff and mypy"
 	@echo "make bench  install, then the benchmarks of the loader and of the training step"
 	@echo "make bench-peers   the loader beside litdata and mosaicml-streaming, in an environment of their own"
@@ -25,6 +26,9 @@ demo: $(BIN)/.installed
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest
+
+test-faults: $(BIN)/.installed
+	$(BIN)/python -m pytest tests/faults -m slow
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
