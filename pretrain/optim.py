@@ -108,6 +108,23 @@ def build_adamw(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimCon
     return AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
+def start_adamw(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:
+    """Makes AdamW's state of each parameter, as its first step would, so that there is something to save or load into.
+
+    torch.distributed.checkpoint would otherwise make it by a step with zero gradients, which counts as one: bias
+    correction would then be one step ahead for the whole run.
+    """
+    for parameter in parameters:
+        if not optimizer.state[parameter]:
+            on_device = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
+            device = parameter.device if on_device else torch.device("cpu")
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }
+
+
 @torch.no_grad()
 def update_ema(average: list[Tensor], weights: list[Tensor], decay: float) -> None:
     """average <- decay * average + (1 - decay) * weights, in place, on local shards."""

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.objectives.base import Objective
-from pretrain.optim import OptimConfig, build_adamw, update_ema
+from pretrain.optim import OptimConfig, build_adamw, start_adamw, update_ema
 from pretrain.parallel.blocks import checkpoint_blocks
 from pretrain.parallel.deepspeed_config import ZERO_STAGES, check_ds_config, require_deepspeed
 from pretrain.parallel.dist import World
@@ -34,7 +34,6 @@ from pretrain.parallel.zero_masters import (
     flat_masters,
     frozen_weights,
     publish_masters,
-    start_adamw,
 )
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

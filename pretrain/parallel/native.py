@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.objectives.base import Objective
-from pretrain.optim import AdamW, OptimConfig, build_adamw, update_ema
+from pretrain.optim import AdamW, OptimConfig, build_adamw, start_adamw, update_ema
 from pretrain.parallel import fsdp2
 from pretrain.parallel.blocks import checkpoint_blocks
 from pretrain.parallel.dist import World
@@ -69,7 +69,9 @@ class NativeStrategy(Strategy):
                 self.objective.players[player] = self._replicate(module)
         for player in self.objective.players:
             module = self._unwrapped(player)
-            self.optimizers[player] = build_adamw(module.named_parameters(), self.optim)
+            optimizer = build_adamw(module.named_parameters(), self.optim)
+            start_adamw(optimizer, (one for group in optimizer.param_groups for one in group["params"]))
+            self.optimizers[player] = optimizer
             if self.optim.ema_decay is not None:
                 self.live[player] = _weights(module)  # shares storage with the parameters
                 self.averages[player] = {name: tensor.detach().clone() for name, tensor in self.live[player].items()}

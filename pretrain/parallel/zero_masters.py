@@ -89,18 +89,6 @@ def frozen_weights(stage: int, parameters: Mapping[str, nn.Parameter]) -> dict[s
     return frozen
 
 
-def start_adamw(base: torch.optim.AdamW, flats: list[Tensor]) -> None:
-    """Makes AdamW's state of each flat buffer, as its first step would, so that there is something to load into."""
-    for flat in flats:
-        if not base.state[flat]:
-            device = flat.device if base.defaults["fused"] or base.defaults["capturable"] else torch.device("cpu")
-            base.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
-                "exp_avg": torch.zeros_like(flat, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
-            }
-
-
 @torch.no_grad()
 def publish_masters(optimizer: Any, stage: int) -> None:
     """Brings the weights that the forward pass reads up to the masters, as the end of a step does. A collective.

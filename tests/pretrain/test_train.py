@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data_pipes.image import EvalTransform
+from data_pipes.loader import BatchPlan, open_loader
 from data_pipes.sequential import SequentialImages
 from pretrain.checkpoint import newest_complete
 from pretrain.config import load_config
 from pretrain.journal import read_journal, read_metrics
-from pretrain.optim import OptimConfig
+from pretrain.optim import OptimConfig, parameter_groups, scheduled_lr
 from pretrain.parallel.dist import World
 from pretrain.parallel.native import NativeStrategy
 from pretrain.parallel.strategy import ParallelConfig
@@ -92,6 +93,43 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing() -> None:
         same = all(torch.equal(before[g][n], after[g][n]) for g in kept for n in before[g])
         assert same != moves
         assert weight.grad is None
+
+
+def test_looking_at_the_state_is_no_step(tiny_dataset: Path, tmp_path: Path) -> None:
+    """DCP makes missing optimizer state by a step with zero gradients, which would count."""
+    overrides = overrides_of(tiny_dataset, tmp_path, "run", "train.steps=1")
+    config = load_config(CONFIG, overrides)
+    world = World(0, 1, 0, torch.device("cpu"), None, None)
+    strategy = NativeStrategy(config.parallel, config.optim, world)
+    strategy.prepare(config.build_objective, lambda whole: whole.start(0))
+    steps = {name: float(t) for name, t in strategy.state()["optimizer.model"].items() if name.endswith(".step")}
+    assert steps
+    assert set(steps.values()) == {0.0}
+
+
+def test_the_loop_is_plain_adamw(tiny_dataset: Path, tmp_path: Path) -> None:
+    """The same batches through torch's own optimizer in ten lines."""
+    more = ("train.steps=6", "optim.clip_norm=null", "optim.warmup_steps=2", "train.micro_batch=4")
+    overrides = overrides_of(tiny_dataset, tmp_path, "run", *more)
+    run_here(overrides)
+    config, plan = load_config(CONFIG, overrides), BatchPlan(8, 8)
+    objective = config.build_objective()
+    objective.start(config.seed)
+    groups = parameter_groups(objective.players["model"].named_parameters(), config.optim.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
+    batches = open_loader(config.data, plan, image_size=(8, 8), channels=1, state=None).batches(0)
+    found = []
+    for step in range(6):
+        (turn,) = objective.turns(next(batches).to(torch.device("cpu")), step)
+        turn.loss.backward()
+        found.append(turn.loss.item())
+        for group in optimizer.param_groups:
+            group["lr"] = scheduled_lr(
+                8 * step, peak=config.optim.peak_lr(8), total=48, warmup=16, minimum=0.0, schedule="cosine"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+    assert list(losses(tmp_path / "run").values()) == pytest.approx(found, rel=1e-5)
 
 
 def test_a_run_whose_gradients_stay_broken_stops_and_keeps_its_checkpoint(tiny_dataset: Path, tmp_path: Path) -> None:
