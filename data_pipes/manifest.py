@@ -195,11 +195,6 @@ def index_url(shard_url: str, url: str, index_dir: str | None) -> str:
     return join_url(index_dir, f"{name}.{hashlib.sha256(os.fsencode(url)).hexdigest()[:12]}{INDEX_SUFFIX}")
 
 
-def index_path(shard_path: Path, url: str, index_dir: Path | None) -> Path:
-    """`index_url` of local files."""
-    return Path(index_url(str(shard_path), url, None if index_dir is None else str(index_dir)))
-
-
 def check_class_names(classes: Iterable[str]) -> tuple[str, ...]:
     """The class names as a tuple. Raises ValueError on an empty or a repeated name."""
     names = tuple(classes)

@@ -7,17 +7,14 @@ a table. No process group, no accelerator, no run folder.
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 from rich.table import Table
 
 from pretrain.config import ConfigError, RunConfig
 from pretrain.memory import MemoryEstimate, estimate
-from pretrain.train import check, total_samples
+from pretrain.parallel.dist import Launch
+from pretrain.preflight import check, total_samples
 
 
 def dry_run(config: RunConfig, processes: int, ranks_per_node: int | None = None) -> dict[str, Any]:
@@ -28,9 +25,9 @@ def dry_run(config: RunConfig, processes: int, ranks_per_node: int | None = None
     per_node = ranks_per_node or processes
     if processes < 1 or per_node < 1:
         raise ConfigError(f"--processes is {processes}, --processes-per-node {per_node}; expected 1 or more")
-    with _as_first_of(processes, per_node):
-        # Whether this machine has the run's device is not asked: a plan is often made elsewhere.
-        plan, data = check(dataclasses.replace(config, device="cpu"))
+    launch = Launch(size=processes, ranks_per_node=per_node, by_torchrun=processes > 1)
+    # Whether this machine has the run's device is not asked: a plan is often made elsewhere.
+    plan, data = check(dataclasses.replace(config, device="cpu"), launch)
     found = estimate(config, processes, ranks_per_node=per_node)
     samples = total_samples(config, data.num_samples)
     return {
@@ -76,12 +73,3 @@ _ROWS = {
 
 def _gigabytes(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.2f} MB"
-
-
-@contextmanager
-def _as_first_of(processes: int, per_node: int) -> Iterator[None]:
-    """What torchrun would tell rank 0, for the checks that read it."""
-    told = {"WORLD_SIZE": processes, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": per_node}
-    launched = {name: str(value) for name, value in told.items()} if processes > 1 else {}
-    with patch.dict(os.environ, launched):
-        yield

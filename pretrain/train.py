@@ -6,25 +6,20 @@ at before a process group or an accelerator is touched.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_pipes.collection import Collection
 from data_pipes.image import EvalTransform
-from data_pipes.loader import Batch, BatchPlan, DataConfig, Loader, open_collection, open_loader
-from data_pipes.manifest import Manifest
+from data_pipes.loader import Batch, BatchPlan, Loader, open_loader
 from data_pipes.sequential import SequentialImages
-from data_pipes.storage import Storage
 from pretrain.checkpoint import Checkpointer, Place, rng_state, set_rng_state
-from pretrain.config import ConfigError, RunConfig
+from pretrain.config import RunConfig
 from pretrain.data_metrics import DataMeter
 from pretrain.garbage import ScheduledGC
 from pretrain.guard import Guard, Rollback, SkippedSamples
@@ -33,9 +28,9 @@ from pretrain.models.mae import MAE
 from pretrain.objectives.base import Objective, Turn
 from pretrain.optim import scheduled_lr
 from pretrain.parallel import dist
-from pretrain.parallel.batches import fit_micro_batch
-from pretrain.parallel.choose import check_strategy, make_strategy
+from pretrain.parallel.choose import make_strategy
 from pretrain.parallel.strategy import Strategy
+from pretrain.preflight import TrainingData, check, total_samples
 from pretrain.progress import ProgressLine
 from pretrain.run_folder import open_run_folder
 from pretrain.sentinel import Evidence, Sentinel, are_finite
@@ -56,100 +51,13 @@ def train(
     Raises ValueError (ConfigError, ShardError, CheckpointError) for the user's mistakes.
     """
     with StopRequest() as stop:
-        plan, data = check(config)
+        plan, data = check(config, dist.Launch.from_environment())
         joined = world or dist.start(config.device, config.parallel.timeout_s)
         with Watchdog(config.run_dir, joined, config.watchdog, stop) as watchdog:
             summary = _train(config, plan, data, joined, stop, watchdog, config_path, overrides)
             if world is None:
                 dist.stop()
     return summary
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The data sets of a run, opened."""
-
-    collection: Collection | None
-    """What is trained on; None: shards that cannot be indexed."""
-    val: Manifest | None
-    num_samples: int
-    """Of an epoch; 0 where nobody knows."""
-
-    @property
-    def looked_at(self) -> Manifest | None:
-        """Where validation and pictures come from."""
-        return self.val or (None if self.collection is None else self.collection.manifests[0])
-
-
-def open_data(data: DataConfig) -> TrainingData:
-    """The manifests that a configuration names. Raises ValueError for what is missing or malformed."""
-    collection = None if data.unindexed is not None else open_collection(data)
-    val = None if data.val is None else Manifest.load(data.val, Storage(data.storage))
-    num_samples = collection.num_samples if collection is not None else 0
-    return TrainingData(collection, val, num_samples)
-
-
-def check(config: RunConfig) -> tuple[BatchPlan, TrainingData]:
-    """Finds the user's mistakes that can be found without a device: data, batch accounting, model, length."""
-    data = open_data(config.data)
-    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    global_batch = config.train.global_batch
-    plan = BatchPlan(
-        global_batch=global_batch,
-        micro_batch=fit_micro_batch(global_batch, world_size, config.train.micro_batch),
-        rank=rank,
-        world_size=world_size,
-        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-    )
-    if (config.train.epochs is None) == (config.train.steps is None):
-        raise ConfigError(
-            f"train.epochs is {config.train.epochs} and train.steps is {config.train.steps}; give exactly one"
-        )
-    if data.num_samples == 0 and (config.train.epochs is not None or config.optim.warmup_epochs):
-        raise ConfigError(
-            "train.epochs and optim.warmup_epochs need the number of samples, which nobody knows for data.unindexed; "
-            "give train.steps and optim.warmup_steps"
-        )
-    if total_samples(config, data.num_samples) < global_batch:
-        raise ConfigError(
-            f"the run is shorter than one step: {data.num_samples} training samples, "
-            f"train.epochs={config.train.epochs}, train.global_batch={global_batch}; lower the batch or train longer"
-        )
-    if config.parallel.strategy == "single" and world_size > 1:
-        raise ConfigError(f"parallel.strategy is single, but {world_size} processes were started; use ddp or fsdp2")
-    if config.parallel.strategy in ("ddp", "fsdp2", "hsdp") and "RANK" not in os.environ:
-        raise ConfigError(
-            f"parallel.strategy is {config.parallel.strategy}, but this process was not started by torchrun; run "
-            "`torchrun --nproc-per-node N -m pretrain CONFIG`, or set parallel.strategy=auto"
-        )
-    device = dist.pick_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
-    accounting = {
-        "train_batch_size": plan.global_batch,
-        "train_micro_batch_size_per_gpu": plan.micro_batch,
-        "gradient_accumulation_steps": plan.accumulate,
-    }
-    check_strategy(config.parallel, config.optim, device_type=device.type, batch=accounting)
-    init_from = getattr(config.objective, "init_from", None)
-    if init_from and not Path(init_from).is_file():
-        raise ConfigError(f"objective.init_from is {init_from}, which is no file; give the path of a weights file")
-    with torch.device("meta"):
-        objective = config.build_objective()
-    video = config.data.video
-    wanted = objective.num_frames, objective.repeats
-    given = (None, 1) if video is None else (video.num_frames, video.repeats)
-    if wanted != given:
-        raise ConfigError(
-            f"the objective {config.objective_name} trains on {describe_clips(*wanted)}, and the data are "
-            f"{describe_clips(*given)}; set data.video.num_frames and data.video.repeats, or data.video=null for images"
-        )
-    if init_from and not isinstance(objective.players[objective.backbone_player], MAE):
-        raise ConfigError(f"objective.init_from is not there yet for {config.objective_name}; set it to null")
-    return plan, data
-
-
-def describe_clips(num_frames: int | None, repeats: int) -> str:
-    """In words, for errors."""
-    return "images" if num_frames is None else f"{repeats} clips of {num_frames} frames per video"
 
 
 def initialize(objective: Objective, config: RunConfig) -> None:
@@ -187,14 +95,6 @@ def failing(tracker: Tracker | None) -> Iterator[None]:
         if tracker is not None:
             tracker.finish("FAILED")
         raise
-
-
-def total_samples(config: RunConfig, num_samples: int) -> int:
-    """The run's length in samples."""
-    if config.train.steps is not None:
-        return config.train.steps * config.train.global_batch
-    assert config.train.epochs is not None
-    return round(config.train.epochs * num_samples)
 
 
 def _train(
@@ -315,6 +215,7 @@ def _train(
 
     def save(last: bool) -> None:
         watchdog.beat("save", step)
+        begin_s = time.perf_counter()
         if tracker is not None:
             tracker.flush_to_disk()
         extra = {
@@ -332,6 +233,7 @@ def _train(
                 f"step {step} is not saved: a weight is not finite, although every gradient was. The last complete "
                 "checkpoint is untouched. Lower optim.base_lr, set optim.clip_norm, or use fp32"
             )
+        checkpointer.blocked_s += time.perf_counter() - begin_s
         checkpointer.save(step, state | {"rng": rng_state(world)}, extra, config.to_yaml(), last=last)
 
     # 6. Steps.

@@ -44,19 +44,13 @@ def predicted_frames(num_frames: int, num_predicted: int) -> list[int]:
 
 
 def channel_statistics(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel of each tubelet.
+    """Mean and standard deviation of each channel of each tubelet: VideoMAE's target (2203.12602) are z-scores by them.
 
     values: [B, M, t*p*q, C]. Returns (mean, unbiased deviation + 1e-6), each [B, M, 1, C], at least float32.
     """
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     variance, mean = torch.var_mean(values, dim=-2, keepdim=True)
     return mean, variance.sqrt() + CHANNEL_EPS
-
-
-def normalise_channels(values: Tensor) -> Tensor:
-    """The target of VideoMAE (arXiv 2203.12602): z-scores per channel of a tubelet. [B, M, t*p*q, C]."""
-    mean, std = channel_statistics(values)
-    return (values - mean) / std
 
 
 def clip_loss(prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor:

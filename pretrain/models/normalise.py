@@ -27,6 +27,18 @@ def default_std(in_channels: int) -> tuple[float, ...]:
     return IMAGENET_STD if in_channels == 3 else (0.5,) * in_channels
 
 
+def check_statistics(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> None:
+    """Raises ValueError unless there is one number per channel in each, and every std is positive."""
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise ValueError(
+                f"{name} has {len(values)} numbers and the model {channels} channels; expected one number per "
+                f"channel. Set {name} to {channels} numbers, or to [] for the default."
+            )
+    if min(std) <= 0.0:
+        raise ValueError(f"std is {list(std)}; expected positive numbers.")
+
+
 class Normalise:
     """`(image / full scale - mean) / std`, per channel, on the images' device."""
 

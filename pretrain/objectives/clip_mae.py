@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.losses.clips import from_tubelets, predicted_frames, tubelets
-from pretrain.models.normalise import Normalise, default_mean, default_std
+from pretrain.models.normalise import Normalise, check_statistics, default_mean, default_std
 from pretrain.models.video_mae import VideoMAE, VideoMAEConfig, VideoMAEOutput, video_mae_flops
 from pretrain.models.video_masking import ClipMask
 from pretrain.models.video_vit import VideoViT
@@ -51,21 +51,12 @@ class ClipMAEConfig:
     """Per channel, on the scale where the stored range is [0, 1]; empty: the method's for 3 channels, else 0.5."""
     std: tuple[float, ...] = ()
     """Per channel, on the same scale, > 0; empty: the method's for 3 channels, else 0.5."""
-    init_from: str | None = None
-    """Weights to start from; null starts from the paper's initialisation."""
 
     def __post_init__(self) -> None:
         channels = self.model.encoder.in_channels
         object.__setattr__(self, "mean", tuple(self.mean) or default_mean(channels))
         object.__setattr__(self, "std", tuple(self.std) or default_std(channels))
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != channels:
-                raise ValueError(
-                    f"{name} has {len(values)} numbers and the model {channels} channels; expected one number per "
-                    f"channel. Set {name} to {channels} numbers, or to [] for the default."
-                )
-        if min(self.std) <= 0.0:
-            raise ValueError(f"std is {list(self.std)}; expected positive numbers.")
+        check_statistics(self.mean, self.std, channels)
         if self.repeats < 1:
             raise ValueError(f"repeats is {self.repeats}; expected at least 1 clip of each video.")
         if self.norm_pixels and self.model.target_values < 2 * channels:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pretrain.losses.pixels import patch_statistics, patchify, unpatchify
 from pretrain.models.mae import MAE, MAEConfig, MAEOutput, mae_flops
 from pretrain.models.masking import position_noise
-from pretrain.models.normalise import Normalise, default_mean, default_std
+from pretrain.models.normalise import Normalise, check_statistics, default_mean, default_std
 from pretrain.models.vit import ViT
 from pretrain.objectives.base import Objective, Turn
 
@@ -44,14 +44,7 @@ class ImageMAEConfig:
         channels = self.model.encoder.in_channels
         object.__setattr__(self, "mean", tuple(self.mean) or default_mean(channels))
         object.__setattr__(self, "std", tuple(self.std) or default_std(channels))
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != channels:
-                raise ValueError(
-                    f"{name} has {len(values)} numbers and the model {channels} channels; expected one number per "
-                    f"channel. Set {name} to {channels} numbers, or to [] for the default."
-                )
-        if min(self.std) <= 0.0:
-            raise ValueError(f"std is {list(self.std)}; expected positive numbers.")
+        check_statistics(self.mean, self.std, channels)
 
 
 class ImageMAEObjective(Objective):

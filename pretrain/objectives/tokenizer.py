@@ -30,7 +30,7 @@ from pretrain.models.dc_ae import DCAE, DCAEOutput, dc_ae_flops
 from pretrain.models.dc_ae_config import DCAEConfig
 from pretrain.models.discriminator import Discriminator, DiscriminatorConfig, Logits
 from pretrain.models.masking import position_noise
-from pretrain.models.normalise import Normalise
+from pretrain.models.normalise import Normalise, check_statistics
 from pretrain.objectives.base import Objective, Turn
 
 if TYPE_CHECKING:
@@ -72,8 +72,6 @@ class TokenizerConfig:
     """Per channel, on the scale where the stored range is [0, 1]; empty: 0.5, so that images lie in [-1, 1]."""
     std: tuple[float, ...] = ()
     """Per channel, on the same scale, > 0; empty: 0.5."""
-    init_from: str | None = None
-    """Weights to start from: the phase before, or a file of another library; null: random."""
 
     def __post_init__(self) -> None:
         channels = self.model.in_channels
@@ -85,14 +83,7 @@ class TokenizerConfig:
             raise ValueError(f"image_size is {list(self.image_size)}; expected [height, width], each at least 1 pixel.")
         if not self.trained:
             raise ValueError(f"trained is empty; expected names such as {', '.join(TRAINED_PARTS)}, or patterns.")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != channels:
-                raise ValueError(
-                    f"{name} has {len(values)} numbers and the model {channels} channels; expected one number per "
-                    f"channel. Set {name} to {channels} numbers, or to [] for the default."
-                )
-        if min(self.std) <= 0.0:
-            raise ValueError(f"std is {list(self.std)}; expected positive numbers.")
+        check_statistics(self.mean, self.std, channels)
         self._check_losses()
 
     def _check_losses(self) -> None:

@@ -69,6 +69,28 @@ class World:
             dist.barrier(group=self.control)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher told this process."""
+
+    rank: int = 0
+    size: int = 1
+    """Number of processes over all nodes."""
+    local_rank: int = 0
+    ranks_per_node: int = 1
+    by_torchrun: bool = False
+    """Whether there was a launcher: then there is a process group, even of one process."""
+
+    @staticmethod
+    def from_environment() -> Launch:
+        """torchrun's variables; without them one process alone."""
+        told = {name: int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK")}
+        counts = {name: int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+        return Launch(
+            told["RANK"], counts["WORLD_SIZE"], told["LOCAL_RANK"], counts["LOCAL_WORLD_SIZE"], "RANK" in os.environ
+        )
+
+
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """auto, cpu, or cuda with this rank's index. Raises ValueError where the device is not there."""
     if name == "auto":
@@ -88,23 +110,22 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 def start(device: str, timeout_s: float) -> World:
     """Joins the process group that torchrun describes in the environment; alone when it describes none."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    picked = pick_device(device, local_rank)
+    launch = Launch.from_environment()
+    picked = pick_device(device, launch.local_rank)
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
-    if "RANK" not in os.environ:
+    if not launch.by_torchrun:
         return World(0, 1, 0, picked, None, None)
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "cpu:gloo"
     dist.init_process_group(backend, timeout=timeout)
-    if size == 1:
-        return World(0, 1, local_rank, picked, None, None)
+    if launch.size == 1:
+        return World(0, 1, launch.local_rank, picked, None, None)
     control = dist.new_group(backend="gloo", timeout=timeout)
     saving = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)
     assert isinstance(saving, dist.ProcessGroup)
-    return World(rank, size, local_rank, picked, control, saving)
+    return World(launch.rank, launch.size, launch.local_rank, picked, control, saving)
 
 
 def change_timeout(world: World, timeout_s: float) -> None:

@@ -91,7 +91,8 @@ CHAINS = {
 }
 
 
-def _chain(stages: list[tuple[str, int]], chance: random.Random, make_run: MakeRun, whole: Run) -> None:
+def _run_chain(stages: list[tuple[str, int]], chance: random.Random, make_run: MakeRun) -> Run:
+    """Kills the run in each stage but the last, which finishes it."""
     for strategy, _ in stages:
         make_run("probe", strategy)  # skips where one of them cannot be had
     run = make_run("chain", "single", *LENGTH, "train.micro_batch=4")
@@ -102,20 +103,24 @@ def _chain(stages: list[tuple[str, int]], chance: random.Random, make_run: MakeR
         assert inflict(run, num_ranks, kill, f"parallel.strategy={strategy}")
     strategy, num_ranks = stages[-1]
     run.finish(num_ranks, f"parallel.strategy={strategy}")
-    _check_samples(run, whole)
-    assert losses(run.run_dir) == pytest.approx(losses(whole.run_dir), rel=5e-5)
-    assert_same_weights(whole.run_dir, run.run_dir, to_the_bit=False)
+    return run
 
 
 @pytest.mark.timeout(400)
 def test_a_run_moves_between_numbers_of_processes_and_strategies(make_run: MakeRun, reference: Reference) -> None:
     """2 -> 1 -> 4 processes; the micro-batch of the configuration fits them all by accumulation."""
     stages = [("fsdp2", 2), ("ddp", 1), ("ddp", 4)]
-    _chain(stages, random.Random(0), make_run, reference("single", 0))
+    run, whole = _run_chain(stages, random.Random(0), make_run), reference("single", 0)
+    _check_samples(run, whole)
+    assert losses(run.run_dir) == pytest.approx(losses(whole.run_dir), rel=5e-5)
+    assert_same_weights(whole.run_dir, run.run_dir, to_the_bit=False)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("chain", CHAINS)
 def test_elastic_chains(chain: str, make_run: MakeRun, reference: Reference) -> None:
-    _chain(CHAINS[chain], random.Random(chain), make_run, reference("single", 0))
+    run, whole = _run_chain(CHAINS[chain], random.Random(chain), make_run), reference("single", 0)
+    _check_samples(run, whole)
+    assert losses(run.run_dir) == pytest.approx(losses(whole.run_dir), rel=5e-5)
+    assert_same_weights(whole.run_dir, run.run_dir, to_the_bit=False)

@@ -13,6 +13,7 @@ import pytest
 from pretrain.optim import OptimConfig
 from pretrain.parallel.choose import check_strategy
 from pretrain.parallel.deepspeed_config import DeepSpeedConfig, check_ds_config
+from pretrain.parallel.dist import Launch
 from pretrain.parallel.strategy import ParallelConfig
 
 OPTIM = OptimConfig(clip_norm=1.0)
@@ -109,7 +110,7 @@ def test_what_cannot_be_done_is_said(parallel: ParallelConfig, words: str, monke
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ValueError, match=words):
-        check_strategy(parallel, OPTIM, device_type="cpu")
+        check_strategy(parallel, OPTIM, Launch(), device_type="cpu")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]"])
@@ -123,7 +124,7 @@ def test_a_broken_file_is_said(tmp_path: Path, text: str) -> None:
 def test_a_missing_deepspeed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"tessera-pretrain\[deepspeed\]"):
-        check_strategy(ParallelConfig(strategy="zero2"), OPTIM, device_type="cpu")
+        check_strategy(ParallelConfig(strategy="zero2"), OPTIM, Launch(), device_type="cpu")
 
 
 def test_the_check_imports_no_deepspeed(tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""What is looked at before a run starts: the data, the batch accounting, the length, the engine, the model.
+
+Enters: a `RunConfig` and what the launcher said. Leaves: the division of the batch and the opened data sets, or an
+error that says what to do. Why it exists: a mistake must be found before a process group or an accelerator is touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_pipes.collection import Collection
+from data_pipes.loader import BatchPlan, DataConfig, open_collection
+from data_pipes.manifest import Manifest
+from data_pipes.storage import Storage
+from pretrain.config import ConfigError, RunConfig, TrainConfig
+from pretrain.parallel.batches import fit_micro_batch
+from pretrain.parallel.choose import check_strategy
+from pretrain.parallel.dist import Launch, pick_device
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The data sets of a run, opened."""
+
+    collection: Collection | None
+    """What is trained on; None: shards that cannot be indexed."""
+    val: Manifest | None
+    num_samples: int
+    """Of an epoch; 0 where nobody knows."""
+
+    @property
+    def looked_at(self) -> Manifest | None:
+        """Where validation and pictures come from."""
+        return self.val or (None if self.collection is None else self.collection.manifests[0])
+
+
+def open_data(data: DataConfig) -> TrainingData:
+    """The manifests that a configuration names. Raises ValueError for what is missing or malformed."""
+    collection = None if data.unindexed is not None else open_collection(data)
+    val = None if data.val is None else Manifest.load(data.val, Storage(data.storage))
+    num_samples = collection.num_samples if collection is not None else 0
+    return TrainingData(collection, val, num_samples)
+
+
+def check(config: RunConfig, launch: Launch) -> tuple[BatchPlan, TrainingData]:
+    """Finds the user's mistakes that can be found without a device: data, batch accounting, length, engine, model."""
+    data = open_data(config.data)
+    plan = plan_batches(config.train, launch)
+    check_length(config, data.num_samples)
+    device = pick_device(config.device, launch.local_rank)
+    accounting = {
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulate,
+    }
+    check_strategy(config.parallel, config.optim, launch, device_type=device.type, batch=accounting)
+    check_objective(config)
+    return plan, data
+
+
+def plan_batches(train: TrainConfig, launch: Launch) -> BatchPlan:
+    """The division of the global batch. Raises ValueError where this number of processes cannot share it."""
+    return BatchPlan(
+        global_batch=train.global_batch,
+        micro_batch=fit_micro_batch(train.global_batch, launch.size, train.micro_batch),
+        rank=launch.rank,
+        world_size=launch.size,
+        ranks_per_node=launch.ranks_per_node,
+    )
+
+
+def check_length(config: RunConfig, num_samples: int) -> None:
+    """Raises ConfigError unless the run has exactly one length, of at least one step. num_samples: 0: nobody knows."""
+    if (config.train.epochs is None) == (config.train.steps is None):
+        raise ConfigError(
+            f"train.epochs is {config.train.epochs} and train.steps is {config.train.steps}; give exactly one"
+        )
+    if num_samples == 0 and (config.train.epochs is not None or config.optim.warmup_epochs):
+        raise ConfigError(
+            "train.epochs and optim.warmup_epochs need the number of samples, which nobody knows for data.unindexed; "
+            "give train.steps and optim.warmup_steps"
+        )
+    if total_samples(config, num_samples) < config.train.global_batch:
+        raise ConfigError(
+            f"the run is shorter than one step: {num_samples} training samples, "
+            f"train.epochs={config.train.epochs}, train.global_batch={config.train.global_batch}; lower "
+            "the batch or train longer"
+        )
+
+
+def total_samples(config: RunConfig, num_samples: int) -> int:
+    """The run's length in samples."""
+    if config.train.steps is not None:
+        return config.train.steps * config.train.global_batch
+    assert config.train.epochs is not None
+    return round(config.train.epochs * num_samples)
+
+
+def check_objective(config: RunConfig) -> None:
+    """Builds the objective on the meta device. Raises ValueError where it cannot be, or expects other data."""
+    init_from = getattr(config.objective, "init_from", None)
+    if init_from and not Path(init_from).is_file():
+        raise ConfigError(f"objective.init_from is {init_from}, which is no file; give the path of a weights file")
+    with torch.device("meta"):
+        objective = config.build_objective()
+    video = config.data.video
+    wanted = objective.num_frames, objective.repeats
+    given = (None, 1) if video is None else (video.num_frames, video.repeats)
+    if wanted != given:
+        raise ConfigError(
+            f"the objective {config.objective_name} trains on {describe_clips(*wanted)}, and the data are "
+            f"{describe_clips(*given)}; set data.video.num_frames and data.video.repeats, or data.video=null for images"
+        )
+
+
+def describe_clips(num_frames: int | None, repeats: int) -> str:
+    """In words, for errors."""
+    return "images" if num_frames is None else f"{repeats} clips of {num_frames} frames per video"
