@@ -16,7 +16,7 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="the run's YAML file, for example configs/demo/digits.yaml")
+    parser.add_argument("config", type=Path, help="a run's or pipeline's YAML file, e.g. configs/demo/digits.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=100 optim.clip_norm=1.0")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print memory per rank, start nothing")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="of the run that --dry-run plans")
@@ -26,16 +26,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains, or plans with --dry-run; returns the summary. Raises ValueError for the user's mistakes."""
     from pretrain.config import load_config
+    from pretrain.dry_run import dry_run
+    from pretrain.pipeline import dry_run_pipeline, is_pipeline, run_pipeline
     from pretrain.train import train
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    config = load_config(arguments.config, arguments.overrides)
+    several = is_pipeline(arguments.config)
     if arguments.dry_run:
-        from pretrain.dry_run import dry_run
-
-        return dry_run(config, arguments.processes, arguments.processes_per_node)
+        processes = arguments.processes, arguments.processes_per_node
+        if several:
+            return {"phases": dry_run_pipeline(arguments.config, arguments.overrides, *processes)}
+        return dry_run(load_config(arguments.config, arguments.overrides), *processes)
     if arguments.processes != 1 or arguments.processes_per_node is not None:
         raise ValueError("--processes belongs to --dry-run; processes are started by torchrun --nproc-per-node N")
+    if several:
+        return run_pipeline(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides)
     return train(config, config_path=arguments.config, overrides=arguments.overrides)
 
 
@@ -59,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from pretrain.dry_run import table
 
-        Console().print(table(summary))
+        for phase in summary.get("phases", [summary]):
+            Console().print(table(phase))
     else:
         print(f"{summary['status']}: {summary['run']} at step {summary['step']}", flush=True)
     return 0

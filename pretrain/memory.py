@@ -116,9 +116,9 @@ def estimate(
         gradients="grow" if growing else "apart",
     )
     parts = _Parts()
-    has_average = config.optim.ema_decay is not None
     for player, module in objective.players.items():
-        if sharded:
+        has_average = config.optim.of(player).ema_decay is not None
+        if sharded and player == objective.backbone_player:
             shards = num_shards(kind, parallel, world_size, ranks_per_node or world_size)
             _add_fsdp2(parts, module, objective.blocks(player), config, shards, bf16, accumulate)
             parts.average += _weights_bytes(module, shards) if has_average else 0
@@ -146,7 +146,7 @@ def estimate(
         activations=one_pass.activations,
         peak=_peak(parts, one_pass, batch_bytes),
         host_offload=parts.host_offload,
-        host_staging=_state_bytes(objective, has_average) // world_size,
+        host_staging=_state_bytes(objective, config) // world_size,
     )
 
 
@@ -237,10 +237,11 @@ def _share(parameter: nn.Parameter, shards: int) -> int:
     return -(-rows // shards) * (parameter.numel() // max(1, rows))
 
 
-def _state_bytes(objective: Objective, has_average: bool) -> int:
+def _state_bytes(objective: Objective, config: RunConfig) -> int:
     """What a checkpoint holds; each rank stages an equal part of it."""
     total = 0
-    for module in objective.players.values():
+    for player, module in objective.players.items():
+        has_average = config.optim.of(player).ema_decay is not None
         weights = _weights_bytes(module, 1)
         moments = 2 * _FP32 * sum(p.numel() for p in module.parameters() if p.requires_grad)
         total += weights * (2 if has_average else 1) + moments

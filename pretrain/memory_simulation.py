@@ -93,7 +93,7 @@ def simulate(
     with FakeTensorMode(), torch.device("cpu"), _arithmetic_of(device_type, bf16):
         objective = build()
         for player, module in objective.players.items():
-            if bf16_weights:
+            if bf16_weights and player == objective.backbone_player:
                 _weights_to_bf16(module, objective.blocks(player))
             checkpoint_blocks(module, objective.blocks(player), checkpointing, preserve_rng_state=False)
             if gradients == "apart":

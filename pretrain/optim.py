@@ -5,10 +5,11 @@ Schedules count samples, not steps, so that a run whose global batch changes on 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,11 @@ class OptimConfig:
     """Largest global gradient norm; null = no clipping (the norm is still measured)."""
     ema_decay: float | None = None
     """Decay per step of the exponential moving average of the weights; null = no average."""
+    players: dict[str, Any] = field(default_factory=dict)
+    """What differs for an objective's other players, by name: `discriminator: {lr: 1e-4, betas: [0.5, 0.9]}`."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
         if (self.base_lr is None) == (self.lr is None):
             raise ValueError(
                 f"optim.base_lr is {self.base_lr} and optim.lr is {self.lr}; give exactly one and set the other to null"
@@ -50,6 +54,20 @@ class OptimConfig:
             raise ValueError("optim.warmup_epochs and optim.warmup_steps are both set; give one")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"optim.ema_decay is {self.ema_decay}; expected a value between 0 and 1, or null")
+        for player in self.players:
+            self.of(player)
+
+    def of(self, player: str) -> OptimConfig:
+        """One player's own settings. Raises ValueError for keys of `players` that are no settings."""
+        changes = dict(self.players.get(player) or {})
+        known = [entry.name for entry in dataclasses.fields(self) if entry.name != "players"]
+        for key in changes:
+            if key not in known:
+                raise ValueError(f"optim.players.{player} has the key {key!r}; known keys: {', '.join(known)}")
+        for given, other in (("lr", "base_lr"), ("base_lr", "lr"), ("warmup_steps", "warmup_epochs")):
+            if changes.get(given) is not None:  # one rate for all players must not be unset for one of them by hand
+                changes.setdefault(other, 0.0 if given == "warmup_steps" else None)
+        return dataclasses.replace(self, players={}, **changes)
 
     def peak_lr(self, global_batch: int) -> float:
         """The learning rate after the warm-up, by the linear scaling rule where `base_lr` is given."""
@@ -57,6 +75,32 @@ class OptimConfig:
             return self.lr
         assert self.base_lr is not None
         return self.base_lr * global_batch / 256
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """A player's learning rate by the number of samples consumed."""
+
+    config: OptimConfig
+    """The player's own."""
+    global_batch: int
+    """Samples per step."""
+    samples_per_epoch: int
+    """For a warm-up in epochs; 0 where nobody knows."""
+    total: int
+    """The run's length in samples."""
+
+    def at(self, position: int) -> float:
+        """For the step that starts at sample `position`."""
+        warmup = self.config.warmup_epochs * self.samples_per_epoch + self.config.warmup_steps * self.global_batch
+        return scheduled_lr(
+            position,
+            peak=self.config.peak_lr(self.global_batch),
+            total=self.total,
+            warmup=warmup,
+            minimum=self.config.min_lr,
+            schedule=self.config.schedule,
+        )
 
 
 def scheduled_lr(position: float, *, peak: float, total: float, warmup: float, minimum: float, schedule: str) -> float:

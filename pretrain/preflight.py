@@ -7,7 +7,6 @@ error that says what to do. Why it exists: a mistake must be found before a proc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -15,7 +14,10 @@ from data_pipes.collection import Collection
 from data_pipes.loader import BatchPlan, DataConfig, open_collection
 from data_pipes.manifest import Manifest
 from data_pipes.storage import Storage
+from pretrain.checkpoint import newest_complete
 from pretrain.config import ConfigError, RunConfig, TrainConfig
+from pretrain.guard import SkippedSamples
+from pretrain.initial import checkpoint_at
 from pretrain.parallel.batches import fit_micro_batch
 from pretrain.parallel.choose import check_strategy
 from pretrain.parallel.dist import Launch, pick_device
@@ -99,13 +101,25 @@ def total_samples(config: RunConfig, num_samples: int) -> int:
     return round(config.train.epochs * num_samples)
 
 
+def steps_left(total: int, position: int, skipped: SkippedSamples, global_batch: int) -> int:
+    """Optimizer steps of a run of `total` samples from `position` on."""
+    return max(0, total - position - skipped.count_from(position)) // global_batch
+
+
 def check_objective(config: RunConfig) -> None:
     """Builds the objective on the meta device. Raises ValueError where it cannot be, or expects other data."""
-    init_from = getattr(config.objective, "init_from", None)
-    if init_from and not Path(init_from).is_file():
-        raise ConfigError(f"objective.init_from is {init_from}, which is no file; give the path of a weights file")
+    init_from = config.objective.init_from
+    if init_from is not None and newest_complete(config.run_dir) is None:  # a run that goes on has its own weights
+        checkpoint_at(init_from)
     with torch.device("meta"):
         objective = config.build_objective()
+    for player in config.optim.players:
+        if player not in objective.players or player == objective.backbone_player:
+            others = [name for name in objective.players if name != objective.backbone_player]
+            raise ConfigError(
+                f"optim.players names {player!r}; this objective's other players are {others or 'none'}, and the "
+                f"settings of {objective.backbone_player!r} are those of optim itself"
+            )
     video = config.data.video
     wanted = objective.num_frames, objective.repeats
     given = (None, 1) if video is None else (video.num_frames, video.repeats)

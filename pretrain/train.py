@@ -23,14 +23,14 @@ from pretrain.config import RunConfig
 from pretrain.data_metrics import DataMeter
 from pretrain.garbage import ScheduledGC
 from pretrain.guard import Guard, Rollback, SkippedSamples
+from pretrain.initial import initialize
 from pretrain.metrics import Interval, peak_flops
-from pretrain.models.mae import MAE
 from pretrain.objectives.base import Objective, Turn
-from pretrain.optim import scheduled_lr
+from pretrain.optim import LearningRate
 from pretrain.parallel import dist
 from pretrain.parallel.choose import make_strategy
 from pretrain.parallel.strategy import Strategy
-from pretrain.preflight import TrainingData, check, total_samples
+from pretrain.preflight import TrainingData, check, steps_left, total_samples
 from pretrain.progress import ProgressLine
 from pretrain.run_folder import open_run_folder
 from pretrain.sentinel import Evidence, Sentinel, are_finite
@@ -58,17 +58,6 @@ def train(
             if world is None:
                 dist.stop()
     return summary
-
-
-def initialize(objective: Objective, config: RunConfig) -> None:
-    """Starting weights on the CPU: seeded, then overwritten by `objective.init_from` where it is given."""
-    objective.start(config.seed)
-    if getattr(config.objective, "init_from", None):
-        from pretrain.export.official import load_initial_weights
-
-        autoencoder = objective.players[objective.backbone_player]
-        assert isinstance(autoencoder, MAE)
-        load_initial_weights(Path(config.objective.init_from), autoencoder)
 
 
 def each_turn(objective: Objective, strategy: Strategy, batch: Batch, step: int) -> Iterator[Turn]:
@@ -121,13 +110,15 @@ def _train(
     identity = world.broadcast(identity)
     assert identity is not None
 
-    # 2. Model, optimizer, strategy.
+    # 2. Model, optimizer, strategy. A run that goes on does not look for the weights that it once started from.
+    checkpointer = Checkpointer(run_dir, config.checkpoint, world)
+    checkpoint = checkpointer.find()
+    init_from = config.objective.init_from if checkpoint is None else None
     torch.manual_seed(config.seed + world.rank)
     strategy = make_strategy(config.parallel, config.optim, world)
-    objective = strategy.prepare(config.build_objective, lambda whole: initialize(whole, config))
+    objective = strategy.prepare(config.build_objective, lambda whole: initialize(whole, config.seed, init_from))
 
     # 3. Resume: weights, optimizer, average, generator states, and the one integer that is the data position.
-    checkpointer = Checkpointer(run_dir, config.checkpoint, world)
 
     def restore(checkpoint: Place) -> dict[str, Any]:
         state = strategy.state() | {"rng": rng_state(world)}
@@ -136,7 +127,6 @@ def _train(
         set_rng_state(state["rng"], world)
         return loop
 
-    checkpoint = checkpointer.find()
     loop: dict[str, Any] = {"step": 0, "position": 0, "order": None} if checkpoint is None else restore(checkpoint)
     checkpointer.reserve(strategy.state() | {"rng": rng_state(world)})
     step, position = int(loop["step"]), int(loop["position"])
@@ -154,9 +144,11 @@ def _train(
         quarantine_dir=run_dir / "quarantine",
     )
     total = total_samples(config, num_samples)
-    warmup = config.optim.warmup_epochs * num_samples + config.optim.warmup_steps * plan.global_batch
-    peak_lr = config.optim.peak_lr(plan.global_batch)
-    last_step = step + max(0, total - position - skipped.count_from(position)) // plan.global_batch
+    rates = {
+        player: LearningRate(config.optim.of(player), plan.global_batch, num_samples, total)
+        for player in objective.players
+    }
+    last_step = step + steps_left(total, position, skipped, plan.global_batch)
     validator = None
     if data.looked_at is not None and config.data.video is None:
         samples = SequentialImages(
@@ -257,14 +249,7 @@ def _train(
                 progress.say(f"samples {position:,} to {ahead:,} are left out")
                 position = ahead
                 batches = loader.batches(position)
-            lr = scheduled_lr(
-                position,
-                peak=peak_lr,
-                total=total,
-                warmup=warmup,
-                minimum=config.optim.min_lr,
-                schedule=config.optim.schedule,
-            )
+            lrs = {player: rate.at(position) for player, rate in rates.items()}
             wait_s, losses = 0.0, list[Tensor]()
             for micro in range(plan.accumulate):
                 watchdog.beat("data", step)
@@ -281,7 +266,7 @@ def _train(
                     if turn.player == objective.backbone_player:
                         losses.append(turn.loss.detach())
                     if last:
-                        grad_norms[turn.player] = strategy.step(turn.player, lr)
+                        grad_norms[turn.player] = strategy.step(turn.player, lrs[turn.player])
                     watchdog.beat("forward", step)
                 watchdog.beat("step", step)
                 interval.num_micro_batches += 1
@@ -331,7 +316,7 @@ def _train(
                 checkpointer.discard_after(step)
                 went_back_to = step
                 skipped = skipped.with_range(*rollback.skipped(plan.global_batch))
-                last_step = step + max(0, total - position - skipped.count_from(position)) // plan.global_batch
+                last_step = step + steps_left(total, position, skipped, plan.global_batch)
                 progress.say(f"{rollback.reason}; going back to step {step}, without the samples {skipped.ranges[-1]}")
                 if tracker is not None:
                     tracker.log_resume(step)
@@ -349,7 +334,11 @@ def _train(
                     time.perf_counter() - interval.begin_s,
                     loader.wanted_shares(position - 1),
                 )
-                metrics |= interval.report(loader.bad.num_bad) | {"train/lr": lr, "data/position": position}
+                metrics |= interval.report(loader.bad.num_bad) | {"data/position": position}
+                metrics |= {
+                    "train/lr" + (f"_{player}" if player != objective.backbone_player else ""): lr
+                    for player, lr in lrs.items()
+                }
                 metrics |= {"train/epoch": position / num_samples} if num_samples else {}
                 metrics |= watchdog.metrics()
                 metrics |= checkpointer.stats() | {"guard/rollbacks": num_rollbacks}

@@ -15,6 +15,7 @@ EXAMPLES = """\
   tessera train configs/demo/digits.yaml
   tessera train configs/mae/cifar10_tiny.yaml data.train=data/cifar10/train data.val=data/cifar10/val
   tessera train configs/mae/vit_large.yaml data.train=/shards/imagenet/train --dry-run --processes 8
+  tessera train configs/dcae/f32c32/pipeline.yaml data.train=/shards/train phase1.train.epochs=20
   torchrun --nproc-per-node 8 -m pretrain configs/mae/vit_base.yaml data.train=/shards/imagenet/train
 """
 
@@ -30,7 +31,8 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     if arguments.dry_run:
         from pretrain.dry_run import table  # brings torch along, which --help need not wait for
 
-        Console().print(table(summary))
+        for phase in summary.get("phases", [summary]):
+            Console().print(table(phase))
     else:
         console = Console(file=sys.stderr)
         console.print(f"[bold]{summary['status']}[/] at step {summary['step']}, {summary['samples']:,} samples")

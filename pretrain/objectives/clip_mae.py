@@ -51,6 +51,8 @@ class ClipMAEConfig:
     """Per channel, on the scale where the stored range is [0, 1]; empty: the method's for 3 channels, else 0.5."""
     std: tuple[float, ...] = ()
     """Per channel, on the same scale, > 0; empty: the method's for 3 channels, else 0.5."""
+    init_from: str | None = None
+    """Weights to start from: a run, a checkpoint, or a weights file (an image MAE's is inflated); null: the seed's."""
 
     def __post_init__(self) -> None:
         channels = self.model.encoder.in_channels

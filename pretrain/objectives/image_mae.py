@@ -38,7 +38,7 @@ class ImageMAEConfig:
     std: tuple[float, ...] = ()
     """Per channel, on the same scale, > 0; empty: ImageNet's for 3 channels, else 0.5."""
     init_from: str | None = None
-    """Weights to start from (a checkpoint or an official file); null starts from the paper's initialisation."""
+    """Weights to start from: a run, a checkpoint, or a weights file; null: the paper's initialisation."""
 
     def __post_init__(self) -> None:
         channels = self.model.encoder.in_channels

@@ -72,6 +72,8 @@ class TokenizerConfig:
     """Per channel, on the scale where the stored range is [0, 1]; empty: 0.5, so that images lie in [-1, 1]."""
     std: tuple[float, ...] = ()
     """Per channel, on the same scale, > 0; empty: 0.5."""
+    init_from: str | None = None
+    """Weights to start from: a run, a checkpoint, or a weights file; null: the seed's."""
 
     def __post_init__(self) -> None:
         channels = self.model.in_channels

@@ -1,4 +1,5 @@
-"""Single process, DDP, FSDP2 and HSDP on torch's own parts.
+"""Single process, DDP, FSDP2 and HSDP on torch's own parts. FSDP2 and HSDP shard the objective's main player
+(`backbone_player`) and replicate every other one.
 
 Order of preparation: activation checkpointing -> compile per block -> shard each block, then the root -> materialise
 -> weights -> optimizers. Weights are initialised once, on a CPU copy of the whole model with a seeded generator, so
@@ -64,15 +65,16 @@ class NativeStrategy(Strategy):
                     block.compile(fullgraph=True)
         if sharded:
             self._shard(build, initialize)
-        else:
-            for player, module in self.objective.players.items():
+        for player, module in self.objective.players.items():
+            if not isinstance(module, FSDPModule):
                 self.objective.players[player] = self._replicate(module)
         for player in self.objective.players:
             module = self._unwrapped(player)
-            optimizer = build_adamw(module.named_parameters(), self.optim)
+            optim = self.optim.of(player)
+            optimizer = build_adamw(module.named_parameters(), optim)
             start_adamw(optimizer, (one for group in optimizer.param_groups for one in group["params"]))
             self.optimizers[player] = optimizer
-            if self.optim.ema_decay is not None:
+            if optim.ema_decay is not None:
                 self.live[player] = _weights(module)  # shares storage with the parameters
                 self.averages[player] = {name: tensor.detach().clone() for name, tensor in self.live[player].items()}
         return self.objective
@@ -90,9 +92,13 @@ class NativeStrategy(Strategy):
         return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **unsynced)
 
     def _shard(self, build: Callable[[], Objective], initialize: Callable[[Objective], None]) -> None:
+        """Shards the player that is the backbone. The others, such as a discriminator, are small, are called several
+        times in a step, and may be differentiated twice, which FSDP2 cannot: each rank gets them whole.
+        """
         mesh = fsdp2.device_mesh(self.kind, self.config, self.world)
         for player, module in self.objective.players.items():
-            fsdp2.shard(module, self.objective.blocks(player), mesh, self.config, self.bf16)
+            if player == self.objective.backbone_player:
+                fsdp2.shard(module, self.objective.blocks(player), mesh, self.config, self.bf16)
             module.to_empty(device=self.world.device)
             with torch.no_grad():  # a parameter that nothing initialises shows at once
                 for tensor in [*module.parameters(), *module.buffers()]:
@@ -134,8 +140,9 @@ class NativeStrategy(Strategy):
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        if self.optim.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip_norm, norm)
+        clip_norm = self.optim.of(player).clip_norm
+        if clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         # The norm is global, so all ranks skip alike; the kernel reads it where it lies, so the host need not wait.
@@ -148,11 +155,12 @@ class NativeStrategy(Strategy):
     def _update_average(self, player: str) -> None:
         if player not in self.averages:
             return
-        assert self.optim.ema_decay is not None
+        decay = self.optim.of(player).ema_decay
+        assert decay is not None
         live, averages = self.live[player], self.averages[player]
         names = [name for name, tensor in live.items() if tensor.is_floating_point()]
         weights = [_local(live[name]) for name in names]
-        update_ema([_local(averages[name]) for name in names], weights, self.optim.ema_decay)
+        update_ema([_local(averages[name]) for name in names], weights, decay)
 
     # -- state ---------------------------------------------------------------------------------------------------
 

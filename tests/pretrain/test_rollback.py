@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import pretrain.train
+import pretrain.optim
 from pretrain.checkpoint import list_checkpoints
 from pretrain.journal import read_journal
 from pretrain.objectives.image_mae import ImageMAEObjective
@@ -74,9 +74,9 @@ def test_a_row_of_bad_samples_is_left_out(tiny_dataset: Path, tmp_path: Path, pl
 
 
 def test_a_spike_of_the_learning_rate(tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = pretrain.train.scheduled_lr
+    honest = pretrain.optim.scheduled_lr
     spiked = lambda position, **curve: honest(position, **curve) * (3e5 if position == 20 * BATCH else 1)
-    monkeypatch.setattr(pretrain.train, "scheduled_lr", spiked)
+    monkeypatch.setattr(pretrain.optim, "scheduled_lr", spiked)
     options = ["train.steps=40", "checkpoint.every_steps=7", "optim.clip_norm=null", "optim.schedule=constant"]
     guard = ["guard.window=10", "guard.spike_steps=3", "guard.spike_factor=2.0"]
     run_here(overrides_of(tiny_dataset, tmp_path, "run", *options, *guard))

@@ -15,12 +15,12 @@ from data_pipes.loader import BatchPlan, open_loader
 from data_pipes.sequential import SequentialImages
 from pretrain.checkpoint import newest_complete
 from pretrain.config import load_config
+from pretrain.initial import initialize
 from pretrain.journal import read_journal, read_metrics
 from pretrain.optim import OptimConfig, parameter_groups, scheduled_lr
 from pretrain.parallel.dist import World
 from pretrain.parallel.native import NativeStrategy
 from pretrain.parallel.strategy import ParallelConfig
-from pretrain.train import initialize
 from pretrain.validation import Validator
 from tests.pretrain.runs import CONFIG, final_weights, losses, overrides_of, run_here, run_several
 
@@ -47,7 +47,7 @@ def test_validation_counts_each_sample_once(tiny_dataset: Path, tmp_path: Path) 
     """61 samples in batches of 8 (the last has 5) and one by one: the same mean."""
     config = load_config(CONFIG, overrides_of(tiny_dataset, tmp_path, "run", "train.steps=1"))
     strategy = NativeStrategy(config.parallel, config.optim, WORLD)
-    objective = strategy.prepare(config.build_objective, lambda whole: initialize(whole, config))
+    objective = strategy.prepare(config.build_objective, lambda whole: initialize(whole, config.seed, None))
     samples = SequentialImages(tiny_dataset, EvalTransform(objective.image_size), channels=1)
     means = [Validator(samples, 0, size, 2, WORLD).run(objective, strategy, 0)["val/loss"] for size in (8, 1, 61)]
     assert means == pytest.approx([means[0]] * 3, rel=1e-5)

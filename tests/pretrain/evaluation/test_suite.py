@@ -18,9 +18,9 @@ from pretrain.checkpoint import load_weights, newest_complete
 from pretrain.evaluation.backbone import load_backbone, weights_digest
 from pretrain.evaluation.datasets import open_evaluation_data, view_ratio
 from pretrain.evaluation.suite import load_suite
+from pretrain.initial import initialize
 from pretrain.journal import read_metrics
 from pretrain.models.vit import ViT, ViTConfig
-from pretrain.train import initialize
 from tests.pretrain.evaluation.labelled_pictures import write_pictures
 
 pytestmark = pytest.mark.filterwarnings(
@@ -64,7 +64,7 @@ def test_the_untrained_backbone_is_the_runs_own_first_step(run_dir: Path) -> Non
     backbone = load_backbone(run_dir, untrained=True)
     assert backbone.config is not None
     objective = backbone.config.build_objective()
-    initialize(objective, backbone.config)  # what the trainer does before its first step
+    initialize(objective, backbone.config.seed, None)  # what the trainer does before its first step
     start = objective.players["model"].state_dict()
     assert all(torch.equal(tensor, start[f"encoder.{name}"]) for name, tensor in backbone.model.state_dict().items())
     assert (backbone.label, backbone.step, backbone.weights) == ("step-00000003-untrained", 0, "untrained")
@@ -224,7 +224,7 @@ def test_datasets_that_cannot_give_a_figure_are_refused(run_dir: Path, pictures:
             open_evaluation_data(backbone, **{"train": None, "test": None, "resize_ratio": None, **folders})
         return str(caught.value)
 
-    assert "hold the same images" in refusal(test=str(pictures / "train"))
+    assert "hold the same samples" in refusal(test=str(pictures / "train"))
     assert "no manifest" in refusal(test=str(tmp_path)).lower()
     shutil.rmtree(write_pictures(tmp_path / "c", 2, seed=2) / "class2")
     pack(tmp_path / "c", tmp_path / "two")

@@ -1,0 +1,133 @@
+"""Several runs one after the other, each starting from what the one before it ended with: the phases of a recipe.
+
+Enters: a YAML file with `phases`, a list of run configurations beside it. Leaves: one run per phase, with its own
+folder, checkpoints and journal, and one summary. Started again, it passes over the phases that are done and resumes
+inside the one that was not.
+Overrides: `key=value` counts for every phase, `<phase>.key=value` for the one whose file is `<phase>.yaml`; `name` and
+`output_dir` are the pipeline's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+
+from pretrain.checkpoint import newest_complete
+from pretrain.checkpoint_store import store_of
+from pretrain.config import ConfigError, RunConfig, load_config, load_typed
+from pretrain.dry_run import dry_run
+from pretrain.guard import SkippedSamples
+from pretrain.parallel import dist
+from pretrain.preflight import check, steps_left, total_samples
+from pretrain.train import train
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """A list of phases."""
+
+    name: str = MISSING
+    """The runs are called `<name>-<phase>`."""
+    output_dir: str = "runs"
+    """Folder of all runs."""
+    phases: list[str] = field(default_factory=list)
+    """Run configurations in their order, as paths from this file's folder."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One run of a pipeline."""
+
+    name: str
+    """Its file's name without `.yaml`."""
+    path: Path
+    """Its file."""
+    overrides: list[str]
+    """What is changed of it."""
+    config: RunConfig
+    """The result."""
+
+
+def is_pipeline(path: Path) -> bool:
+    """Whether a YAML file lists phases."""
+    try:
+        return path.is_file() and "phases" in OmegaConf.load(path)
+    except Exception:  # whatever is wrong with the file is said by whoever reads it in earnest
+        return False
+
+
+def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> list[Phase]:
+    """The phases, each starting from the run before it. Raises ConfigError."""
+    names = [Path(name).stem for name in OmegaConf.to_container(OmegaConf.load(path))["phases"]]  # type: ignore[index, call-overload]
+    own = [text for text in overrides if text.split("=")[0] in ("name", "output_dir")]
+    shared = [text for text in overrides if text not in own and text.split(".")[0] not in names]
+    pipeline = load_typed(PipelineConfig, path, own)
+    if not pipeline.phases or len(set(names)) < len(names):
+        raise ConfigError(f"{path}: phases is {pipeline.phases}; expected one or more files, each of another name")
+    phases: list[Phase] = []
+    for name, file in zip(names, pipeline.phases, strict=True):
+        given = [*shared, *(text.removeprefix(f"{name}.") for text in overrides if text.startswith(f"{name}."))]
+        given += [f"name={pipeline.name}-{name}", f"output_dir={pipeline.output_dir}"]
+        if phases:
+            given.append(f"objective.init_from={phases[-1].config.run_dir}")
+        phases.append(Phase(name, path.parent / file, given, load_config(path.parent / file, given)))
+    return phases
+
+
+def run_pipeline(path: Path, overrides: Sequence[str] = (), world: dist.World | None = None) -> dict[str, Any]:
+    """Runs all phases on this process, or on those that torchrun started, until the end or a stop signal.
+
+    Everything that can be wrong with any phase is looked at before the first begins. Returns the last phase's summary
+    with all of them under `phases`. Raises ValueError (ConfigError, ShardError, CheckpointError).
+    """
+    phases = load_pipeline(path, overrides)
+    launch = dist.Launch.from_environment()
+    finished = []
+    for phase in phases:
+        _, data = check(without_start(phase.config), launch)
+        finished.append(is_finished(phase.config, data.num_samples))
+    finished[-1] = False  # so that there is a summary to return
+    first = phases[0].config
+    joined = world or dist.start(first.device, first.parallel.timeout_s)
+    summaries: list[dict[str, Any]] = []
+    for phase, is_done in zip(phases, finished, strict=True):
+        if is_done:
+            summaries.append({"run": str(phase.config.run_dir), "status": "finished", "steps_this_start": 0})
+            continue
+        summary = train(phase.config, config_path=phase.path, overrides=phase.overrides, world=joined)
+        summaries.append(summary)
+        if summary["status"] != "finished":
+            break
+    if world is None:
+        dist.stop()
+    return summaries[-1] | {"phases": summaries}
+
+
+def dry_run_pipeline(
+    path: Path, overrides: Sequence[str], processes: int, ranks_per_node: int | None
+) -> list[dict[str, Any]]:
+    """`dry_run` of each phase."""
+    phases = load_pipeline(path, overrides)
+    return [dry_run(without_start(phase.config), processes, ranks_per_node) for phase in phases]
+
+
+def without_start(config: RunConfig) -> RunConfig:
+    """The same without `objective.init_from`: what an earlier phase has yet to write cannot be looked at."""
+    return dataclasses.replace(config, objective=dataclasses.replace(config.objective, init_from=None))
+
+
+def is_finished(config: RunConfig, num_samples: int) -> bool:
+    """Whether a run's newest complete checkpoint is that of its last step."""
+    checkpoint = newest_complete(config.run_dir)
+    if checkpoint is None:
+        return False
+    state = json.loads(store_of(checkpoint).read(checkpoint, "state.json"))
+    skipped = SkippedSamples(tuple((int(begin), int(end)) for begin, end in state.get("skipped", ())))
+    total = total_samples(config, num_samples)
+    return steps_left(total, int(state["position"]), skipped, config.train.global_batch) == 0
