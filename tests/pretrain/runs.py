@@ -59,11 +59,12 @@ def run_several(
     *,
     script: str = "several_runs.py",
     arguments: Sequence[str] = (),
+    config: Path = CONFIG,
 ) -> None:
     """Trains configurations one after the other on several processes."""
     listed = folder / f"runs-{len(list(folder.glob('runs-*')))}.json"
     listed.write_text(json.dumps([list(run) for run in runs]))
-    command = torchrun(num_processes, str(Path(__file__).with_name(script)), str(CONFIG), str(listed), *arguments)
+    command = torchrun(num_processes, str(Path(__file__).with_name(script)), str(config), str(listed), *arguments)
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 
