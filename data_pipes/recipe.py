@@ -122,7 +122,7 @@ class ClipRecipe(Recipe):
         return torch.uint8
 
     def __call__(self, raw: RawSample, uniforms: Sequence[float]) -> Tensor:
-        return self.transform.load(_encoded_video(raw), uniforms, max_pixels=self.max_pixels)
+        return self.transform.load(encoded_video(raw), uniforms, max_pixels=self.max_pixels)
 
     def empty_batch(self, size: int) -> Tensor:
         return _channels_last(size, self.shape, self.dtype, axis=1)
@@ -134,7 +134,7 @@ def _channels_last(size: int, shape: tuple[int, ...], dtype: torch.dtype, axis: 
     return torch.empty((size, *others, shape[axis]), dtype=dtype).movedim(-1, axis + 1)
 
 
-def _encoded_video(raw: RawSample) -> bytes:
+def encoded_video(raw: RawSample) -> bytes:
     for extension in VIDEO_EXTENSIONS:
         if extension in raw.members:
             return raw.members[extension]

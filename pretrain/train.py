@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipes.image import EvalTransform
 from data_pipes.loader import Batch, BatchPlan, Loader, open_loader
-from data_pipes.sequential import SequentialImages
 from pretrain.checkpoint import Checkpointer, Place, rng_state, set_rng_state
 from pretrain.config import RunConfig
 from pretrain.data_metrics import DataMeter
@@ -36,7 +34,7 @@ from pretrain.run_folder import open_run_folder
 from pretrain.sentinel import Evidence, Sentinel, are_finite
 from pretrain.signals import StopRequest
 from pretrain.tracking import Tracker
-from pretrain.validation import Validator
+from pretrain.validation import Validator, open_samples
 from pretrain.watchdog import Watchdog
 
 
@@ -150,16 +148,8 @@ def _train(
     }
     last_step = step + steps_left(total, position, skipped, plan.global_batch)
     validator = None
-    if data.looked_at is not None and config.data.video is None:
-        samples = SequentialImages(
-            data.looked_at,
-            EvalTransform(objective.image_size),
-            channels=objective.in_channels,
-            bit_depth=config.data.bit_depth,
-            max_pixels=config.data.max_pixels,
-            label_key=config.data.label_key,
-            storage=config.data.storage,
-        )
+    if data.looked_at is not None:
+        samples = open_samples(config.data, data.looked_at, objective)
         validator = Validator(samples, config.train.val_samples, plan.micro_batch, config.train.num_pictures, world)
     save_every, val_every = config.checkpoint.every_steps, config.train.val_every or config.checkpoint.every_steps
 

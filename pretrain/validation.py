@@ -14,19 +14,50 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_pipes.loader import Batch
+from data_pipes.image import EvalTransform
+from data_pipes.loader import Batch, DataConfig
+from data_pipes.manifest import Manifest
 from data_pipes.sequential import SequentialImages
+from data_pipes.sequential_clips import SequentialClips
 from pretrain.objectives.base import Objective
 from pretrain.parallel.dist import World
 from pretrain.parallel.strategy import Strategy
 from pretrain.pictures import save_pictures
 
 
+def open_samples(config: DataConfig, manifest: Manifest, objective: Objective) -> SequentialImages | SequentialClips:
+    """A data set as the objective looks at it: the centre of each picture, or of the clip in a video's middle."""
+    if config.video is not None:
+        return SequentialClips(
+            manifest,
+            config.video,
+            objective.image_size,
+            channels=objective.in_channels,
+            max_pixels=config.max_pixels,
+            label_key=config.label_key,
+            storage=config.storage,
+        )
+    return SequentialImages(
+        manifest,
+        EvalTransform(objective.image_size),
+        channels=objective.in_channels,
+        bit_depth=config.bit_depth,
+        max_pixels=config.max_pixels,
+        label_key=config.label_key,
+        storage=config.storage,
+    )
+
+
 class Validator:
     """Runs an objective's `validate` and `pictures` on fixed samples."""
 
     def __init__(
-        self, samples: SequentialImages, num_samples: int, micro_batch: int, num_pictures: int, world: World
+        self,
+        samples: SequentialImages | SequentialClips,
+        num_samples: int,
+        micro_batch: int,
+        num_pictures: int,
+        world: World,
     ) -> None:
         """num_samples: from the start of `samples`; 0 = all. micro_batch: samples per rank and pass."""
         self.samples = samples
@@ -80,7 +111,7 @@ class Validator:
     def _load(self, indices: list[int]) -> Batch:
         items = [self.samples[index] for index in indices]
         batch = Batch(
-            images=torch.stack([image for image, _ in items]),
+            images=torch.stack([image for image, _ in items]),  # of videos: [B, 1, C, T, H, W]
             labels=torch.tensor([label for _, label in items], dtype=torch.int64),
             positions=torch.tensor(indices, dtype=torch.int64),
             keys=[str(index) for index in indices],

@@ -9,6 +9,7 @@ import webdataset
 
 from data_pipes.index import index_shards
 from pretrain.config import ConfigError, load_config
+from pretrain.journal import read_metrics
 from pretrain.train import train
 from tests.data_pipes.tiny_videos import video
 from tests.pretrain.runs import assert_same_weights, losses
@@ -27,7 +28,7 @@ objective:
     decoder_depth: 1
     decoder_heads: 2
 optim: {base_lr: null, lr: 1.0e-3, clip_norm: 1.0, ema_decay: 0.9}
-train: {global_batch: 4, steps: 4, log_every: 1}
+train: {global_batch: 4, steps: 4, log_every: 1, val_samples: 5, num_pictures: 2}
 checkpoint: {every_steps: 2}
 tracking: {ship: false}
 """
@@ -46,7 +47,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(videos: Path, folder: Path, name: str, *more: str) -> dict[str, object]:
     path = folder / "run.yaml"
     path.write_text(RUN)
-    overrides = [f"data.train={videos}", f"output_dir={folder}", f"name={name}", *more]
+    overrides = [f"data.train={videos}", f"data.val={videos}", f"output_dir={folder}", f"name={name}", *more]
     return train(load_config(path, overrides), config_path=path, overrides=overrides)
 
 
@@ -54,6 +55,10 @@ def test_a_run_on_clips_resumes_to_the_bit(videos: Path, tmp_path: Path) -> None
     run(videos, tmp_path, "whole")
     found = losses(tmp_path / "whole")
     assert list(found) == [1, 2, 3, 4]
+    validated = {point.step: point.value for point in read_metrics(tmp_path / "whole")["val/loss"]}
+    assert list(validated) == [2, 4]
+    assert all(0.5 < value < 2.0 for value in validated.values())  # of normalised pixels: the prediction 0 has 1
+    assert (tmp_path / "whole" / "pictures" / "step-00000004.png").is_file()
     run(videos, tmp_path, "parts", "data.workers=2", "data.worker_kind=thread")
     for path in sorted((tmp_path / "parts" / "checkpoints").glob("step-*"))[-1:]:
         (path / "COMPLETE").unlink()  # as a kill in the last save leaves it
