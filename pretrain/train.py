@@ -330,9 +330,14 @@ def _train(
                     for player, lr in lrs.items()
                 }
                 metrics |= {"train/epoch": position / num_samples} if num_samples else {}
+                if objective.num_frames is not None:  # samples are videos
+                    metrics["throughput/clips_per_s"] = metrics["throughput/samples_per_s"] * objective.repeats
                 metrics |= watchdog.metrics()
                 metrics |= checkpointer.stats() | {"guard/rollbacks": num_rollbacks}
                 tell_of_saves()
+                for alarm in objective.alarms(metrics, step):
+                    progress.say(alarm)
+                    tell("alarm", {"step": step, "what": alarm})
                 left_s = (last_step - step) * metrics["throughput/step_ms"] / 1e3
                 progress.update(step, metrics, left_s)
                 if tracker is not None:

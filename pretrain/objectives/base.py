@@ -15,7 +15,7 @@ Legend: B batch, C channels, H/W pixels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -91,6 +91,13 @@ class Objective(ABC):
     @abstractmethod
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Views of the batch by name, uint8 [B, 1 or 3, H, W] on the CPU. Runs forward: call it on every rank."""
+
+    def alarms(self, metrics: Mapping[str, float], step: int) -> list[str]:
+        """Sentences about what is going wrong, for people and the journal.
+
+        metrics: means of the logging interval that ended at optimizer step `step`, e.g. "train/loss".
+        """
+        return []
 
     @abstractmethod
     def flops_per_sample(self) -> float:

@@ -12,7 +12,7 @@ from pretrain.config import ConfigError, load_config
 from pretrain.journal import read_metrics
 from pretrain.train import train
 from tests.data_pipes.tiny_videos import video
-from tests.pretrain.runs import assert_same_weights, losses
+from tests.pretrain.runs import assert_same_weights, losses, run_several
 
 RUN = """
 name: run
@@ -58,6 +58,9 @@ def test_a_run_on_clips_resumes_to_the_bit(videos: Path, tmp_path: Path) -> None
     validated = {point.step: point.value for point in read_metrics(tmp_path / "whole")["val/loss"]}
     assert list(validated) == [2, 4]
     assert all(0.5 < value < 2.0 for value in validated.values())  # of normalised pixels: the prediction 0 has 1
+    figures = {name: points[-1].value for name, points in read_metrics(tmp_path / "whole").items()}
+    assert figures["throughput/clips_per_s"] == pytest.approx(2 * figures["throughput/samples_per_s"])
+    assert figures["data/position"] == 16  # 4 steps of 4 videos: repeats are not counted
     assert (tmp_path / "whole" / "pictures" / "step-00000004.png").is_file()
     run(videos, tmp_path, "parts", "data.workers=2", "data.worker_kind=thread")
     for path in sorted((tmp_path / "parts" / "checkpoints").glob("step-*"))[-1:]:
@@ -66,6 +69,29 @@ def test_a_run_on_clips_resumes_to_the_bit(videos: Path, tmp_path: Path) -> None
     assert summary["steps_this_start"] == 2
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
     assert losses(tmp_path / "parts") == found
+
+
+@pytest.mark.distributed
+def test_clips_under_every_engine(videos: Path, tmp_path: Path) -> None:
+    """Batches are videos, so that a rank's share is whole videos with all their clips."""
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    run(videos, tmp_path, "single", "checkpoint.every_steps=null")
+    names = ("ddp", "fsdp2", "zero2")
+    runs = [
+        [
+            f"data.train={videos}",
+            f"output_dir={tmp_path}",
+            f"name={name}",
+            f"parallel.strategy={name}",
+            "checkpoint.every_steps=null",
+        ]
+        for name in names
+    ]
+    run_several(2, runs, tmp_path, config=path)
+    for name in names:
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "single"), rel=1e-5), name
+        assert_same_weights(tmp_path / "single", tmp_path / name, to_the_bit=False)
 
 
 def test_clips_that_the_objective_does_not_expect(videos: Path, tmp_path: Path) -> None:

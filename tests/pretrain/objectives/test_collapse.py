@@ -1,0 +1,34 @@
+"""A game that has ended is said to have."""
+
+from __future__ import annotations
+
+import pytest
+
+from pretrain.losses.adversarial import AdversarialConfig
+from pretrain.objectives.collapse import collapse_alarms
+
+GAME = AdversarialConfig(weight=0.5, warmup_steps=10)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({"train/logit_gap": 0.003}, "cannot tell images from reconstructions"),
+        ({"train/logit_gap": -0.003}, "cannot tell"),
+        ({"train/logit_gap": 12.0}, "has won"),
+        ({"train/logit_gap": 1.0, "train/adaptive_factor": 1e-5}, "a cliff"),
+    ],
+)
+def test_alarms(metrics: dict[str, float], words: str) -> None:
+    (alarm,) = collapse_alarms(metrics, GAME, 20)
+    assert words in alarm
+
+
+@pytest.mark.parametrize("gap", [0.1, 1.0, 3.0, -0.5])
+def test_a_game_that_goes_on_is_left_alone(gap: float) -> None:
+    assert collapse_alarms({"train/logit_gap": gap, "train/adaptive_factor": 0.3}, GAME, 20) == []
+
+
+def test_a_discriminator_may_win_while_it_warms_up() -> None:
+    assert collapse_alarms({"train/logit_gap": 12.0}, GAME, 5) == []
+    assert collapse_alarms({"train/loss": 1.0}, GAME, 20) == []
