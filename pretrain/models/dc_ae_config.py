@@ -101,6 +101,12 @@ class DCAEConfig:
         """Pixels of the image per pixel of the latent, in each direction."""
         return 1 << (len(self.widths) - 1)
 
+    @property
+    def stage_names(self) -> dict[str, str]:
+        """Prefixes of parameter names by place; see `AutoencoderConfig`."""
+        deepest, finest = f"stages.{len(self.widths) - 1}", f"stages.{0 if self.decoder_depths[0] else 1}"
+        return {"encoder_deepest": deepest, "decoder_deepest": deepest, "decoder_finest": finest}
+
 
 def _residual(latent_channels: int, num_stages: int) -> DCAEConfig:
     """DC-AE 1.5: residual blocks alone, no shortcuts at the latent."""

@@ -15,11 +15,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pretrain.models.dc_ae import DCAE, pad_to_multiple
+from pretrain.models.autoencoder import Autoencoder, pad_to_multiple
 
 
 @torch.no_grad()
-def encode_tiled(model: DCAE, images: Tensor, tile: int = 1024, overlap: int = 256) -> Tensor:
+def encode_tiled(model: Autoencoder, images: Tensor, tile: int = 1024, overlap: int = 256) -> Tensor:
     """`model.encode(images)` with tiles of `tile` pixels that overlap by `overlap`, both multiples of the factor.
 
     images: float [B, C, H, W]. Returns [B, L, h, w]. Raises ValueError for other tiles.
@@ -31,7 +31,7 @@ def encode_tiled(model: DCAE, images: Tensor, tile: int = 1024, overlap: int = 2
 
 @torch.no_grad()
 def decode_tiled(
-    model: DCAE, latent: Tensor, size: tuple[int, int] | None = None, tile: int = 1024, overlap: int = 256
+    model: Autoencoder, latent: Tensor, size: tuple[int, int] | None = None, tile: int = 1024, overlap: int = 256
 ) -> Tensor:
     """`model.decode(latent, size)` with tiles of `tile` pixels of the picture that overlap by `overlap`.
 

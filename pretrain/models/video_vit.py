@@ -190,7 +190,7 @@ class VideoViT(nn.Module):
             return tokens
         assert isinstance(self.positions, SeparablePositions)
         cls_token = self.cls_token + self.positions.cls
-        return torch.cat((cls_token.expand(len(clips), -1, -1), tokens), dim=1)
+        return torch.cat((cls_token.expand(clips.shape[0], -1, -1), tokens), dim=1)
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -179,7 +179,7 @@ class ViT(nn.Module):
             position = position[0][keep_ids]
         tokens = self.patch_embed(patches) + position
         cls_token = self.cls_token + self.pos_embed[:, :1]
-        return torch.cat((cls_token.expand(len(images), -1, -1), tokens), dim=1)
+        return torch.cat((cls_token.expand(images.shape[0], -1, -1), tokens), dim=1)
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from data_pipes.loader import Batch
+    from pretrain.models.autoencoder import Autoencoder
     from pretrain.models.video_vit import VideoViT
     from pretrain.models.vit import ViT
 
@@ -99,12 +100,19 @@ class Objective(ABC):
         """
         return []
 
+    def films(self, batch: Batch) -> dict[str, Tensor]:
+        """Views of the batch's clips by name, uint8 [B, T, 1 or 3, H, W] on the CPU; empty where samples are images.
+
+        Runs forward: call it on every rank.
+        """
+        return {}
+
     @abstractmethod
     def flops_per_sample(self) -> float:
         """Model FLOPs of forward and backward for one sample (matrix products only, nothing recomputed)."""
 
     @abstractmethod
-    def build_backbone(self) -> ViT | VideoViT:
+    def build_backbone(self) -> ViT | VideoViT | Autoencoder:
         """A fresh, unsharded backbone on the CPU, to load `backbone_prefix` weights into."""
 
     @property

@@ -9,133 +9,55 @@ Legend: B batch, C channels, L latent channels, H/W pixels, h/w latent pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.losses.adversarial import (
-    AdversarialConfig,
     adaptive_factors,
     discriminator_loss,
     generator_loss,
     squared_gradient,
     with_gradient,
 )
-from pretrain.losses.perceptual import LPIPS, SMALLEST_SIDE, PerceptualConfig, load_lpips
+from pretrain.losses.perceptual import LPIPS, load_lpips
 from pretrain.losses.reconstruction import kl_per_value, l1, psnr
-from pretrain.models.dc_ae import DCAE, DCAEOutput, dc_ae_flops
-from pretrain.models.dc_ae_config import DCAEConfig
-from pretrain.models.discriminator import Discriminator, DiscriminatorConfig, Logits
+from pretrain.models.autoencoder import Autoencoder, AutoencoderOutput, pad_to_multiple
+from pretrain.models.autoencoder_flops import training_flops
+from pretrain.models.dc_ae import DCAE
+from pretrain.models.discriminator import Discriminator, Logits
+from pretrain.models.latent_view import LatentView
 from pretrain.models.masking import position_noise
-from pretrain.models.normalise import Normalise, check_statistics
+from pretrain.models.normalise import Normalise
+from pretrain.models.quantisers import code_metrics
 from pretrain.objectives.base import Objective, Turn
+from pretrain.objectives.collapse import collapse_alarms
+from pretrain.objectives.tokenizer_config import TokenizerConfig
 
 if TYPE_CHECKING:
     from data_pipes.loader import Batch
 
-TRAINED_PARTS: dict[str, tuple[str, ...]] = {
-    "all": (r".*",),
-    "decoder": (r"decoder\..*",),
-    "latent": (r"encoder\.project_out\..*", r"decoder\.project_in\..*"),
-    "latent+stage": (
-        r"encoder\.(project_out|stages\.{deepest})\..*",
-        r"decoder\.(project_in|stages\.{deepest})\..*",
-    ),
-    "head": (r"decoder\.project_out\..*",),
-    "head+stage": (r"decoder\.(project_out|stages\.{finest})\..*",),
-}
-"""Names for what a phase trains: phase 1 "all", phase 2 "latent", phase 3 "head"; "+stage" adds the stage beside it."""
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """An autoencoder, what of it is trained, and by which losses."""
-
-    model: DCAEConfig = field(default_factory=DCAEConfig)
-    """The autoencoder; its in_channels are those of the data."""
-    image_size: tuple[int, int] = (256, 256)
-    """Height and width of the training images, in pixels; need not be multiples of the model's factor."""
-    trained: tuple[str, ...] = ("all",)
-    """Names of `TRAINED_PARTS`, or regular expressions that match whole parameter names; all else is frozen."""
-    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
-    """LPIPS beside the L1 loss."""
-    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
-    """The generator's and discriminator's losses; with a weight of 0 there is no discriminator."""
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    """Shape of the discriminator."""
-    kl_weight: float = 0.0
-    """Of a gaussian latent's divergence, on the scale of a reconstruction that is summed over values (SD: 1e-6)."""
-    mean: tuple[float, ...] = ()
-    """Per channel, on the scale where the stored range is [0, 1]; empty: 0.5, so that images lie in [-1, 1]."""
-    std: tuple[float, ...] = ()
-    """Per channel, on the same scale, > 0; empty: 0.5."""
-    init_from: str | None = None
-    """Weights to start from: a run, a checkpoint, or a weights file; null: the seed's."""
-
-    def __post_init__(self) -> None:
-        channels = self.model.in_channels
-        object.__setattr__(self, "image_size", tuple(self.image_size))
-        object.__setattr__(self, "trained", tuple(self.trained))
-        object.__setattr__(self, "mean", tuple(self.mean) or (0.5,) * channels)
-        object.__setattr__(self, "std", tuple(self.std) or (0.5,) * channels)
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
-            raise ValueError(f"image_size is {list(self.image_size)}; expected [height, width], each at least 1 pixel.")
-        if not self.trained:
-            raise ValueError(f"trained is empty; expected names such as {', '.join(TRAINED_PARTS)}, or patterns.")
-        check_statistics(self.mean, self.std, channels)
-        self._check_losses()
-
-    def _check_losses(self) -> None:
-        channels = self.model.in_channels
-        if self.kl_weight < 0.0 or (self.kl_weight > 0.0 and not self.model.gaussian):
-            raise ValueError(
-                f"kl_weight is {self.kl_weight} and model.gaussian is {self.model.gaussian}; expected 0 or more, and a "
-                "gaussian latent where it is not 0. Set model.gaussian to true or kl_weight to 0."
-            )
-        shown = self.perceptual.channels
-        if self.perceptual.weight > 0.0 and (max(shown, default=0) >= channels or (channels == 2 and not shown)):
-            raise ValueError(
-                f"perceptual.channels is {list(shown)} and the images have {channels} channels; expected 3 of the "
-                f"channels 0 to {channels - 1}, the same one more than once if need be."
-            )
-        smallest = SMALLEST_SIDE[self.perceptual.network]
-        if self.perceptual.weight > 0.0 and min(self.image_size) < smallest:
-            raise ValueError(
-                f"image_size is {list(self.image_size)}, and perceptual.network {self.perceptual.network} needs sides "
-                f"of at least {smallest} pixels. Use larger images, or set perceptual.weight to 0."
-            )
-        if self.adversarial.r1_weight > 0.0 and self.discriminator.norm == "batch":
-            raise ValueError(
-                "adversarial.r1_weight needs each sample's own gradient, and discriminator.norm is batch, which mixes "
-                "samples. Set discriminator.norm to spectral, or r1_weight to 0."
-            )
-
-    def trained_patterns(self) -> list[str]:
-        """Regular expressions of what is trained."""
-        stages = {
-            "{deepest}": str(len(self.model.widths) - 1),
-            "{finest}": "0" if self.model.decoder_depths[0] else "1",
-        }
-        patterns = [pattern for name in self.trained for pattern in TRAINED_PARTS.get(name, (name,))]
-        for placeholder, stage in stages.items():
-            patterns = [pattern.replace(placeholder, stage) for pattern in patterns]
-        return patterns
+__all__ = ["TokenizerConfig", "TokenizerObjective", "position_normal"]
 
 
 class TokenizerObjective(Objective):
-    """Two players: "autoencoder", a `DCAE`, and "discriminator", which is there if its loss has a weight."""
+    """Two players: "autoencoder", and "discriminator", which is there if its loss has a weight."""
 
     backbone_player = "autoencoder"
     backbone_prefix = ""
 
-    def __init__(self, config: TokenizerConfig, seed: int) -> None:
-        """seed: of a gaussian latent's noise in training, together with each sample's position."""
+    def __init__(self, config: TokenizerConfig, seed: int, build: Callable[[Any], Autoencoder] = DCAE) -> None:
+        """seed: of a gaussian latent's noise and of the views in training, with each sample's position and the step.
+        build: makes the autoencoder of `config.model`.
+        """
         self.config = config
         self.seed = seed
-        self.autoencoder = DCAE(config.model)
+        self.build: Callable[[], Autoencoder] = partial(build, config.model)
+        self.autoencoder = self.build()
         self.autoencoder.train_only(config.trained_patterns())
         self.players: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
         adversarial = config.adversarial
@@ -150,12 +72,15 @@ class TokenizerObjective(Objective):
 
     def turns(self, batch: Batch, step: int) -> Iterator[Turn]:
         images = self.normalise(batch.images)
-        output = self._forward(images, self._noise(batch.positions, images))
+        view = self._view(batch.positions, images, step)
+        output = self._forward(images, self._noise(batch.positions, images), view)
+        if not view.keeps_places:
+            images = view.of_images(pad_to_multiple(images, self.config.model.factor), self.config.model.factor)
         yield self._autoencoder_turn(output, images, step)
         if self.config.adversarial.discriminator_learns(step):
             yield self._discriminator_turn(output.reconstruction.detach().float(), images, step)
 
-    def _autoencoder_turn(self, output: DCAEOutput, images: Tensor, step: int) -> Turn:
+    def _autoencoder_turn(self, output: AutoencoderOutput, images: Tensor, step: int) -> Turn:
         config = self.config
         metrics: dict[str, Tensor] = {}
         reconstruction = output.reconstruction.float()
@@ -171,6 +96,11 @@ class TokenizerObjective(Objective):
             kl = kl_per_value(output.kl, images)
             metrics["kl"] = kl.mean()
             loss = loss + config.kl_weight * kl.mean()
+        if output.commitment is not None:
+            metrics["commitment"] = output.commitment
+            loss = loss + output.commitment
+        if output.code_counts is not None:
+            metrics |= code_metrics(output.code_counts)
         metrics["loss"] = loss
         return Turn(loss, "autoencoder", {name: value.detach() for name, value in metrics.items()})
 
@@ -230,15 +160,26 @@ class TokenizerObjective(Objective):
 
     @torch.no_grad()
     def validate(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Of the latents' means: the distances that training minimises, and PSNR of the rounded picture."""
+        """Of the latents' means: the distances that training minimises, and PSNR of the rounded picture; that also for
+        each count of channels that is trained, "psnr_16" from the first 16 alone. Codes are counted per batch.
+        """
         images = self.normalise(batch.images)
         output = self._forward(images, None)
         metrics: dict[str, Tensor] = {}
         metrics["loss"] = self._distance(output.reconstruction.float(), images, metrics).mean()
-        to_uint8 = self.normalise.to_uint8
-        metrics["psnr"] = psnr(to_uint8(output.reconstruction.float()), to_uint8(images)).mean()
+        metrics["psnr"] = self._psnr(output, images)
         metrics["latent_rms"] = output.latent.float().square().flatten(1).mean(dim=1).sqrt().mean()
+        if output.code_counts is not None:
+            metrics |= code_metrics(output.code_counts)
+        prefix = self.config.prefix
+        for count in prefix.validated or prefix.counts(self.config.model.latent_channels):
+            view = LatentView(channels=torch.full_like(batch.positions, count))
+            metrics[f"psnr_{count}"] = self._psnr(self._forward(images, None, view), images)
         return metrics
+
+    def _psnr(self, output: AutoencoderOutput, images: Tensor) -> Tensor:
+        to_uint8 = self.normalise.to_uint8
+        return psnr(to_uint8(output.reconstruction.float()), to_uint8(images)).mean()
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
@@ -248,13 +189,16 @@ class TokenizerObjective(Objective):
         difference = (shown[1].int() - shown[0].int() + 128).clamp(0, 255).to(torch.uint8)
         return {"input": shown[0], "reconstruction": shown[1], "difference": difference}
 
+    def alarms(self, metrics: Mapping[str, float], step: int) -> list[str]:
+        return collapse_alarms(metrics, self.config.adversarial, step)
+
     def flops_per_sample(self) -> float:
         """Of the autoencoder alone, with what is frozen in this phase."""
-        return dc_ae_flops(self.config.model, self.image_size, self.config.trained_patterns())
+        return training_flops(self.build, self.image_size, self.config.trained_patterns())
 
-    def build_backbone(self) -> DCAE:  # type: ignore[override]  # the contract still says ViT
+    def build_backbone(self) -> Autoencoder:
         with torch.device("cpu"):
-            return DCAE(self.config.model)
+            return self.build()
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -272,16 +216,21 @@ class TokenizerObjective(Objective):
     def std(self) -> tuple[float, ...]:
         return self.config.std
 
-    def _forward(self, images: Tensor, noise: Tensor | None) -> DCAEOutput:
-        output: DCAEOutput = self.players["autoencoder"](images, noise)
+    def _forward(self, images: Tensor, noise: Tensor | None, view: LatentView | None = None) -> AutoencoderOutput:
+        output: AutoencoderOutput = self.players["autoencoder"](images, noise, view)
         return output
+
+    def _view(self, positions: Tensor, images: Tensor, step: int) -> LatentView:
+        """What of the latent the decoder sees in this training step."""
+        model = self.config.model
+        view = self.config.equivariance.draw(step, latent_size(images, model.factor), self.seed)
+        return replace(view, channels=self.config.prefix.draw(positions, model.latent_channels, self.seed))
 
     def _noise(self, positions: Tensor, images: Tensor) -> Tensor | None:
         """Standard normal [B, L, h, w] for a gaussian latent."""
         if not self.config.model.gaussian:
             return None
-        factor = self.config.model.factor
-        shape = self.config.model.latent_channels, *(-(-side // factor) for side in images.shape[2:])
+        shape = self.config.model.latent_channels, *latent_size(images, self.config.model.factor)
         noise: Tensor = position_normal(positions, math.prod(shape), self.seed).unflatten(1, shape)
         return noise
 
@@ -303,6 +252,11 @@ class TokenizerObjective(Objective):
     def _check(self, player: str) -> None:
         if player not in self.players:
             raise ValueError(f"There is no player {player!r}; this tokenizer has {', '.join(self.players)}.")
+
+
+def latent_size(images: Tensor, factor: int) -> tuple[int, int]:
+    """h, w of the latents of images [B, C, H, W]."""
+    return -(-images.shape[2] // factor), -(-images.shape[3] // factor)
 
 
 def position_normal(positions: Tensor, count: int, seed: int) -> Tensor:

@@ -12,8 +12,9 @@ from pretrain.config import ConfigError, RunConfig, load_config
 
 RECIPES = sorted(
     path.relative_to(Path(__file__).parents[2])
-    for folder in ("demo", "mae")
-    for path in (Path(__file__).parents[2] / "configs" / folder).glob("*.yaml")
+    for folder in ("demo", "mae", "dcae", "tokenizer", "video_mae")
+    for path in (Path(__file__).parents[2] / "configs" / folder).rglob("*.yaml")
+    if path.name != "pipeline.yaml"
 )
 DATA = ["data.train=/data/train", "data.val=/data/val"]
 
