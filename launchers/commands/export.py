@@ -1,26 +1,42 @@
-"""`tessera export`: a backbone for another library, compared with ours before it is published."""
+"""`tessera export`: a model for another library, compared with ours before it is published."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pretrain.checkpoint_store import place_of
 
-HELP = "export a backbone to another library, after reloading it there and comparing the features"
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TARGETS = ("timm", "transformers", "diffusers", "onnx")
+HELP = "export a model to another library, after reloading it there and comparing the results"
 EXAMPLES = """\
   tessera export runs/cifar10_tiny exports/cifar10_tiny --to timm
   tessera export runs/vit_base/checkpoints/step-00100000 exports/vit_base_ema --to timm --ema --pool avg
+  tessera export runs/videomae_base exports/videomae_base --to transformers --pretraining
+  tessera export runs/dcae_f32c32-phase3 exports/dcae --to diffusers --ema --scaling-factor 0.41
+  tessera export runs/dcae_f32c32-phase3 exports/dcae_onnx --to onnx --ema
+
+timm: backbones of images. transformers: ViTModel or VideoMAEModel, with --pretraining the decoder too. diffusers: DC-AE
+as AutoencoderDC. onnx: backbones, and tokenizers as encoder.onnx and decoder.onnx. What cannot be expressed is refused.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=place_of, metavar="CHECKPOINT", help="checkpoint folder, run, or a weights file")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; it must not exist")
-    parser.add_argument("--to", choices=("timm",), required=True, help="the library that will load it")
+    parser.add_argument("--to", choices=TARGETS, required=True, help="the library that will load it")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
     parser.add_argument(
-        "--pool", choices=("token", "avg"), default="token", help="what the pooled feature is (default: class token)"
+        "--pool", choices=("token", "avg"), help="timm: the pooled feature (default: token, the class's)"
+    )
+    parser.add_argument("--pretraining", action="store_true", help="transformers: with the decoder, of a checkpoint")
+    parser.add_argument("--scaling-factor", type=float, metavar="F", help="diffusers: 1 / RMS of the latents")
+    parser.add_argument(
+        "--size", nargs=2, type=int, metavar=("H", "W"), help="onnx: the one size of a tokenizer that needs one"
     )
     parser.add_argument("--arch", metavar="NAME", help="architecture of a weights file, e.g. vit_base_patch16_224")
 
@@ -28,22 +44,97 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     from rich.console import Console
 
+    from pretrain.tokenizers import is_tokenizer
+
+    _check_options(arguments)
+    tokenizer = is_tokenizer(arguments.model)
+    if tokenizer != (arguments.to == "diffusers") and arguments.to != "onnx":
+        kind, targets = (
+            ("a tokenizer", "diffusers or onnx") if tokenizer else ("no tokenizer", "timm, transformers or onnx")
+        )
+        raise ValueError(f"{arguments.model} is {kind}: export it --to {targets}")
+    console = Console(stderr=True)
+    return (_export_tokenizer if tokenizer else _export_backbone)(arguments, console)
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for options of another target."""
+    owners = {"pool": "timm", "pretraining": "transformers", "scaling_factor": "diffusers", "size": "onnx"}
+    for name, target in owners.items():
+        if getattr(arguments, name) and arguments.to != target:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --to {target}; found --to {arguments.to}")
+
+
+def _export_tokenizer(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
+    from pretrain.export.diffusers import export_diffusers
+    from pretrain.export.onnx_models import export_tokenizer_onnx
+    from pretrain.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(arguments.model, ema=arguments.ema, verify=True)
+    about: dict[str, object]
+    if arguments.to == "diffusers":
+        exported = export_diffusers(tokenizer, arguments.out, scaling_factor=arguments.scaling_factor)
+        about = {
+            "scaling_factor": exported.scaling_factor,
+            "latent_error": exported.latent_error,
+            "reconstruction_error": exported.reconstruction_error,
+        }
+        hint = f'diffusers.AutoencoderDC.from_pretrained("{arguments.out}")'
+    else:
+        size = tuple(arguments.size) if arguments.size else None
+        graphs = export_tokenizer_onnx(tokenizer, arguments.out, size=size)
+        about = {"errors": dict(graphs.errors), "files": list(graphs.files)}
+        hint = f'onnxruntime.InferenceSession("{arguments.out}/encoder.onnx")'
+    console.print(f"[bold]exported[/] {tokenizer.label} to {arguments.out}; relative errors: {_errors(about)}")
+    console.print(f"load it: {hint}", highlight=False)
+    return {
+        "out": str(arguments.out),
+        "to": arguments.to,
+        "weights": tokenizer.weights,
+        "step": tokenizer.step,
+        "model_digest": tokenizer.digest,
+        **about,
+    }
+
+
+def _export_backbone(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
     from pretrain.evaluation.backbone import load_backbone
-    from pretrain.export.timm import export_timm
+    from pretrain.export.onnx_models import export_backbone_onnx
+    from pretrain.export.timm import Pool, export_timm
+    from pretrain.export.transformers import export_videomae
+    from pretrain.export.transformers_vit import export_vit
+    from pretrain.models.video_vit import VideoViT
 
     backbone = load_backbone(arguments.model, ema=arguments.ema, architecture=arguments.arch, verify=True)
-    exported = export_timm(backbone, arguments.out, pool=arguments.pool)
-    console = Console(stderr=True)
-    console.print(f"[bold]exported[/] {backbone.label} to {exported.folder} as timm's {exported.architecture}")
-    console.print(f"largest difference of any feature from ours: {exported.difference.absolute:.3g}", highlight=False)
-    console.print(f'load it: timm.create_model("local-dir:{exported.folder}", pretrained=True)', highlight=False)
+    about: dict[str, object]
+    if arguments.to == "timm":
+        pool: Pool = arguments.pool or "token"
+        ours = export_timm(backbone, arguments.out, pool=pool)
+        about = {"architecture": ours.architecture, "pool": pool, "max_difference": ours.difference.absolute}
+        hint = f'timm.create_model("local-dir:{ours.folder}", pretrained=True)'
+    elif arguments.to == "transformers":
+        export = export_videomae if isinstance(backbone.model, VideoViT) else export_vit
+        theirs = export(backbone, arguments.out, pretraining=arguments.pretraining)
+        about = {"architecture": theirs.architecture, "errors": theirs.errors}
+        hint = f'transformers.{theirs.architecture}.from_pretrained("{theirs.folder}")'
+    else:
+        graphs = export_backbone_onnx(backbone, arguments.out)
+        about = {"errors": dict(graphs.errors), "files": list(graphs.files)}
+        hint = f'onnxruntime.InferenceSession("{arguments.out}/{graphs.files[0]}")'
+    console.print(f"[bold]exported[/] {backbone.label} to {arguments.out}; differences from ours: {_errors(about)}")
+    console.print(f"load it: {hint}", highlight=False)
     return {
-        "out": str(exported.folder),
+        "out": str(arguments.out),
         "to": arguments.to,
-        "architecture": exported.architecture,
-        "pool": arguments.pool,
         "weights": backbone.weights,
         "step": backbone.step,
-        "max_difference": exported.difference.absolute,
-        "model_digest": exported.digest,
+        "model_digest": backbone.digest,
+        **about,
     }
+
+
+def _errors(about: dict[str, object]) -> str:
+    """The figures in a summary that are errors."""
+    found = about.get("errors") or {name: value for name, value in about.items() if isinstance(value, float)}
+    assert isinstance(found, dict)
+    return ", ".join(f"{name} {value:.2g}" for name, value in found.items() if name != "scaling_factor")

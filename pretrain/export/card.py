@@ -9,12 +9,34 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pretrain.checkpoint_store import Place, store_of
 from pretrain.evaluation.backbone import Backbone
 
+if TYPE_CHECKING:
+    from pretrain.config import RunConfig
+
 UNKNOWN = "not recorded"
+
+
+class Origin(Protocol):
+    """What a card tells of where weights come from: a `Backbone`, or a `LoadedTokenizer`."""
+
+    @property
+    def weights(self) -> str: ...
+    @property
+    def source(self) -> Place: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def step(self) -> int | None: ...
+    @property
+    def config(self) -> RunConfig | None: ...
+    @property
+    def complete(self) -> Mapping[str, Any] | None: ...
+    @property
+    def run_dir(self) -> Path | None: ...
 
 
 def model_card(
@@ -54,7 +76,7 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def provenance(backbone: Backbone) -> dict[str, str]:
+def provenance(backbone: Origin) -> dict[str, str]:
     """Where the weights come from, as label -> text; unknown entries say so."""
     complete = backbone.complete or {}
     run = _read_json(backbone.run_dir, "run.json") if backbone.run_dir is not None else {}

@@ -1,6 +1,7 @@
 """Names of DC-AE's weights in diffusers' `AutoencoderDC` and in the official files (efficientvit, DC-Gen), both ways.
 
-In and out: state dicts; nothing is computed, tensors are only renamed, reshaped, split and joined.
+In and out: state dicts; nothing is computed, tensors are only renamed, reshaped, split and joined. And the architecture
+itself as diffusers describes it, both ways.
 
   ours       encoder.stages.3.0.attn.qkv.weight [3C, C, 1, 1]; decoder.stages as well; project_in, project_out
   diffusers  encoder.down_blocks.3.0.attn.{to_q,to_k,to_v}.weight [C, C] each, decoder.up_blocks; conv_in, conv_out
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pretrain.models.dc_ae_config import DCAEConfig
+from pretrain.models.linear_attention import HEAD_WIDTH
 
 State = dict[str, Tensor]
 
@@ -39,11 +41,31 @@ _LEAVES = (
     ("glu.norm", "conv_out.norm", "local_module.main.point_conv.norm"),
     ("conv", "conv", "main.conv.conv"),
 )
+# What AutoencoderDC did before it had these settings.
+_OLDER_DEFAULTS = {
+    "attention_head_dim": HEAD_WIDTH,
+    "encoder_out_shortcut": True,
+    "decoder_in_shortcut": True,
+    "decoder_conv_act_fn": "relu",
+}
 _TO_DIFFUSERS = {ours: theirs for ours, theirs, _ in _LEAVES}
 _FROM_DIFFUSERS = {theirs: ours for ours, theirs, _ in _LEAVES}
 _TO_OFFICIAL = {ours: theirs for ours, _, theirs in _LEAVES}
 # Files differ in whether a layer has a residual around it ("main.") and in how deep a convolution is wrapped.
 _FROM_OFFICIAL = {theirs.replace("main.", ""): ours for ours, _, theirs in _LEAVES} | {"conv": "conv"}
+_EDGES_FROM_OFFICIAL = {
+    "encoder": {
+        "project_in.conv": "project_in.conv",
+        "project_in.conv.conv": "project_in.conv",
+        "project_out.0.conv": "project_out.conv",
+    },
+    "decoder": {
+        "project_in.conv": "project_in.conv",
+        "project_out.0": "project_out.norm",
+        "project_out.2.conv": "project_out.conv",
+        "project_out.2.conv.conv": "project_out.conv",
+    },
+}
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> State:
@@ -65,22 +87,22 @@ def to_diffusers(state: Mapping[str, Tensor]) -> State:
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> State:
-    """The inverse of `to_diffusers`."""
+    """The inverse of `to_diffusers`. Raises ValueError for a name that no DC-AE has there."""
     result: State = {}
     edges = {"conv_in": "project_in.conv", "conv_out": "project_out.conv", "norm_out": "project_out.norm"}
     for name, tensor in state.items():
-        part, rest = name.split(".", 1)
-        path, kind = rest.rsplit(".", 1)
+        part, path, kind = _split_theirs(name)
         match = re.fullmatch(r"(?:down|up)_blocks\.(\d+\.\d+)\.(.+)", path)
         if match is None:
-            result[f"{part}.{edges[path.removesuffix('.conv')]}.{kind}"] = tensor
+            edge = _known(edges, path.removesuffix(".conv"), name)
+            result[f"{part}.{edge}.{kind}"] = tensor
             continue
         prefix, leaf = f"{part}.stages.{match[1]}", match[2]
         if leaf == "attn.to_q":
-            thirds = [state[name.replace("to_q", f"to_{letter}")] for letter in "qkv"]
+            thirds = [_known(state, name.replace("to_q", f"to_{letter}"), name) for letter in "qkv"]
             result[f"{prefix}.attn.qkv.weight"] = torch.cat(thirds)[:, :, None, None]
         elif leaf not in ("attn.to_k", "attn.to_v"):
-            ours = _FROM_DIFFUSERS[leaf]
+            ours = _known(_FROM_DIFFUSERS, leaf, name)
             result[f"{prefix}.{ours}.{kind}"] = tensor[:, :, None, None] if ours == "attn.proj" else tensor
     return result
 
@@ -103,18 +125,18 @@ def to_official(state: Mapping[str, Tensor], config: DCAEConfig) -> State:
 
 
 def from_official(state: Mapping[str, Tensor]) -> State:
-    """Tensors of the authors' files (after their "state_dict" is unwrapped) under our names."""
+    """Tensors of the authors' files (after their "state_dict" is unwrapped) under our names.
+
+    Raises ValueError for a name that no DC-AE has there.
+    """
     result: State = {}
     for name, tensor in state.items():
-        part, rest = name.split(".", 1)
-        path, kind = rest.replace("main.", "").replace("op_list.", "").rsplit(".", 1)
+        part, path, kind = _split_theirs(name.replace("main.", "").replace("op_list.", ""))
         match = re.fullmatch(r"stages\.(\d+\.\d+)\.(.+)", path)
         if match is not None:
-            result[f"{part}.stages.{match[1]}.{_FROM_OFFICIAL[match[2]]}.{kind}"] = tensor
-            continue
-        edge = path.split(".")[0]
-        leaf = "norm" if part == "decoder" and path == "project_out.0" else "conv"
-        result[f"{part}.{edge}.{leaf}.{kind}"] = tensor
+            result[f"{part}.stages.{match[1]}.{_known(_FROM_OFFICIAL, match[2], name)}.{kind}"] = tensor
+        else:
+            result[f"{part}.{_known(_EDGES_FROM_OFFICIAL[part], path, name)}.{kind}"] = tensor
     return result
 
 
@@ -151,6 +173,70 @@ def diffusers_config(config: DCAEConfig) -> dict[str, Any]:
         "decoder_conv_act_fn": config.output_act,
         "scaling_factor": config.scaling_factor,
     }
+
+
+def config_from_diffusers(described: Mapping[str, Any]) -> DCAEConfig:
+    """The inverse of `diffusers_config`, for what a folder's config.json holds.
+
+    Raises ValueError, with the entries, for architectures that ours cannot express and for entries that are missing.
+    """
+    entries: dict[str, Any] = {**_OLDER_DEFAULTS, **described}
+    missing = sorted(name for name in diffusers_config(DCAEConfig()).keys() - entries.keys())
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing; expected the configuration of an AutoencoderDC")
+    num_stages = len(entries["encoder_block_out_channels"])
+    per_stage = {
+        name: (value,) * num_stages if isinstance(value := entries[name], str) else tuple(value)
+        for name in ("encoder_block_types", "decoder_norm_types")
+    }
+    scales = entries["encoder_qkv_multiscales"]
+    config = DCAEConfig(
+        in_channels=entries["in_channels"],
+        latent_channels=entries["latent_channels"],
+        widths=entries["encoder_block_out_channels"],
+        encoder_depths=entries["encoder_layers_per_block"],
+        decoder_depths=entries["decoder_layers_per_block"],
+        blocks=tuple(
+            "res" if kind == "ResBlock" else "multiscale" if scale else "attention"
+            for kind, scale in zip(per_stage["encoder_block_types"], scales, strict=True)
+        ),
+        decoder_norms=tuple(norm.removesuffix("_norm") for norm in per_stage["decoder_norm_types"]),
+        output_act=entries["decoder_conv_act_fn"],
+        resampling="shuffle" if entries["downsample_block_type"] == "pixel_unshuffle" else "interpolate",
+        latent_shortcuts=entries["encoder_out_shortcut"],
+        scaling_factor=entries["scaling_factor"],
+    )
+    _check_expressed(entries, config)
+    return config
+
+
+def _check_expressed(entries: Mapping[str, Any], config: DCAEConfig) -> None:
+    """Raises ValueError where `config` says something else than `entries`: ours has one setting for two of theirs."""
+    num_stages = len(config.widths)
+    has_attention = [block != "res" for block in config.blocks]
+    for name, ours in (diffusers_config(config) | {"attention_head_dim": HEAD_WIDTH}).items():
+        theirs = entries[name]
+        if isinstance(ours, tuple):
+            theirs = (theirs,) * num_stages if isinstance(theirs, str) else theirs
+            theirs = tuple(tuple(value) if isinstance(value, list) else value for value in theirs)
+        if name.endswith("multiscales"):  # read by attention alone
+            theirs = tuple(scale if has else () for scale, has in zip(theirs, has_attention, strict=True))
+        if theirs != ours:
+            raise ValueError(f"{name} is {entries[name]!r}; what can be expressed beside the other entries is {ours!r}")
+
+
+def _known(table: Mapping[str, Any], key: str, name: str) -> Any:
+    if key not in table:
+        raise ValueError(f"the tensor {name!r} is none of a DC-AE")
+    return table[key]
+
+
+def _split_theirs(name: str) -> tuple[str, str, str]:
+    """(part, path of the layer, kind of tensor) of somebody else's name."""
+    match = re.fullmatch(r"(encoder|decoder)\.(.+)\.(\w+)", name)
+    if match is None:
+        raise ValueError(f"the tensor {name!r} is none of a DC-AE")
+    return match[1], match[2], match[3]
 
 
 def _split_ours(name: str) -> tuple[str, str | None, str, str]:

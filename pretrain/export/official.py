@@ -34,7 +34,7 @@ from pretrain.models.vit import VIT_SIZES, ViT, ViTConfig, sincos_position_embed
 logger = logging.getLogger(__name__)
 
 EXPORT_WEIGHTS = "model.safetensors"
-_WRAPPERS = ("model", "state_dict", "module")
+_WRAPPERS = ("model", "state_dict", "module", "model_state")
 _DECODER_NAMES = {  # original MAE -> ours
     "decoder_embed.": "decoder.embed.",
     "decoder_pos_embed": "decoder.pos_embed",
@@ -117,13 +117,13 @@ def describe_encoder(state: Mapping[str, Tensor]) -> str:
 def read_canonical(path: Path) -> dict[str, Tensor]:
     """The tensors of a weights file or of a folder of Tessera under our names, fp32, on the CPU."""
     if path.is_dir() and not (path / EXPORT_WEIGHTS).is_file():
-        return load_weights(_checkpoint_in(path), "model")
+        return load_weights(checkpoint_in(path), "model")
     file = path / EXPORT_WEIGHTS if path.is_dir() else path
-    state = canonical_names(_unwrap(read_tensor_file(file), file))
+    state = canonical_names(unwrap_state(read_tensor_file(file), file))
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
-def _checkpoint_in(path: Path) -> Place:
+def checkpoint_in(path: Path) -> Place:
     """The checkpoint folder that `path` is, or the newest complete one of the run folder that it is."""
     checkpoint: Place | None = path if (path / "COMPLETE").is_file() else newest_complete(path)
     if checkpoint is None:
@@ -186,7 +186,7 @@ def _first_line(error: BaseException) -> str:
     return (refused or lines or [type(error).__name__])[0].strip()[:200]
 
 
-def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
+def unwrap_state(loaded: Any, path: Path) -> dict[str, Tensor]:
     """The state dict inside `{"model": ...}` and the like."""
     while isinstance(loaded, Mapping):
         inner = [loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), Mapping)]
@@ -255,24 +255,33 @@ def _fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) 
                 "%s: %s recomputed for %d instead of %d patches", path, name, own.shape[1] - 1, saved.shape[1] - 1
             )
             fitted[name] = own
-    missing = sorted(name for name in wanted if name not in fitted)
-    unexpected = sorted(name for name in fitted if name not in wanted)
+    check_fit(fitted, wanted, path, f"The file holds {describe_encoder(state)}. ")
+    return fitted
+
+
+def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path, holds: str = "") -> None:
+    """Raises WeightsError, with names and shapes, unless `state` has exactly the names and shapes of `wanted`.
+
+    holds: a sentence about the file, for the message.
+    """
     shapes = [
-        f"{name} is {list(fitted[name].shape)}, expected {list(wanted[name].shape)}"
+        f"{name} is {list(state[name].shape)}, expected {list(wanted[name].shape)}"
         for name in sorted(wanted)
-        if name in fitted and fitted[name].shape != wanted[name].shape
+        if name in state and state[name].shape != wanted[name].shape
     ]
     problems = [
         f"{len(names)} {what}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        for what, names in (
+            ("missing", sorted(wanted.keys() - state.keys())),
+            ("unexpected", sorted(state.keys() - wanted.keys())),
+            ("of another shape", shapes),
+        )
         if names
     ]
     if problems:
         raise WeightsError(
-            f"{path} does not fit the model. {'; '.join(problems)}. The file holds {describe_encoder(state)}; "
-            "make the architecture agree with it"
+            f"{path} does not fit the model. {'; '.join(problems)}. {holds}Make the architecture agree with it"
         )
-    return fitted
 
 
 def is_fixed_position_embedding(positions: Tensor, tolerance: float = 1e-3) -> bool:

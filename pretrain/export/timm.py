@@ -24,6 +24,8 @@ from pretrain.evaluation.backbone import EXPORT_CONFIG, Backbone
 from pretrain.evaluation.datasets import view_ratio
 from pretrain.export.card import model_card
 from pretrain.export.official import EXPORT_WEIGHTS
+from pretrain.export.publish import ExportError
+from pretrain.models.video_vit import VideoViT
 from pretrain.models.vit import VIT_SIZES, ViT, ViTConfig
 
 Pool = Literal["token", "avg"]
@@ -35,10 +37,6 @@ _STANDARD_ARCHITECTURES = {
     "large": "vit_large_patch16_224",
     "huge": "vit_huge_patch14_224",
 }
-
-
-class ExportError(RuntimeError):
-    """The exported model does not compute what ours does; nothing was published."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +83,16 @@ def export_timm(backbone: Backbone, folder: Path, *, pool: Pool = "token", toler
     refusal = why_not(backbone.model)
     if refusal is not None:
         raise ValueError(f"timm cannot express this model: {refusal}")
+    model = backbone.model
+    assert isinstance(model, ViT)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     partial.mkdir()
     try:
         description = timm_config(backbone, pool)
-        _write_weights(partial / EXPORT_WEIGHTS, backbone.model, pool)
+        _write_weights(partial / EXPORT_WEIGHTS, model, pool)
         (partial / EXPORT_CONFIG).write_text(json.dumps(description, indent=2) + "\n")
-        difference = compare(backbone.model, partial, description, pool)
+        difference = compare(model, partial, description, pool)
         if not difference.relative <= tolerance:
             raise ExportError(
                 f"the exported model's features differ from ours by {difference.relative:.3g}, more than "
@@ -110,6 +110,8 @@ def export_timm(backbone: Backbone, folder: Path, *, pool: Pool = "token", toler
 
 def why_not(model: nn.Module) -> str | None:
     """Why timm's VisionTransformer cannot express `model`, or None."""
+    if isinstance(model, VideoViT):
+        return "it is an encoder of clips, and timm has none for VideoMAE's or MAE-ST's; export it --to transformers"
     if type(model) is not ViT:
         return f"it is a {type(model).__name__}, and only plain vision transformers have a counterpart"
     return None
@@ -117,6 +119,7 @@ def why_not(model: nn.Module) -> str | None:
 
 def timm_config(backbone: Backbone, pool: Pool) -> dict[str, Any]:
     """The contents of config.json: a registered architecture, the arguments that complete it, and the preprocessing."""
+    assert isinstance(backbone.model, ViT)
     config = backbone.model.config
     height, width = config.image_size
     architecture = architecture_of(config)

@@ -15,16 +15,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pretrain.models.video_mae import VideoMAEConfig
 from pretrain.models.video_positions import sinusoid_table
+from pretrain.models.video_vit import VideoViTConfig
 from pretrain.models.vit import LAYER_NORM_EPS
 
 State = dict[str, Tensor]
+CANNOT = "This model cannot become a transformers VideoMAE"
+_LEARNED_POSITIONS = (
+    "its positions are learned and it has a class token (MAE-ST); there they are a fixed sinusoid, without one"
+)
 _POSITIONS = ("encoder.positions.table", "decoder.positions.table")
 # Theirs -> ours; the longest matching prefix or name decides.
 _TRANSFORMERS = {
@@ -92,45 +97,39 @@ _MAE_ST_LAYER = {
 }
 
 
+def transformers_encoder_arguments(config: VideoViTConfig) -> dict[str, Any]:
+    """What `transformers.VideoMAEConfig` needs to build this encoder. Raises ValueError for MAE-ST's."""
+    if config.family != "video_mae":
+        raise ValueError(f"{CANNOT}: {_LEARNED_POSITIONS}")
+    return {
+        "image_size": side_or_sides(config.image_size),
+        "patch_size": side_or_sides(config.patch_size),
+        "num_channels": config.in_channels,
+        "num_frames": config.num_frames,
+        "tubelet_size": config.tubelet_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "intermediate_size": int(config.width * config.mlp_ratio),
+        "layer_norm_eps": LAYER_NORM_EPS,  # the default there is 1e-12
+        "qv_bias": True,
+        "use_mean_pooling": False,  # True leaves the encoder's norm out
+    }
+
+
 def transformers_arguments(config: VideoMAEConfig, norm_pixels: bool) -> dict[str, Any]:
-    """What `transformers.VideoMAEConfig` needs to build this model.
+    """What `transformers.VideoMAEConfig` needs to build this model, decoder and target included.
 
     One thing it cannot say: the norm after its decoder has an eps of 1e-5, ours and the original's 1e-6.
     Raises ValueError, with the reason, for a model that transformers does not have.
     """
     encoder = config.encoder
-    _check_transformers(config, norm_pixels)
-    return {
-        "image_size": encoder.image_size[0] if len(set(encoder.image_size)) == 1 else list(encoder.image_size),
-        "patch_size": encoder.patch_size[0],
-        "num_channels": encoder.in_channels,
-        "num_frames": encoder.num_frames,
-        "tubelet_size": encoder.tubelet_size,
-        "hidden_size": encoder.width,
-        "num_hidden_layers": encoder.depth,
-        "num_attention_heads": encoder.heads,
-        "intermediate_size": int(encoder.width * encoder.mlp_ratio),
-        "layer_norm_eps": LAYER_NORM_EPS,  # the default there is 1e-12
-        "qv_bias": True,
-        "use_mean_pooling": False,  # True leaves the encoder's norm out
-        "decoder_hidden_size": config.decoder_width,
-        "decoder_num_hidden_layers": config.decoder_depth,
-        "decoder_num_attention_heads": config.decoder_heads,
-        "decoder_intermediate_size": int(config.decoder_width * encoder.mlp_ratio),
-        "norm_pix_loss": norm_pixels,
-    }
-
-
-def _check_transformers(config: VideoMAEConfig, norm_pixels: bool) -> None:
-    encoder = config.encoder
+    arguments = transformers_encoder_arguments(encoder)
     reasons = {
-        "its positions are learned and it has a class token (MAE-ST); there they are a fixed sinusoid, without one": (
-            encoder.family != "video_mae"
-        ),
         "it predicts a part of the frames; there all are predicted": (
             config.num_predicted_frames != encoder.num_frames
         ),
-        f"its patches are {encoder.patch_size[0]} x {encoder.patch_size[1]}; there they are square": (
+        f"its patches are {encoder.patch_size[0]} x {encoder.patch_size[1]}; there the decoder's are square": (
             len(set(encoder.patch_size)) != 1
         ),
         f"it predicts raw pixels of {encoder.in_channels} channels; there these must be 3": (
@@ -139,16 +138,32 @@ def _check_transformers(config: VideoMAEConfig, norm_pixels: bool) -> None:
     }
     for reason, holds in reasons.items():
         if holds:
-            raise ValueError(f"This model cannot become a transformers VideoMAE: {reason}.")
+            raise ValueError(f"{CANNOT}: {reason}")
+    return arguments | {
+        "decoder_hidden_size": config.decoder_width,
+        "decoder_num_hidden_layers": config.decoder_depth,
+        "decoder_num_attention_heads": config.decoder_heads,
+        "decoder_intermediate_size": int(config.decoder_width * encoder.mlp_ratio),
+        "norm_pix_loss": norm_pixels,
+    }
 
 
-def to_transformers(state: Mapping[str, Tensor]) -> State:
-    """Our VideoMAE (or its encoder alone) under the names of transformers 5. Raises ValueError for MAE-ST's."""
+def side_or_sides(pair: tuple[int, int]) -> int | list[int]:
+    """As transformers' configurations have sizes: one number for a square."""
+    return pair[0] if pair[0] == pair[1] else list(pair)
+
+
+def to_transformers(state: Mapping[str, Tensor], major: Literal[4, 5] = 5) -> State:
+    """Our VideoMAE (or its encoder alone) under the names of a major version of transformers.
+
+    Files have the names of 4 (q_bias, v_bias): 5 renames them when it loads, and 4 does not know those of 5.
+    Raises ValueError for MAE-ST's.
+    """
     _refuse_learned_positions(state, "transformers' VideoMAE")
     stored = {name: tensor for name, tensor in state.items() if name not in _POSITIONS}
     split = {n: t for n, t in _split_attention(stored).items() if not n.endswith("attn.k.bias")}
-    newest = {theirs: ours for theirs, ours in _TRANSFORMERS_LAYER.items() if not theirs.endswith("_bias")}
-    return {_rename(name, _inverse(_TRANSFORMERS), _inverse(newest)): tensor for name, tensor in split.items()}
+    layer = {theirs: ours for theirs, ours in _TRANSFORMERS_LAYER.items() if major == 4 or not theirs.endswith("_bias")}
+    return {_rename(name, _inverse(_TRANSFORMERS), _inverse(layer)): tensor for name, tensor in split.items()}
 
 
 def from_transformers(state: Mapping[str, Tensor], config: VideoMAEConfig) -> State:
@@ -283,7 +298,4 @@ def _with_positions(state: State, config: VideoMAEConfig) -> State:
 
 def _refuse_learned_positions(state: Mapping[str, Tensor], target: str) -> None:
     if "encoder.positions.spatial" in state or "encoder.cls_token" in state:
-        raise ValueError(
-            f"This model cannot become {target}: its positions are learned and it has a class token (MAE-ST); there "
-            "they are a fixed sinusoid, without one."
-        )
+        raise ValueError(f"This model cannot become {target}: {_LEARNED_POSITIONS}.")

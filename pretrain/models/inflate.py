@@ -38,15 +38,12 @@ def inflate_encoder(state: Mapping[str, Tensor], config: VideoViTConfig, how: In
     inflated = {name: tensor for name, tensor in state.items() if name.startswith(("blocks.", "norm.", "patch_embed."))}
     inflated["patch_embed.proj.weight"] = _inflate(state["patch_embed.proj.weight"], config.tubelet_size, how)
     if config.family == "mae_st":
-        spatial, temporal = (
-            state["pos_embed"][:, 1:],
-            state["pos_embed"].new_zeros(1, config.grid_size[0], config.width),
-        )
+        positions = state["pos_embed"]
         inflated |= {
             "cls_token": state["cls_token"],
-            "positions.cls": state["pos_embed"][:, :1],
-            "positions.spatial": spatial,
-            "positions.temporal": temporal,
+            "positions.cls": positions[:, :1],
+            "positions.spatial": positions[:, 1:],
+            "positions.temporal": positions.new_zeros(1, config.grid_size[0], config.width),
         }
     else:
         inflated["positions.table"] = sinusoid_table(config.num_tokens, config.width)
@@ -64,9 +61,13 @@ def _inflate(weight: Tensor, frames: int, how: Inflation) -> Tensor:
 
 def _check_fit(state: Mapping[str, Tensor], config: VideoViTConfig) -> None:
     """Raise ValueError, naming what differs."""
-    weight, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
-    if weight is None or positions is None or weight.ndim != 4:
-        raise ValueError("The weights are not an image encoder's; expected names such as patch_embed.proj.weight.")
+    needed = ["patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"]
+    if config.family == "mae_st":
+        needed.append("cls_token")
+    absent = [name for name in needed if name not in state]
+    if absent or state["patch_embed.proj.weight"].ndim != 4:
+        raise ValueError(f"The weights are not an image encoder's; missing: {', '.join(absent) or 'a 2-D projection'}.")
+    weight, positions = state["patch_embed.proj.weight"], state["pos_embed"]
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
     found_and_expected = {

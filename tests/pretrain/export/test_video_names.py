@@ -166,7 +166,11 @@ def test_what_cannot_be_said_elsewhere_is_refused() -> None:
     [
         (MAE_ST, True, "positions are learned"),
         (VideoMAEConfig(VIDEO_MAE.encoder, predicted_frames=2), True, "predicts a part of the frames"),
-        (VideoMAEConfig(VideoViTConfig(4, (16, 16), 2, (8, 4))), True, "patches are 8 x 4; there they are square"),
+        (
+            VideoMAEConfig(VideoViTConfig(4, (16, 16), 2, (8, 4))),
+            True,
+            "patches are 8 x 4; there the decoder's are square",
+        ),
         (VideoMAEConfig(VideoViTConfig(in_channels=1)), False, "raw pixels of 1 channels; there these must be 3"),
     ],
 )

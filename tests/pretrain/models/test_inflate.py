@@ -104,7 +104,13 @@ def test_encoders_that_do_not_fit_are_refused(fields: dict, message: str) -> Non
 
 
 def test_other_weights_and_ways_are_refused() -> None:
-    with pytest.raises(ValueError, match="not an image encoder's"):
+    with pytest.raises(ValueError, match=r"not an image encoder's; missing: patch_embed\.proj\.weight, pos_embed"):
         inflate_encoder({"norm.weight": torch.ones(3)}, video_config("mae_st"), "average")
+    without_class_token = {name: t for name, t in make_image_encoder().state_dict().items() if name != "cls_token"}
+    with pytest.raises(ValueError, match="missing: cls_token"):
+        inflate_encoder(without_class_token, video_config("mae_st"), "average")
+    clips = dict(without_class_token, **{"patch_embed.proj.weight": torch.ones(24, 2, 3, 8, 4)})
+    with pytest.raises(ValueError, match="missing: a 2-D projection"):
+        inflate_encoder(clips, video_config("video_mae"), "average")
     with pytest.raises(ValueError, match="expected 'average' or 'centre'"):
         inflate_encoder(make_image_encoder().state_dict(), video_config("mae_st"), "middle")

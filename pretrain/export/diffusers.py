@@ -1,0 +1,219 @@
+"""Writes a tokenizer as diffusers' `AutoencoderDC`, reloads it there strictly, and compares before it is published.
+
+In: a `LoadedTokenizer` that holds a DC-AE. Out: a folder with config.json (scaling factor included),
+diffusion_pytorch_model.safetensors and README.md, which `AutoencoderDC.from_pretrained(OUT)` and `load_tokenizer` read.
+It exists because latent diffusion models are trained and run with that library, where wrong names only warn.
+
+Legend: B batch, C image channels, H/W pixels.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pretrain.export.card import provenance
+from pretrain.export.dc_ae_names import diffusers_config, to_diffusers
+from pretrain.export.dc_ae_weights import DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS
+from pretrain.export.publish import ExportError, check_error, compose_card, new_folder, relative_error, table
+from pretrain.models.dc_ae import DCAE
+
+if TYPE_CHECKING:
+    from pretrain.tokenizers import LoadedTokenizer
+
+TOLERANCE = 1e-5
+# What an AutoencoderDC that lacks one of these settings does.
+_WITHOUT = {"encoder_out_shortcut": True, "decoder_in_shortcut": True, "decoder_conv_act_fn": "relu"}
+
+
+@dataclass(frozen=True)
+class DiffusersExport:
+    """What was published."""
+
+    folder: Path
+    scaling_factor: float
+    """in config.json: what a diffusion model multiplies the latents with"""
+    latent_error: float
+    """largest |theirs - ours| / |ours| of a picture's latent, over the pictures that were compared"""
+    reconstruction_error: float
+    """the same, of its reconstruction by their encoder and decoder"""
+    digest: str
+    """`weights_digest` of the tokenizer"""
+
+
+def export_diffusers(
+    tokenizer: LoadedTokenizer, out: Path, *, scaling_factor: float | None = None, tolerance: float = TOLERANCE
+) -> DiffusersExport:
+    """Exports `tokenizer` into the new folder `out`.
+
+    Args:
+        tokenizer: what to export; a DC-AE for pixels in [-1, 1].
+        out: must not exist; it appears when everything has been compared, and not otherwise.
+        scaling_factor: 1 / root mean square of the latents over a data set; None: the one of the folder that the
+            tokenizer was read from, else the one of its configuration (1: unscaled).
+        tolerance: largest allowed relative error of latents and reconstructions.
+
+    Raises:
+        FileExistsError: something is at `out`.
+        ImportError: diffusers is not installed.
+        ValueError: AutoencoderDC cannot express this tokenizer, or the scaling factor is no positive number.
+        ExportError: diffusers does not load it completely, or computes something else.
+    """
+    refusal = why_not(tokenizer)
+    if refusal is not None:
+        raise ValueError(f"diffusers' AutoencoderDC cannot express this tokenizer: {refusal}")
+    model = tokenizer.model
+    assert isinstance(model, DCAE)
+    factor, origin = _scaling_factor(tokenizer, model, scaling_factor)
+    with new_folder(out) as partial:
+        described = diffusers_config(model.config) | {"scaling_factor": factor}
+        _write(partial, described, model)
+        latent_error, reconstruction_error = compare(model, load_strictly(partial, described))
+        check_error("latents", latent_error, tolerance)
+        check_error("reconstructions", reconstruction_error, tolerance)
+        exported = DiffusersExport(out, factor, latent_error, reconstruction_error, tokenizer.digest)
+        (partial / "README.md").write_text(_card(tokenizer, model, exported, origin, tolerance))
+    return exported
+
+
+def why_not(tokenizer: LoadedTokenizer) -> str | None:
+    """Why diffusers' AutoencoderDC cannot express `tokenizer`, or None."""
+    model = tokenizer.model
+    if type(model) is not DCAE:
+        return f"it is a {type(model).__name__}, and only a DC-AE has a counterpart"
+    if set(tokenizer.mean) != {0.5} or set(tokenizer.std) != {0.5}:
+        return (
+            f"it was trained on pixels normalised with mean {list(tokenizer.mean)} and std {list(tokenizer.std)}; "
+            "diffusers' pipelines give pixels in [-1, 1], that is 0.5 and 0.5. ONNX can carry other statistics"
+        )
+    try:
+        described = diffusers_config(model.config)
+    except ValueError as error:
+        return str(error)
+    known = _known_settings()
+    lacking = [name for name, value in described.items() if name not in known and value != _WITHOUT.get(name)]
+    if lacking:
+        import diffusers
+
+        return f"that of diffusers {diffusers.__version__} has no {', '.join(lacking)}: install a newer version"
+    return None
+
+
+def load_strictly(folder: Path, described: dict[str, Any]) -> Any:
+    """The `AutoencoderDC` of a folder, on the CPU in evaluation mode.
+
+    Raises ExportError where a tensor is missing, left over or of another shape, or a setting differs from `described`.
+    """
+    model, info = _autoencoder_dc().from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
+    problems = {kind: found for kind, found in info.items() if found}
+    if problems:
+        raise ExportError(f"diffusers did not load the export completely: {problems}")
+    for name, value in described.items():
+        loaded = model.config.get(name, _WITHOUT.get(name))
+        if json.dumps(loaded) != json.dumps(value):
+            raise ExportError(f"diffusers reads {name} as {loaded!r}; {value!r} was written")
+    return model.eval()
+
+
+@torch.no_grad()
+def compare(model: DCAE, theirs: Any) -> tuple[float, float]:
+    """The largest relative errors of (latents, reconstructions) over pictures of two sizes; NaN counts as infinite."""
+    latent_error = reconstruction_error = 0.0
+    for images in example_images(model):
+        latent = model.eval().encode(images)
+        their_latent = theirs.encode(images).latent
+        latent_error = max(latent_error, relative_error("latents", their_latent, latent))
+        their_images, ours = theirs.decode(their_latent).sample, model.decode(latent)
+        reconstruction_error = max(reconstruction_error, relative_error("reconstructions", their_images, ours))
+    return latent_error, reconstruction_error
+
+
+def example_images(model: DCAE) -> list[Tensor]:
+    """Pictures in [-1, 1] [B, C, H, W] for comparisons: noise, seeded, of a size for attention's quadratic form and of
+    one for its linear form (at most stages).
+    """
+    factor, generator = model.config.factor, torch.Generator().manual_seed(0)
+    sizes = [(2, factor, 2 * factor), (1, max(2 * factor, 128), max(3 * factor, 192))]
+    return [
+        torch.rand(batch, model.config.in_channels, height, width, generator=generator) * 2.0 - 1.0
+        for batch, height, width in sizes
+    ]
+
+
+def _autoencoder_dc() -> Any:
+    try:
+        from diffusers import AutoencoderDC
+    except ImportError as error:
+        raise ImportError(
+            "exporting to diffusers needs that package: pip install 'tessera-pretrain[export]'"
+        ) from error
+    return AutoencoderDC
+
+
+def _known_settings() -> set[str]:
+    """Of the installed version."""
+    return set(inspect.signature(_autoencoder_dc().__init__).parameters)
+
+
+def _scaling_factor(tokenizer: LoadedTokenizer, model: DCAE, given: float | None) -> tuple[float, str]:
+    """(the factor, where it comes from)."""
+    if given is not None:
+        if not (given > 0.0 and math.isfinite(given)):
+            raise ValueError(f"the scaling factor is {given}; expected 1 / RMS of the latents, a positive number")
+        return float(given), "given when it was exported"
+    if tokenizer.scaling_factor is not None:
+        return tokenizer.scaling_factor, f"read from {tokenizer.source.name}"
+    if model.config.scaling_factor != 1.0:
+        return model.config.scaling_factor, "from the configuration, not measured on this run's latents"
+    return 1.0, "latents are not scaled; measure 1 / RMS over the data before training a diffusion model on them"
+
+
+def _write(folder: Path, described: dict[str, Any], model: DCAE) -> None:
+    import diffusers
+    from safetensors.torch import save_file
+
+    entries = {"_class_name": "AutoencoderDC", "_diffusers_version": diffusers.__version__, **described}
+    (folder / DIFFUSERS_CONFIG).write_text(json.dumps(entries, indent=2) + "\n")
+    state = {
+        name: (tensor.float() if tensor.is_floating_point() else tensor).detach().contiguous()
+        for name, tensor in to_diffusers(model.state_dict()).items()
+    }
+    save_file(state, folder / DIFFUSERS_WEIGHTS, metadata={"format": "pt"})
+
+
+def _card(tokenizer: LoadedTokenizer, model: DCAE, exported: DiffusersExport, origin: str, tolerance: float) -> str:
+    config, name = model.config, exported.folder.name
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    summary = (
+        f"A deep compression autoencoder (DC-AE, arXiv 2410.10733): images of {config.in_channels} "
+        f"channel{'s' if config.in_channels > 1 else ''} to latents of {config.latent_channels} channels and 1/"
+        f"{config.factor} of their height and width, and back; {num_parameters / 1e6:.2f} M parameters. Pixels lie in "
+        f"[-1, 1]: stored values on the scale [0, 1], minus 0.5, divided by 0.5. Height and width are multiples of "
+        f"{config.factor}. Scaling factor: {exported.scaling_factor:g} ({origin})."
+    )
+    use = (
+        "```python\nfrom diffusers import AutoencoderDC\n\n"
+        f'model = AutoencoderDC.from_pretrained("{name}").eval()\n'
+        "latents = model.encode(images).latent * model.config.scaling_factor\n"
+        "reconstructions = model.decode(latents / model.config.scaling_factor).sample\n```"
+    )
+    sizes = ", ".join(" x ".join(str(side) for side in images.shape[2:]) for images in example_images(model))
+    reproduction = (
+        "Reloaded with diffusers before publication, every tensor and setting accounted for. Largest relative error "
+        f"(fp32, noise of {sizes} pixels) of latents: {exported.latent_error:.3g}, of reconstructions: "
+        f"{exported.reconstruction_error:.3g}; allowed: {tolerance:.3g}."
+    )
+    origin_table = table(provenance(tokenizer))
+    return compose_card(
+        name,
+        ("diffusers", "autoencoder", "dc-ae"),
+        summary,
+        {"Use": use, "Provenance": origin_table, "Reproduction": reproduction},
+    )
