@@ -1,21 +1,21 @@
-"""The built-in pictures, so that everything can be tried without a download.
+"""The built-in sets, so that everything can be tried without a download.
 
-Enters: a name. Leaves: the PNG files of a small labelled set, in memory. `digits`: the 1,797 grey digits of 8 x 8
-pixels of scikit-learn (UCI Optical Recognition of Handwritten Digits). `photos`: crops of the photographs that lie
-inside the scikit-image package.
+Enters: a name, with options where the set has some. Leaves: the files of a small labelled set. `digits`: the 1,797 grey
+digits of 8 x 8 pixels of scikit-learn. `photos`: crops of the photographs that lie inside the scikit-image package.
+`motion`: videos of digits and photographs that move, see data_pipes.motion.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from data_pipes.sources import MemorySource
+from data_pipes import builtin_files
+from data_pipes.motion import MotionOptions, MotionSource
+from data_pipes.sources import MemorySource, Source
 
 PHOTO_SIZE = 96
 # pixels, height and width of a crop
@@ -32,27 +32,25 @@ _PHOTOGRAPHS = {
     "retina": "retina.jpg",
     "rocket": "rocket.jpg",
 }
-_INSTALL = "install it with: pip install 'tessera-pretrain[demo]'"
 
 
-def load_builtin(name: str) -> MemorySource:
-    """The built-in set of that name as class folders. Raises ValueError for an unknown name or a missing package."""
+def load_builtin(text: str) -> Source:
+    """The built-in set as class folders. text: its name, and options after a comma, as "motion,videos=400,size=96".
+
+    Raises ValueError for an unknown name or option, or a missing package; ImportError without PyAV.
+    """
+    name, _, options = text.partition(",")
     if name not in BUILTINS:
         raise ValueError(f"there is no built-in set {name!r}; there are {', '.join(sorted(BUILTINS))}")
-    return BUILTINS[name]()
+    return BUILTINS[name](options)
 
 
 def digits() -> MemorySource:
-    """1,797 grey PNG of 8 x 8 pixels in the classes 0 to 9; the values 0..16 become 0..255, rounded."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ValueError(f"the built-in set digits needs scikit-learn; {_INSTALL}") from error
-    content = load_digits()
-    pixels = np.rint(content.images * (255 / 16)).astype(np.uint8)
+    """1,797 grey PNG of 8 x 8 pixels in the classes 0 to 9."""
+    pixels, labels = builtin_files.digits()
     files = {
         f"{label}/{number:04d}.png": _png(Image.fromarray(picture))
-        for number, (picture, label) in enumerate(zip(pixels, content.target.tolist(), strict=True))
+        for number, (picture, label) in enumerate(zip(pixels, labels, strict=True))
     }
     return MemorySource("builtin:digits", files)
 
@@ -63,17 +61,10 @@ def photos() -> MemorySource:
     The crops of a photograph overlap, so a validation split of them shows that a run works, not that a model
     generalises.
     """
-    folder = _photo_folder()
     files = {}
     for label, file_name in _PHOTOGRAPHS.items():
-        path = folder / file_name
-        if not path.is_file():
-            raise ValueError(f"the built-in set photos needs {path}, which this scikit-image does not ship; {_INSTALL}")
-        with Image.open(path) as image:
-            photograph = image.convert("RGB")
-        scale = _PHOTO_SHORT_SIDE / min(photograph.size)
-        width, height = (round(side * scale) for side in photograph.size)
-        photograph = photograph.resize((width, height), Image.Resampling.BICUBIC)
+        photograph = builtin_files.photograph(file_name, _PHOTO_SHORT_SIDE)
+        width, height = photograph.size
         tops = np.linspace(0, height - PHOTO_SIZE, _PHOTO_ROWS).astype(int).tolist()
         lefts = np.linspace(0, width - PHOTO_SIZE, _PHOTO_COLUMNS).astype(int).tolist()
         for number, (top, left) in enumerate((top, left) for top in tops for left in lefts):
@@ -82,15 +73,20 @@ def photos() -> MemorySource:
     return MemorySource("builtin:photos", files)
 
 
-BUILTINS: dict[str, Callable[[], MemorySource]] = {"digits": digits, "photos": photos}
+def _without_options(name: str, make: Callable[[], Source]) -> Callable[[str], Source]:
+    def load(options: str) -> Source:
+        if options:
+            raise ValueError(f"builtin:{name} has no options; found {options!r}")
+        return make()
+
+    return load
 
 
-def _photo_folder() -> Path:
-    """The pictures inside the installed package; `skimage.data` is not imported, since it may download."""
-    found = importlib.util.find_spec("skimage")
-    if found is None or not found.submodule_search_locations:
-        raise ValueError(f"the built-in set photos needs scikit-image; {_INSTALL}")
-    return Path(found.submodule_search_locations[0]) / "data"
+BUILTINS: dict[str, Callable[[str], Source]] = {
+    "digits": _without_options("digits", digits),
+    "photos": _without_options("photos", photos),
+    "motion": lambda options: MotionSource(MotionOptions.parse(options)),
+}
 
 
 def _png(image: Image.Image) -> bytes:

@@ -6,6 +6,7 @@ everything that can be wrong with data and configuration is found here, before a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -54,6 +55,10 @@ class DataConfig:
     # area of the random crop, as a fraction of the picture
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     # width / height of the random crop
+    crop: Literal["random", "multi_scale"] = "random"
+    # random: by crop_scale and crop_ratio; multi_scale: VideoMAE's, of clips only, see ClipTransform
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    # of resizing, antialiased; null: bicubic for pictures (which have no other), bilinear for clips
     flip: float = 0.5
     # probability of a left-right flip; 0: never
     scaled_decode: bool = True
@@ -100,12 +105,36 @@ def open_recipe(config: DataConfig, image_size: tuple[int, int], channels: int) 
     if config.max_pixels > 2 * DEFAULT_MAX_PIXELS:
         raise ValueError(f"data.max_pixels is {config.max_pixels:,}; PIL reads at most {2 * DEFAULT_MAX_PIXELS:,}")
     if config.video is not None:
-        clips = ClipTransform(
-            image_size, config.crop_scale, config.crop_ratio, config.flip, config.video, channels=channels
+        return ClipRecipe(_clip_transform(config, config.video, image_size, channels), config.max_pixels)
+    if config.crop != "random" or config.interpolation == "bilinear":
+        raise ValueError(
+            f"data.crop is {config.crop} and data.interpolation {config.interpolation}, and the data are pictures: "
+            "expected random and bicubic; these settings are for clips, see data.video"
         )
-        return ClipRecipe(clips, config.max_pixels)
     transform = TrainTransform(image_size, config.crop_scale, config.crop_ratio, config.flip, config.scaled_decode)
     return ImageRecipe(transform, channels, config.bit_depth, config.max_pixels)
+
+
+def _clip_transform(
+    config: DataConfig, sampling: ClipSampling, image_size: tuple[int, int], channels: int
+) -> ClipTransform:
+    fields = {field.name: field.default for field in dataclasses.fields(DataConfig)}
+    unused = [name for name in ("crop_scale", "crop_ratio") if tuple(getattr(config, name)) != fields[name]]
+    if config.crop == "multi_scale" and unused:
+        raise ValueError(
+            f"data.{unused[0]} is {getattr(config, unused[0])}, and data.crop is multi_scale, whose sizes are fixed; "
+            f"leave data.{unused[0]} out, or set data.crop=random"
+        )
+    return ClipTransform(
+        image_size,
+        config.crop_scale,
+        config.crop_ratio,
+        config.flip,
+        sampling,
+        config.crop,
+        config.interpolation or "bilinear",
+        channels,
+    )
 
 
 def open_order(

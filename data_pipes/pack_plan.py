@@ -1,6 +1,6 @@
-"""The plan of a pack: which pictures go into which split and shard, in which order.
+"""The plan of a pack: which files go into which split and shard, in which order.
 
-Enters: a listing and `PackOptions`. Leaves: pictures in packing order, and `ShardPlan`s. Why it exists: all is decided
+Enters: a listing and `PackOptions`. Leaves: entries in packing order, and `ShardPlan`s. Why it exists: all is decided
 here, before the first byte is written, as a pure function of source and options; so a killed pack can be continued and
 gives the same bytes.
 """
@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipes.reencode import PictureOptions, UnreadablePicture, prepare_picture
-from data_pipes.shard_writer import ShardPlan
-from data_pipes.sources import Picture, Source
+from data_pipes.listing import Entry, Media
+from data_pipes.reencode import PictureOptions, UnreadableFile, prepare_picture
+from data_pipes.reencode_video import VideoOptions, prepare_video
+from data_pipes.sample_error import SampleError
+from data_pipes.shard_writer import Prepare, ShardPlan
+from data_pipes.sources import Source
 
-# Pictures that are re-encoded beforehand to learn how much smaller the shards become.
-_NUM_PROBES = 32
+_NUM_PROBES: dict[Media, int] = {"pictures": 32, "videos": 4}
+# files that are re-encoded beforehand to learn how much smaller the shards become
 _SAMPLE_OVERHEAD_BYTES = 2048
 # two headers, the block of the label and padding
 
@@ -31,16 +34,19 @@ class PackOptions:
     shard_samples: int = 100_000
     # samples in a shard, at most
     val_fraction: float = 0.0
-    # share of the pictures that goes to OUT/val, chosen by a hash of the key
+    # share of the files that goes to OUT/val, chosen by a hash of the key
     limit: int | None = None
-    # pictures taken from each source, the first ones in packing order
+    # files taken from each source, the first ones in packing order
     shuffle: bool = True
     # packing order is a permutation that follows from the seed and the keys, so that a shard mixes classes
     seed: int = 0
     # of the packing order; the validation split does not depend on it
     skip_unreadable: bool = False
-    # leave out pictures that cannot be read, and list them in pack.json, instead of stopping
+    # leave out files that cannot be read or are listed and missing, and list them in pack.json, instead of stopping
     pictures: PictureOptions = field(default_factory=PictureOptions)
+    # how pictures are checked and re-encoded
+    videos: VideoOptions = field(default_factory=VideoOptions)
+    # how videos are
 
     def __post_init__(self) -> None:
         if self.shard_size_bytes < 1 or self.shard_samples < 1:
@@ -50,29 +56,43 @@ class PackOptions:
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction is {self.val_fraction}; expected 0 (no validation set) or a share below 1")
         if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is {self.limit}; expected a number of pictures >= 1")
+            raise ValueError(f"limit is {self.limit}; expected a number of files >= 1")
+
+    def of(self, media: Media) -> PictureOptions | VideoOptions:
+        """Those that are about one kind of file."""
+        return self.videos if media == "videos" else self.pictures
+
+    def preparation(self, media: Media) -> Prepare:
+        """What happens to the bytes of each file."""
+        if media == "videos":
+            return lambda data: prepare_video(data, self.videos)
+        return lambda data: prepare_picture(data, self.pictures)
+
+    def reencodes(self, media: Media) -> bool:
+        """Whether any file may be encoded again."""
+        return self.videos.reencodes if media == "videos" else self.pictures.short_side is not None
 
 
-def packing_order(pictures: list[Picture], options: PackOptions) -> list[Picture]:
+def packing_order(entries: list[Entry], options: PackOptions) -> list[Entry]:
     """Sorted by a hash of seed and key: a permutation that no library's generator can change."""
     if options.shuffle:
-        pictures = sorted(pictures, key=lambda picture: (_hash(f"{options.seed}/{picture.key}"), picture.key))
-    return pictures[: options.limit]
+        entries = sorted(entries, key=lambda entry: (_hash(f"{options.seed}/{entry.key}"), entry.key))
+    return entries[: options.limit]
 
 
-def split_pictures(pictures: list[Picture], val_fraction: float) -> dict[str, list[Picture]]:
-    """ "train" and "val", by a hash of the key: a picture stays where it is when others come or go."""
+def split_entries(entries: list[Entry], val_fraction: float) -> dict[str, list[Entry]]:
+    """ "train" and "val", by a hash of the key: a file stays where it is when others come or go."""
     bound = int(val_fraction * 2**64)
-    is_val = [_hash(f"val/{picture.key}") < bound for picture in pictures]
+    is_val = [_hash(f"val/{entry.key}") < bound for entry in entries]
     splits = {
-        "train": [picture for picture, chosen in zip(pictures, is_val, strict=True) if not chosen],
-        "val": [picture for picture, chosen in zip(pictures, is_val, strict=True) if chosen],
+        "train": [entry for entry, chosen in zip(entries, is_val, strict=True) if not chosen],
+        "val": [entry for entry, chosen in zip(entries, is_val, strict=True) if chosen],
     }
-    for name, chosen_pictures in splits.items():
-        if not chosen_pictures:
+    for name, chosen_entries in splits.items():
+        if not chosen_entries:
             raise ValueError(
-                f"a validation share of {val_fraction} of {len(pictures)} pictures leaves none for {name}; change "
-                "it or give --val SRC2"
+                f"a validation share of {val_fraction} of {len(entries)} files leaves none for {name}; change it or "
+                "give --val SRC2"
             )
     return splits
 
@@ -82,35 +102,36 @@ def _hash(text: str) -> int:
 
 
 def shrink_factors(
-    opened: dict[str, Source], ordered: dict[str, list[Picture]], options: PackOptions
+    opened: dict[str, Source], ordered: dict[str, list[Entry]], options: PackOptions, media: Media
 ) -> dict[str, float]:
-    """Bytes after over bytes before re-encoding, measured on a few pictures of each split."""
+    """Bytes after over bytes before re-encoding, measured on a few files of each split."""
     factors = dict.fromkeys(ordered, 1.0)
-    if options.pictures.short_side is None:
+    if not options.reencodes(media):
         return factors
-    for split, pictures in ordered.items():
+    prepare, num_probes = options.preparation(media), _NUM_PROBES[media]
+    for split, entries in ordered.items():
         before = after = 0
-        for picture in pictures[:: max(1, len(pictures) // _NUM_PROBES)][:_NUM_PROBES]:
+        for entry in entries[:: max(1, len(entries) // num_probes)][:num_probes]:
             try:
-                data = opened[split].read(picture.file.name)
-                after += len(prepare_picture(data, options.pictures)[0])
+                data = opened[split].read(entry.file.name)
+                after += len(prepare(data)[0])
                 before += len(data)
-            except (UnreadablePicture, OSError):
+            except (UnreadableFile, SampleError, OSError):
                 continue  # reported when its shard is written
         factors[split] = after / before if before else 1.0
     return factors
 
 
 def plan_shards(
-    folder: Path, notes: Path, pictures: list[Picture], shrink_factor: float, options: PackOptions
+    folder: Path, notes: Path, entries: list[Entry], shrink_factor: float, options: PackOptions
 ) -> Iterator[ShardPlan]:
-    """Cuts the pictures into shards of at most the wanted size and number of samples."""
+    """Cuts the entries into shards of at most the wanted size and number of samples."""
     start = size = 0
     number = 0
-    for i, picture in enumerate(pictures):
-        added = int(picture.file.size_bytes * shrink_factor) + _SAMPLE_OVERHEAD_BYTES
+    for i, entry in enumerate(entries):
+        added = int(entry.file.size_bytes * shrink_factor) + _SAMPLE_OVERHEAD_BYTES
         if i > start and (size + added > options.shard_size_bytes or i - start >= options.shard_samples):
-            yield ShardPlan(folder, notes, folder.name, number, pictures[start:i])
+            yield ShardPlan(folder, notes, folder.name, number, entries[start:i])
             start, size, number = i, 0, number + 1
         size += added
-    yield ShardPlan(folder, notes, folder.name, number, pictures[start:])
+    yield ShardPlan(folder, notes, folder.name, number, entries[start:])

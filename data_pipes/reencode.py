@@ -29,8 +29,12 @@ _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP":
 _ORIENTATION = 0x0112
 
 
-class UnreadablePicture(ValueError):
-    """The bytes are no picture, or not one that can be packed as asked."""
+class UnreadableFile(ValueError):
+    """The bytes are no picture or video, or not one that can be packed as asked. `cause`: a short name to count by."""
+
+    def __init__(self, message: str, cause: str = "unreadable") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def prepare_picture(data: bytes, options: PictureOptions) -> tuple[bytes, str]:
     """The bytes to pack and their extension, which follows from the content and not from the file's name.
 
     Making smaller: bicubic with antialias; JPEG and opaque WebP become JPEG of `options.quality`, all others PNG;
-    colour profile and EXIF orientation are kept. Raises UnreadablePicture.
+    colour profile and EXIF orientation are kept. Raises UnreadableFile.
     """
     try:
         with Image.open(io.BytesIO(data), formats=_DECODERS) as image:
@@ -69,18 +73,18 @@ def prepare_picture(data: bytes, options: PictureOptions) -> tuple[bytes, str]:
             else:
                 image.verify()
             return data, extension
-    except UnreadablePicture:
+    except UnreadableFile:
         raise
     # Pillow's decoders raise nearly anything on damaged input (OSError, SyntaxError, struct.error, IndexError, ...).
     except Exception as error:
-        raise UnreadablePicture(f"{type(error).__name__}: {error}") from error
+        raise UnreadableFile(f"{type(error).__name__}: {error}") from error
 
 
 def _shrink(image: Image.Image, data: bytes, short_side: int, quality: int) -> tuple[bytes, str]:
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # the further frames of MPO are thumbnails
-        raise UnreadablePicture("it has several frames and would keep only the first; pack it without re-encoding")
+        raise UnreadableFile("it has several frames and would keep only the first; pack it without re-encoding")
     if image.format == "PNG" and data[24] == 16 and data[25] != 0:  # bit depth and colour type in IHDR
-        raise UnreadablePicture("a 16-bit PNG in colour would lose 8 bits; pack it without re-encoding")
+        raise UnreadableFile("a 16-bit PNG in colour would lose 8 bits; pack it without re-encoding")
     was_jpeg = image.format in ("JPEG", "MPO", "WEBP")
     extra: dict[str, Any] = {"icc_profile": image.info.get("icc_profile")}
     orientation = _exif_orientation(image)
@@ -114,7 +118,7 @@ def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     elif image.mode.startswith("I"):  # 16 bits; bicubic overshoots, so the result is clipped
         wide = np.asarray(image).astype(np.float32)
         if wide.min() < 0 or wide.max() > 65535:
-            raise UnreadablePicture("its values do not fit into 16 bits; pack it without re-encoding")
+            raise UnreadableFile("its values do not fit into 16 bits; pack it without re-encoding")
         smaller = np.asarray(Image.fromarray(wide).resize(size, Image.Resampling.BICUBIC))
         return Image.fromarray(smaller.round().clip(0, 65535).astype(np.uint16))
     return image.resize(size, Image.Resampling.BICUBIC)

@@ -17,14 +17,19 @@ from typing import IO
 
 from data_pipes.files import write_atomically
 from data_pipes.index import ShardError, ShardIndex, index_shard
+from data_pipes.listing import Entry
 from data_pipes.manifest import INDEX_SUFFIX
-from data_pipes.reencode import PictureOptions, UnreadablePicture, prepare_picture
-from data_pipes.sources import Picture, Source
+from data_pipes.reencode import UnreadableFile
+from data_pipes.sample_error import SampleError
+from data_pipes.sources import Source, SourceFile
+
+Prepare = Callable[[bytes], tuple[bytes, str]]
+"""From the bytes of a file to those that are packed and their extension; raises where a file cannot be used."""
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Which pictures go into which shard, in order."""
+    """Which files go into which shard, in order."""
 
     folder: Path
     # where the shard goes
@@ -32,7 +37,7 @@ class ShardPlan:
     # where the notes on finished shards go
     split: str
     number: int
-    pictures: list[Picture]
+    entries: list[Entry]
 
     @property
     def path(self) -> Path:
@@ -45,13 +50,13 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """A finished shard; one without samples (all its pictures unreadable) has no file."""
+    """A finished shard; one without samples (all its files unreadable) has no file."""
 
     num_samples: int
     size_bytes: int
     index_sha256: str
     skipped: list[dict[str, str]]
-    # unreadable pictures: {"split", "name", "error"}
+    # unreadable files: {"split", "name", "cause", "error"}
 
 
 class Stopped(Exception):
@@ -74,21 +79,21 @@ def finished_shard(plan: ShardPlan) -> ShardResult | None:
 def write_shard(
     plan: ShardPlan,
     source: Source,
-    options: PictureOptions,
+    prepare: Prepare,
     skip_unreadable: bool,
     stop: threading.Event,
     on_sample: Callable[[int], None],
 ) -> ShardResult:
     """Writes the shard under a temporary name, walks it strictly, indexes it and renames it.
 
-    Raises UnreadablePicture for a picture that cannot be read or decoded (unless `skip_unreadable`), OSError when the
+    Raises UnreadableFile for one that cannot be read or decoded (unless `skip_unreadable`), OSError when the
     shard cannot be written, Stopped when `stop` is set, which each failure does.
     """
     temporary = plan.path.with_name(f".{plan.path.name}.tmp")
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            num_samples, skipped = _write_samples(file, plan, source, options, skip_unreadable, stop, on_sample)
+            num_samples, skipped = _write_samples(file, plan, source, prepare, skip_unreadable, stop, on_sample)
             file.flush()
             os.fsync(file.fileno())
         result = ShardResult(0, 0, "", skipped)
@@ -114,7 +119,7 @@ def _write_samples(
     file: IO[bytes],
     plan: ShardPlan,
     source: Source,
-    options: PictureOptions,
+    prepare: Prepare,
     skip_unreadable: bool,
     stop: threading.Event,
     on_sample: Callable[[int], None],
@@ -125,38 +130,43 @@ def _write_samples(
     skipped: list[dict[str, str]] = []
     # Fixed owner, mode and time: packing twice gives the same bytes.
     with TarWriter(file, user="", group="", mode=0o444, mtime=0, encoder=False) as writer:
-        for picture in plan.pictures:
+        for entry in plan.entries:
             if stop.is_set():
                 raise Stopped
             try:
-                data, extension = _read(source, picture, options)
-            except UnreadablePicture as error:
+                data, extension = _read(source, entry.file, prepare)
+            except UnreadableFile as error:
                 if not skip_unreadable:
                     raise
-                skipped.append({"split": plan.split, "name": picture.file.name, "error": str(error)})
+                skipped.append(
+                    {"split": plan.split, "name": entry.file.name, "cause": error.cause, "error": str(error)}
+                )
             else:
-                sample = {"__key__": picture.key, extension: data}
-                if picture.label >= 0:
-                    sample["cls"] = b"%d" % picture.label
+                sample = {"__key__": entry.key, extension: data}
+                if entry.label >= 0:
+                    sample["cls"] = b"%d" % entry.label
                 writer.write(sample)
                 num_samples += 1
-            on_sample(picture.file.size_bytes)
+            on_sample(entry.file.size_bytes)
     return num_samples, skipped
 
 
-def _read(source: Source, picture: Picture, options: PictureOptions) -> tuple[bytes, str]:
+def _read(source: Source, file: SourceFile, prepare: Prepare) -> tuple[bytes, str]:
     """The bytes to pack and their extension; whatever fails names the file."""
-    name = picture.file.name
     try:
-        data = source.read(name)
-        if len(data) != picture.file.size_bytes:
-            raise UnreadablePicture(f"it had {picture.file.size_bytes:,} bytes when listed and has {len(data):,} now")
-        return prepare_picture(data, options)
+        data = source.read(file.name)
+        if source.sizes_are_exact and len(data) != file.size_bytes:
+            raise UnreadableFile(f"it had {file.size_bytes:,} bytes when listed and has {len(data):,} now", "changed")
+        return prepare(data)
+    except ImportError:  # PyAV is missing: no fault of the file
+        raise
     # A zip raises BadZipFile, zlib.error, RuntimeError (encrypted) or NotImplementedError (its compression).
     except Exception as error:
-        raise UnreadablePicture(
-            f"{source.title}: {name} cannot be packed ({error}); repair or remove it, or leave out and list such "
-            "pictures with --skip-unreadable"
+        cause = error.cause if isinstance(error, SampleError | UnreadableFile) else "unreadable"
+        raise UnreadableFile(
+            f"{source.title}: {file.name} cannot be packed ({error}); repair or remove it, or leave out and list such "
+            "files with --skip-unreadable",
+            cause,
         ) from error
 
 

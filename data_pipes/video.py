@@ -17,15 +17,15 @@ loader fill the cores: two slice threads cost 6% more CPU per clip, two frame th
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipes.decode import DEFAULT_MAX_PIXELS, SampleError
 from data_pipes.hashing import Int64s
+from data_pipes.sample_error import DEFAULT_MAX_PIXELS, SampleError
 from data_pipes.video_container import AVI, container_of
 from data_pipes.video_frames import FrameTable, Run, list_frames
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.stream import VideoStream
 
+Frame = TypeVar("Frame")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "m4v", "avi")
 """Members that are videos, in the order of preference where a sample has several."""
 
@@ -105,7 +106,7 @@ class Video:
         Raises SampleError: cause "video" (unreadable, cut short), "no_video" (sound only), "codec" (not a known video
         codec), "pixels" (too many), "frames" (no frame, too many). Raises ImportError without PyAV.
         """
-        self._av, self._max_pixels, self._max_decoded_frames = _import_av(), max_pixels, max_decoded_frames
+        self._av, self._max_pixels, self._max_decoded_frames = import_av(), max_pixels, max_decoded_frames
         container = container_of(data)
         try:
             self._container = self._av.open(
@@ -192,13 +193,28 @@ class Video:
         runs = self._table.runs(wanted)
         self._check_effort(len(wanted), sum(run.last - run.first + 1 for run in runs))
         out: NDArray[np.uint8] | None = None
+        for slot, pixels in self._each(runs, lambda frame: self._pixels(frame, channels)):
+            out = np.empty((len(wanted), *pixels.shape), np.uint8) if out is None else out
+            out[slot] = pixels
+        assert out is not None
+        return out if len(wanted) == len(inverse) else out[inverse]
+
+    def each_frame(self, indices: Int64s, convert: Callable[[VideoFrame], Frame]) -> Iterator[Frame]:
+        """Frames one at a time, through `convert`, which sees them as they are stored: in the file's own pixel format,
+        not turned. indices: as for `frames`, each once. Decoding is not limited. Raises SampleError "frames".
+        """
+        for number, (slot, frame) in enumerate(self._each(self._table.runs(indices), convert)):
+            if slot != number:
+                raise SampleError("frames", f"damaged video: frame {slot} comes out as number {number}")
+            yield frame
+
+    def _each(self, runs: list[Run], convert: Callable[[VideoFrame], Frame]) -> Iterator[tuple[int, Frame]]:
+        """(slot, converted frame) of all slots of the runs."""
         for run in runs:
             missing = set(run.slots)
             try:
                 for frame, label in self._decode(run, missing):
-                    pixels = self._pixels(frame, channels)
-                    out = np.empty((len(wanted), *pixels.shape), np.uint8) if out is None else out
-                    out[run.slots[label]] = pixels
+                    yield run.slots[label], convert(frame)
                     missing.discard(label)
             except self._av.FFmpegError as error:
                 raise SampleError("frames", f"damaged video, from packet {run.first} on: {_text(error)}") from error
@@ -206,10 +222,8 @@ class Video:
                 self._stream.codec_context.flush_buffers()
             if missing:
                 raise SampleError(
-                    "frames", f"damaged video: {len(missing)} of the {len(wanted)} frames asked for do not come out"
+                    "frames", f"damaged video: {len(missing)} of the {len(run.slots)} frames asked for do not come out"
                 )
-        assert out is not None
-        return out if len(wanted) == len(inverse) else out[inverse]
 
     def _choose_stream(self) -> VideoStream:
         streams = self._container.streams.video
@@ -334,7 +348,8 @@ def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _import_av() -> Any:
+def import_av() -> Any:
+    """PyAV. Raises ImportError with what to install."""
     try:
         import av
         import av.stream

@@ -8,7 +8,7 @@ RFC 9559 (EBML, Matroska), Microsoft's AVI RIFF reference.
 
 from __future__ import annotations
 
-from data_pipes.decode import SampleError
+from data_pipes.sample_error import SampleError
 
 MP4, MATROSKA, AVI = "mov", "matroska", "avi"
 # FFmpeg's demuxers: mp4, m4v and mov; mkv and webm; avi
@@ -38,6 +38,16 @@ def container_of(data: bytes) -> str:
             "again from its source",
         )
     return container
+
+
+def extension_of(data: bytes) -> str:
+    """mp4, mov, webm, mkv or avi, of a file that `container_of` accepts."""
+    container = container_of(data)
+    if container == MP4:
+        return "mov" if data[4:8] != b"ftyp" or data[8:12] == b"qt  " else "mp4"
+    if container == AVI:
+        return "avi"
+    return "webm" if b"\x42\x82\x84webm" in data[:256] else "mkv"  # DocType, 4 bytes of it
 
 
 def _mp4_size(data: bytes) -> int:

@@ -7,8 +7,16 @@ uses the same transforms; it runs where FFmpeg is installed. With R repeats a vi
 all variants. Rounds are interleaved and swap their order, ratios are medians of the rounds' ratios, and CPU time is
 counted.
 
+`loader` is our whole loader over a tar of these videos, in the main thread: order, reading, clips, batches of 4.
+`webdataset` is its stock pipeline over the same tar: shuffle, to_tuple, the `pyav` code in map, batches of 4. Both take
+the same windows.
+
+--memory N loads N clips, of which one in ten fails (a file cut short), and prints the process's memory after each
+1,000.
+
     python tools/bench_video.py
     python tools/bench_video.py --rounds 9 --json
+    python tools/bench_video.py --memory 10000 --size 120 160 --gops 32 --videos 8
 """
 
 from __future__ import annotations
@@ -20,25 +28,33 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import av
 import numpy as np
+import psutil
 import skimage.data
 import torch
+import webdataset
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import v2
 
 from data_pipes.clips import ClipSampling, ClipTransform
 from data_pipes.hashing import hash_uniform
+from data_pipes.index import index_shards
+from data_pipes.loader import BatchPlan, DataConfig, Loader, open_dataset
+from data_pipes.sample_error import SampleError
 
 FRAMES, STRIDE, SIZE, LENGTH, RATE = 16, 4, 224, 300, 30
+CROP_SCALE, BATCH = (0.5, 1.0), 4
 PICTURES = ("astronaut", "coffee", "chelsea", "rocket")
 # photographs that scikit-image carries
 Load = Callable[[bytes, list[float], ClipSampling], torch.Tensor]
+Stream = Callable[[Path, ClipSampling], Iterator[torch.Tensor]]
+# batches [B, R, ...] of an endless loader
 
 
 @dataclass(frozen=True)
@@ -61,11 +77,16 @@ def main() -> None:
         gop: [generated_video(gop, number, height, width) for number in range(arguments.videos)]
         for gop in arguments.gops
     }
+    if arguments.memory:
+        watch_memory([data for files in videos.values() for data in files], arguments.memory, arguments.json)
+        return
     loads: dict[str, Load] = {"ours": load_ours, "pyav": load_pyav}
     reason = why_no_torchcodec(videos[arguments.gops[0]][0])
     if not reason:
         loads["torchcodec"] = load_torchcodec
-    result = measure(loads, videos, arguments.repeats, arguments.rounds, reason or "runs")
+    with tempfile.TemporaryDirectory(prefix="bench_video") as folder:
+        shards = {gop: write_shard(Path(folder) / f"gop{gop}", files) for gop, files in videos.items()}
+        result = measure(loads, videos, shards, arguments.repeats, arguments.rounds, reason or "runs")
     print(json.dumps(asdict(result)) if arguments.json else describe(result, height, width))
     too_slow = [name for name, ratio in result.ratios.items() if ratio < (arguments.require_ratio or 0)]
     if too_slow:
@@ -80,6 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, nargs="+", default=[1, 4], help="clips per decoded video")
     parser.add_argument("--videos", type=int, default=4, help=f"of {LENGTH} frames each")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
+    parser.add_argument("--memory", type=int, metavar="N", help="load N clips and print the memory; nothing else")
     parser.add_argument("--require-ratio", type=float, help="exit 1 when any ratio of CPU times is below this, e.g. 1")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
     return parser.parse_args()
@@ -114,7 +136,7 @@ def view(picture: Image.Image, time_step: int, height: int, width: int) -> NDArr
 
 
 def load_ours(data: bytes, uniforms: list[float], sampling: ClipSampling) -> torch.Tensor:
-    return ClipTransform((SIZE, SIZE), sampling=sampling).load(data, uniforms)
+    return ClipTransform((SIZE, SIZE), CROP_SCALE, sampling=sampling).load(data, uniforms)
 
 
 def load_pyav(data: bytes, uniforms: list[float], sampling: ClipSampling) -> torch.Tensor:
@@ -141,7 +163,7 @@ def load_torchcodec(data: bytes, uniforms: list[float], sampling: ClipSampling) 
     return torch.stack([usual_transform(clip) for clip in frames.unflatten(0, windows.shape)])
 
 
-usual_transform = v2.Compose([v2.RandomResizedCrop(SIZE, (0.5, 1.0), antialias=True), v2.RandomHorizontalFlip()])
+usual_transform = v2.Compose([v2.RandomResizedCrop(SIZE, CROP_SCALE, antialias=True), v2.RandomHorizontalFlip()])
 # bilinear, on uint8 [T, C, H, W]
 
 
@@ -163,24 +185,68 @@ def why_no_torchcodec(data: bytes) -> str:
     return ""
 
 
+def write_shard(folder: Path, files: list[bytes]) -> Path:
+    """A data set of the videos, eight times each: one tar, its index and manifest."""
+    folder.mkdir()
+    with webdataset.TarWriter(str(folder / "shard-000000.tar")) as writer:
+        for number, data in enumerate(files * 8):
+            writer.write({"__key__": f"{number:03d}", "mp4": data, "cls": b"0"})
+    index_shards([folder / "shard-000000.tar"], folder)
+    return folder
+
+
+def stream_ours(folder: Path, sampling: ClipSampling) -> Iterator[torch.Tensor]:
+    config = DataConfig(train=str(folder), video=sampling, crop_scale=CROP_SCALE)
+    dataset = open_dataset(config, image_size=(SIZE, SIZE), channels=3, global_batch=BATCH)
+    for batch in Loader(dataset, BatchPlan(BATCH, BATCH), config).batches(0):
+        yield batch.images
+
+
+def stream_webdataset(folder: Path, sampling: ClipSampling) -> Iterator[torch.Tensor]:
+    positions = iter(range(1 << 30))
+
+    def load(sample: tuple[bytes, bytes]) -> tuple[torch.Tensor]:
+        return (load_pyav(sample[0], uniforms_of(next(positions), sampling), sampling),)
+
+    dataset = webdataset.WebDataset(str(folder / "shard-000000.tar"), shardshuffle=False).repeat()
+    for (clips,) in dataset.shuffle(100).to_tuple("mp4", "cls").map(load).batched(BATCH):
+        yield clips
+
+
 def measure(
-    loads: dict[str, Load], videos: dict[int, list[bytes]], repeats: list[int], rounds: int, torchcodec: str
+    loads: dict[str, Load],
+    videos: dict[int, list[bytes]],
+    shards: dict[int, Path],
+    repeats: list[int],
+    rounds: int,
+    torchcodec: str,
 ) -> Result:
     """The first round warms up and is dropped."""
     cpu_s: dict[str, list[float]] = {}
     cases = [(gop, count) for gop in videos for count in repeats]
+    streams: dict[str, Stream] = {"loader": stream_ours, "webdataset": stream_webdataset}
+    running = {
+        label(name, gop, count): stream(shards[gop], ClipSampling(FRAMES, STRIDE, repeats=count))
+        for name, stream in streams.items()
+        for gop, count in cases
+    }
+    names = [*loads, *streams]
     for number in range(rounds + 1):
         for gop, count in cases:
-            for name in list(loads) if number % 2 else list(loads)[::-1]:
-                taken = time_clips(loads[name], videos[gop], ClipSampling(FRAMES, STRIDE, repeats=count), number)
+            for name in names if number % 2 else names[::-1]:
+                title = label(name, gop, count)
+                if name in loads:
+                    sampling = ClipSampling(FRAMES, STRIDE, repeats=count)
+                    taken = time_clips(loads[name], videos[gop], sampling, number)
+                else:
+                    taken = time_stream(running[title], -(-2 * len(videos[gop]) // BATCH), count)
                 if number:
-                    cpu_s.setdefault(label(name, gop, count), []).append(taken)
-    others = [name for name in loads if name != "ours"]
+                    cpu_s.setdefault(title, []).append(taken)
     ratios = {}
-    for name in others:
+    for name, ours in [*((name, "ours") for name in loads if name != "ours"), ("webdataset", "loader")]:
         for gop, count in cases:
-            pairs = zip(cpu_s[label(name, gop, count)], cpu_s[label("ours", gop, count)], strict=True)
-            ratios[f"{label(name, gop, count)} / ours"] = statistics.median(a / b for a, b in pairs)
+            pairs = zip(cpu_s[label(name, gop, count)], cpu_s[label(ours, gop, count)], strict=True)
+            ratios[f"{label(name, gop, count)} / {ours}"] = statistics.median(a / b for a, b in pairs)
     speeds = {name: 1 / statistics.median(values) for name, values in cpu_s.items()}
     sizes = {f"GOP {gop}": sum(map(len, files)) // len(files) for gop, files in videos.items()}
     return Result(speeds, ratios, sizes, len(next(iter(videos.values()))), rounds, torchcodec)
@@ -188,12 +254,42 @@ def measure(
 
 def time_clips(load: Load, files: list[bytes], sampling: ClipSampling, number: int) -> float:
     """CPU seconds per clip over two clips' worth of every video."""
-    num_uniforms = ClipTransform((SIZE, SIZE), sampling=sampling).num_uniforms
     started, clips = time.process_time(), 0
     for position, data in enumerate(files * 2):
-        uniforms = hash_uniform(0, [number * 1000 + position], 0, num_uniforms)[0].tolist()
-        clips += len(load(data, uniforms, sampling))
+        clips += len(load(data, uniforms_of(number * 1000 + position, sampling), sampling))
     return (time.process_time() - started) / clips
+
+
+def time_stream(stream: Iterator[torch.Tensor], batches: int, repeats: int) -> float:
+    """CPU seconds per clip over some batches."""
+    started = time.process_time()
+    for _ in range(batches):
+        assert next(stream).shape[:2] == (BATCH, repeats)
+    return (time.process_time() - started) / (batches * BATCH * repeats)
+
+
+def uniforms_of(position: int, sampling: ClipSampling) -> list[float]:
+    num_uniforms = ClipTransform((SIZE, SIZE), sampling=sampling).num_uniforms
+    uniforms: list[float] = hash_uniform(0, [position], 0, num_uniforms)[0].tolist()
+    return uniforms
+
+
+def watch_memory(files: list[bytes], num_clips: int, as_json: bool) -> None:
+    """Prints the process's memory (resident, MiB) after each 1,000 clips."""
+    process, sampling = psutil.Process(), ClipSampling(FRAMES, STRIDE)
+    failed, marks = 0, {}
+    for number in range(num_clips):
+        data = files[number % len(files)]
+        try:
+            load_ours(data[: -len(data) // 3] if number % 10 == 9 else data, uniforms_of(number, sampling), sampling)
+        except SampleError:
+            failed += 1
+        if (number + 1) % 1000 == 0:
+            marks[number + 1] = round(process.memory_info().rss / 2**20, 1)
+            if not as_json:
+                print(f"{number + 1:9,} clips, {failed:,} of them failed: {marks[number + 1]:8.1f} MiB", flush=True)
+    if as_json:
+        print(json.dumps({"rss_mib": marks, "failed": failed, "open_files": process.num_fds()}))
 
 
 def label(name: str, gop: int, repeats: int) -> str:

@@ -24,10 +24,11 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data_pipes import pack as pack_module
 from data_pipes.index import Manifest, ShardIndex, index_shard
+from data_pipes.listing import list_source
 from data_pipes.pack import PackOptions, pack
-from data_pipes.reencode import PictureOptions, UnreadablePicture, prepare_picture
+from data_pipes.reencode import PictureOptions, UnreadableFile, prepare_picture
 from data_pipes.shard_writer import ShardPlan, Stopped
-from data_pipes.sources import FolderSource, ZipSource, list_pictures, natural_key
+from data_pipes.sources import FolderSource, ZipSource, natural_key
 
 SMALL = PackOptions(shard_samples=5)
 
@@ -161,9 +162,9 @@ def test_validation_source_keeps_the_labels_of_training(source: Path, tmp_path: 
     make_folder(tmp_path / "foreign", ("dog", "wolf"))
     with pytest.raises(ValueError, match=r"1 classes are not in the training source, e.g. 'wolf'"):
         pack(source, tmp_path / "out3", val=tmp_path / "foreign", options=SMALL)
-    with pytest.raises(ValueError, match="unlabelled, but the training source is class folders"):
+    with pytest.raises(ValueError, match="unlabelled, but the training source is labelled"):
         pack(source, tmp_path / "out3", val=source / "cat" / "sub", options=SMALL)
-    with pytest.raises(ValueError, match="choose one"):
+    with pytest.raises(ValueError, match="a validation source and val_fraction are given; choose one"):
         pack(source, tmp_path / "out3", val=val, options=replace(SMALL, val_fraction=0.5))
     assert not (tmp_path / "out3").exists()
 
@@ -179,7 +180,9 @@ def test_pictures_in_one_folder_are_unlabelled(tmp_path: Path) -> None:
 
 def test_sources_that_cannot_be_packed(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match=r"no such folder or zip; built-in sets are builtin:digits, builtin:photos"):
+    with pytest.raises(
+        ValueError, match=r"no such folder or zip; built-in sets are builtin:digits, builtin:motion, builtin:photos"
+    ):
         pack(tmp_path / "none", out)
     with pytest.raises(ValueError, match="no built-in set 'cats'"):
         pack("builtin:cats", out)
@@ -227,7 +230,7 @@ def test_links_are_followed_but_not_in_circles(source: Path, tmp_path: Path) -> 
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "cat").symlink_to(source / "cat")
     (tmp_path / "linked" / "same").symlink_to(source / "cat")
-    assert len(list_pictures(FolderSource(tmp_path / "linked")).pictures) == 12
+    assert len(list_source(FolderSource(tmp_path / "linked")).entries) == 12
     (source / "cat" / "up").symlink_to(source)
     with pytest.raises(ValueError, match="a link to a folder above itself"):
         pack(tmp_path / "linked", tmp_path / "out")
@@ -242,12 +245,12 @@ def test_keys_are_unique_and_fit_for_webdataset(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for name in names:
             archive.writestr(name, picture(0, form="PNG"))
-    listing = list_pictures(ZipSource(tmp_path / "a.zip"))
-    assert [p.key for p in listing.pictures] == ["x__b__/y", "a/größe", "a/x_1", "a/x_1-1", "a/x_1-2", "a/x_1-3"]
+    listing = list_source(ZipSource(tmp_path / "a.zip"))
+    assert [p.key for p in listing.entries] == ["x__b__/y", "a/größe", "a/x_1", "a/x_1-1", "a/x_1-2", "a/x_1-3"]
     assert listing.ignored == ["a/.hidden.png"]
     result = pack(tmp_path / "a.zip", tmp_path / "out")
     assert sorted(str(s["__key__"]) for s in samples(tmp_path / "out" / "train")) == sorted(
-        p.key for p in listing.pictures
+        p.key for p in listing.entries
     )
     assert result.ignored == ["a/.hidden.png"]
     assert json.loads((tmp_path / "out" / "pack.json").read_text())["ignored_examples"] == ["a/.hidden.png"]
@@ -381,7 +384,7 @@ def test_unreadable_pictures_stop_or_are_listed(source: Path, tmp_path: Path, wo
     (source / "cat" / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
     (source / "dog" / "empty.png").touch()
     (source / "dog" / "cut.png").write_bytes(picture(1, form="PNG")[:60])
-    with pytest.raises(UnreadablePicture, match=r"(broken.jpg|empty.png|cut.png) cannot be packed .*--skip-unreadable"):
+    with pytest.raises(UnreadableFile, match=r"(broken.jpg|empty.png|cut.png) cannot be packed .*--skip-unreadable"):
         pack(source, tmp_path / "a", options=SMALL, workers=workers)
     assert not list(tmp_path.glob("a/train/.*.tmp"))
     result = pack(source, tmp_path / "b", options=replace(SMALL, skip_unreadable=True), workers=workers)
@@ -399,12 +402,12 @@ def test_the_failure_is_reported_and_not_the_shards_that_it_stopped(
         if plan.number == 0:
             another_stopped.wait(10)
             time.sleep(0.2)
-            raise UnreadablePicture("the cause")
+            raise UnreadableFile("the cause")
         another_stopped.set()
         raise Stopped
 
     monkeypatch.setattr("data_pipes.pack.write_shard", write_shard)
-    with pytest.raises(UnreadablePicture, match="the cause"):
+    with pytest.raises(UnreadableFile, match="the cause"):
         pack(source, tmp_path / "out", options=SMALL, workers=2)
 
 
@@ -417,7 +420,7 @@ def test_a_shard_without_a_readable_picture_is_left_out(tmp_path: Path) -> None:
     assert [entry.url for entry in manifest.shards] == [f"shard-00000{i}.tar" for i in (0, 2, 3)]
     for path in (tmp_path / "source").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(UnreadablePicture, match="none of the pictures for train can be read"):
+    with pytest.raises(UnreadableFile, match="none of the pictures for train can be read"):
         pack(tmp_path / "source", tmp_path / "out2", options=options)
 
 
@@ -545,26 +548,26 @@ def test_pictures_that_would_lose_something_or_run_something() -> None:
     frames = [Image.open(io.BytesIO(picture(i, (40, 30)))) for i in range(2)]
     out = io.BytesIO()
     frames[0].save(out, "TIFF", save_all=True, append_images=frames[1:])
-    with pytest.raises(UnreadablePicture, match="several frames"):
+    with pytest.raises(UnreadableFile, match="several frames"):
         prepare_picture(out.getvalue(), PictureOptions(short_side=10))
     assert prepare_picture(out.getvalue(), PictureOptions()) == (out.getvalue(), "tif")
     eps = io.BytesIO()
     frames[0].save(eps, "EPS")
-    with pytest.raises(UnreadablePicture, match="cannot identify"):
+    with pytest.raises(UnreadableFile, match="cannot identify"):
         prepare_picture(eps.getvalue(), PictureOptions(verify="decode"))
     deep = bytearray(picture(0, (40, 30), "PNG"))
     deep[24] = 16
     deep[29:33] = __import__("zlib").crc32(deep[12:29]).to_bytes(4, "big")
-    with pytest.raises(UnreadablePicture, match="16-bit PNG in colour"):
+    with pytest.raises(UnreadableFile, match="16-bit PNG in colour"):
         prepare_picture(bytes(deep), PictureOptions(short_side=10))
 
 
 def test_header_check_and_full_decode_differ_as_documented() -> None:
     cut = picture(0, (200, 200))[:-4000]
     assert prepare_picture(cut, PictureOptions())[0] == cut
-    with pytest.raises(UnreadablePicture, match="truncated"):
+    with pytest.raises(UnreadableFile, match="truncated"):
         prepare_picture(cut, PictureOptions(verify="decode"))
-    with pytest.raises(UnreadablePicture, match="truncated"):
+    with pytest.raises(UnreadableFile, match="truncated"):
         prepare_picture(cut, PictureOptions(short_side=100))
 
 
