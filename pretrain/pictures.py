@@ -1,18 +1,19 @@
-"""An objective's pictures as one labelled PNG: what the model saw, what was hidden, what it made of it.
+"""An objective's pictures as one labelled PNG, its films as one GIF: what the model saw, what was hidden, what it made
+of it.
 
-In: name -> uint8 [B, C, H, W] (B samples, C channels, H x W pixels). Out: a strip with one row per name, one column
-per sample. The label of `oracle_denormalised` says what it is: patches that were predicted normalised are shown with
-the mean and deviation of the true patch, which the model does not know. Without that label the picture looks better
-than the model is.
+In: name -> uint8 [B, C, H, W] (B samples, C channels, H x W pixels), or [B, T, C, H, W] of T frames. Out: a strip with
+one row per name, one column per sample; a film is a strip that moves. The label of `oracle_denormalised` says what it
+is: patches that were predicted normalised are shown with the mean and deviation of the true patch, which the model does
+not know. Without that label the picture looks better than the model is.
 """
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageSequence
 from torch import Tensor
 
 from data_pipes.files import write_atomically
@@ -32,6 +33,9 @@ LABEL_FONT_PIXELS = 12
 MAX_EMBEDDED_BYTES = 150_000  # a larger strip goes into a page as JPEG, at most MAX_EMBEDDED_WIDTH pixels wide
 MAX_EMBEDDED_WIDTH = 1200
 MIN_WIDTH_PIXELS = 620  # the longest label fits
+FRAME_MS = 200  # a frame of a film is shown for
+MAX_EMBEDDED_FILM_BYTES = 500_000  # a larger film goes into a page as WebP, of the largest of these widths that fits
+EMBEDDED_FILM_WIDTHS = (900, 600, 400)
 
 
 def picture_strip(pictures: Mapping[str, Tensor], max_samples: int = 8) -> Image.Image:
@@ -60,6 +64,31 @@ def save_pictures(pictures: Mapping[str, Tensor], path: Path, max_samples: int =
     picture_strip(pictures, max_samples).save(buffer, format="PNG", optimize=True)
     write_atomically(path, buffer.getvalue())
     return path
+
+
+def save_films(films: Mapping[str, Tensor], path: Path, max_samples: int = 4) -> Path:
+    """Write films as an endless GIF whose frames are the `picture_strip`s of theirs; returns `path`.
+
+    films: name -> uint8 [B, T, C, H, W]; names share B and T. A frame that equals the one before is not stored again,
+    but shown for twice the time. The file is complete or not there. Raises ValueError for other tensors, and when films
+    are of different lengths.
+    """
+    lengths = {name: film.shape[1] for name, film in films.items() if film.ndim == 5}
+    if len(lengths) < len(films) or len(set(lengths.values())) != 1:
+        shapes = ", ".join(f"{name} {list(film.shape)}" for name, film in films.items()) or "none"
+        raise ValueError(f"expected films [B, T, C, H, W] of one length T, found {shapes}")
+    frames = [
+        picture_strip({name: film[:, time] for name, film in films.items()}, max_samples)
+        for time in range(next(iter(lengths.values())))
+    ]
+    write_atomically(path, _animation(frames, "GIF", [FRAME_MS] * len(frames)))
+    return path
+
+
+def _animation(frames: Sequence[Image.Image], kind: str, durations_ms: Sequence[int], **options: int) -> bytes:
+    buffer, (first, *others) = io.BytesIO(), frames
+    first.save(buffer, format=kind, save_all=True, append_images=others, duration=list(durations_ms), loop=0, **options)
+    return buffer.getvalue()
 
 
 def _label(name: str, images: Tensor) -> str:
@@ -102,3 +131,23 @@ def picture_uri(path: Path) -> str:
     except (OSError, SyntaxError, ValueError):  # what PIL raises for files that are torn or no pictures
         return ""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def film_uri(path: Path) -> str:
+    """A film as a data URI of modest size; empty when the file is no readable film, or none of the sizes is modest."""
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as opened:
+            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)]
+            durations_ms = [int(frame.info.get("duration", FRAME_MS)) for frame in ImageSequence.Iterator(opened)]
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    if len(data) <= MAX_EMBEDDED_FILM_BYTES:
+        return f"data:image/gif;base64,{base64.b64encode(data).decode()}"
+    for width in EMBEDDED_FILM_WIDTHS:
+        for frame in frames:
+            frame.thumbnail((width, 100 * width))
+        data = _animation(frames, "WEBP", durations_ms, quality=60)
+        if len(data) <= MAX_EMBEDDED_FILM_BYTES:
+            return f"data:image/webp;base64,{base64.b64encode(data).decode()}"
+    return ""

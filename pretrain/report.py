@@ -1,6 +1,6 @@
 """`tessera report`: a run's folder as one self-contained HTML page.
 
-In: whatever a run has written so far: run.json, config.yaml, journal.jsonl, mlflow.json, pictures/,
+In: whatever a run has written so far: run.json, config.yaml, journal.jsonl, mlflow.json, pictures/, films/,
 eval/**/*.json; every one of them may be missing, since crashed and running runs need a report most. Out:
 `report.html` without a single reference to anything outside: styles, curves (inline SVG) and pictures are in the
 page. Text from files is escaped by the template.
@@ -18,12 +18,11 @@ from data_pipes.files import write_atomically
 from pretrain.curves import format_value, line_chart
 from pretrain.environment import redact_argument, redact_url
 from pretrain.journal import JOURNAL_NAME, MetricPoint, now_ms, read_journal, read_metrics
-from pretrain.pictures import picture_uri
 from pretrain.report_events import event_rows
+from pretrain.report_pictures import film_rows, picture_rows
 from pretrain.shipper import STATE_NAME
 
 TEMPLATE = "report.html"
-MAX_PICTURES = 8
 STALE_AFTER_S = 600  # a run that says RUNNING but has been silent for longer has probably died
 
 Curves = dict[str, list[MetricPoint]]
@@ -101,7 +100,8 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "tiles": _tiles(records, curves, _parse_config(config_text)),
         "panels": _panels(curves, marks),
         "other_panels": _other_panels(curves, marks),
-        "pictures": _pictures(run_dir),
+        "pictures": picture_rows(run_dir),
+        "films": film_rows(run_dir),
         "evaluations": _evaluations(run_dir),
         "evaluation_curves": _evaluation_curves(curves),
         "events": [(_utc(event.time_ms), event.title, event.details) for event in events],
@@ -262,19 +262,6 @@ def _evaluations(run_dir: Path) -> list[dict[str, Any]]:
         )
     # Untrained baselines have no step; they come first, since the others are read against them.
     return sorted(rows, key=lambda row: (row["task"], row["protocol"], -1 if row["step"] is None else row["step"]))
-
-
-def _pictures(run_dir: Path) -> list[dict[str, str]]:
-    paths = sorted(run_dir.glob("pictures/step-*.png"))
-    if len(paths) > MAX_PICTURES:  # evenly spread, with the first and the last
-        paths = [paths[round(i * (len(paths) - 1) / (MAX_PICTURES - 1))] for i in range(MAX_PICTURES)]
-    found = []
-    for path in reversed(paths):
-        uri = picture_uri(path)
-        step = path.stem.removeprefix("step-")
-        if uri:
-            found.append({"caption": f"step {int(step):,}" if step.isdigit() else path.stem, "uri": uri})
-    return found
 
 
 def _commands(run: dict[str, Any], run_dir: Path) -> list[tuple[str, str]]:

@@ -179,11 +179,11 @@ def _train(
         found = validator.run(objective, strategy, step, asked_to_stop) if data.val is not None else {}
         if asked_to_stop():
             return {}
-        picture = run_dir / "pictures" / f"step-{step:08d}.png"
-        validator.draw(objective, strategy, picture)
+        drawn = validator.draw(objective, strategy, run_dir, step)
         if tracker is not None:
             tracker.log_metrics(found, step)
-            tracker.log_artifact(picture, "pictures")
+            for path in drawn:
+                tracker.log_artifact(path, path.parent.name)
         interval.restart()
         return found
 

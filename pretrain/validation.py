@@ -22,7 +22,7 @@ from data_pipes.sequential_clips import SequentialClips
 from pretrain.objectives.base import Objective
 from pretrain.parallel.dist import World
 from pretrain.parallel.strategy import Strategy
-from pretrain.pictures import save_pictures
+from pretrain.pictures import save_films, save_pictures
 
 
 def open_samples(config: DataConfig, manifest: Manifest, objective: Objective) -> SequentialImages | SequentialClips:
@@ -90,14 +90,21 @@ class Validator:
         totals = self.world.sum(local).tolist()
         return {f"val/{name}": total / self.num_samples for name, total in zip(names, totals, strict=True)}
 
-    def draw(self, objective: Objective, strategy: Strategy, path: Path) -> None:
-        """Saves the objective's views of the first samples as one labelled PNG. A collective; rank 0 writes."""
+    def draw(self, objective: Objective, strategy: Strategy, run_dir: Path, step: int) -> list[Path]:
+        """Saves the objective's views of the first samples: pictures/step-*.png, and of clips films/step-*.gif.
+
+        A collective; rank 0 writes. Returns the files; the folder of each is that of its artifact, too.
+        """
+        if not self.num_pictures:
+            return []
         if self._pictures is None:
             self._pictures = self._load(list(range(self.num_pictures)))
         with evaluating(objective), torch.no_grad(), strategy.autocast():
-            views = objective.pictures(self._pictures)
-        if self.world.is_main:
-            save_pictures(views, path)
+            pictures, films = objective.pictures(self._pictures), objective.films(self._pictures)
+        if not self.world.is_main:
+            return []
+        saved = [save_pictures(pictures, run_dir / "pictures" / f"step-{step:08d}.png")]
+        return [*saved, save_films(films, run_dir / "films" / f"step-{step:08d}.gif")] if films else saved
 
     def _batches(self) -> Iterator[tuple[Batch, bool]]:
         """This rank's batches, and whether this rank counts them."""

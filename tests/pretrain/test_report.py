@@ -14,8 +14,9 @@ import torch
 from launchers.commands import report as report_command
 from pretrain.curves import MAX_COLUMNS, format_value, line_chart
 from pretrain.journal import JournalWriter, now_ms
-from pretrain.pictures import save_pictures
-from pretrain.report import MAX_PICTURES, build_report, collect
+from pretrain.pictures import save_films, save_pictures
+from pretrain.report import build_report, collect
+from pretrain.report_pictures import MAX_FILMS, MAX_PICTURES
 
 
 def write_run(run_dir: Path) -> None:
@@ -123,6 +124,28 @@ def test_a_full_run_has_every_section_and_refers_to_nothing(tmp_path: Path) -> N
         assert text in page, text
     assert "hunter2" not in page
     assert "777" not in re.sub(r"base64,[^\"]*", "", page), "superseded points are shown"
+
+
+def test_films_are_in_the_page_the_newest_first_and_few(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    for step in range(0, 500, 100):
+        film = torch.arange(6, dtype=torch.uint8).mul(40).view(1, 6, 1, 1, 1).expand(2, 6, 1, 8, 8)
+        save_films({"input": film}, tmp_path / "films" / f"step-{step:08d}.gif")
+    (tmp_path / "films" / "step-00000400.gif").write_bytes(b"torn")
+    page, references = read_page(build_report(tmp_path))
+    moving = [reference for reference in references.found if reference.startswith("data:image/gif;base64,")]
+    assert len(moving) == MAX_FILMS - 1  # the newest is torn
+    assert len(references.found) == MAX_PICTURES + len(moving)
+    assert [row["caption"] for row in collect(tmp_path)["films"]] == ["step 200", "step 0"]
+    assert "film of reconstructions at step 200" in page
+
+
+def test_a_run_with_films_alone_shows_them(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_text("")
+    save_films({"input": torch.zeros(1, 2, 1, 8, 8, dtype=torch.uint8)}, tmp_path / "films" / "step-00000007.gif")
+    page, references = read_page(build_report(tmp_path))
+    assert len(references.found) == 1
+    assert "No pictures" not in page
 
 
 def test_an_untrained_baseline_comes_before_the_checkpoints(tmp_path: Path) -> None:
