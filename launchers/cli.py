@@ -11,7 +11,10 @@ import json
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("pack", "index", "data", "cache", "train", "eval", "export", "report", "sync")
+COMMANDS = (
+    *("pack", "index", "data", "cache", "train", "eval", "export"),
+    *("encode", "decode", "reconstruct", "report", "sync"),
+)
 """Each is a module of `launchers/commands` with HELP, EXAMPLES, add_arguments and run."""
 
 

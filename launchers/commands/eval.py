@@ -1,4 +1,4 @@
-"""`tessera eval`: k-NN and linear accuracies of a model, optionally beside those of the same model untrained."""
+"""`tessera eval`: a suite of evaluations of a model, optionally beside those of the same model untrained."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 from pretrain.checkpoint_store import place_of
 
-HELP = "evaluate a run, checkpoint, export folder or weights file with frozen features"
+HELP = "evaluate a run, checkpoint, export folder or weights file: k-NN, probes, fine-tuning"
 EXAMPLES = """\
   tessera eval runs/cifar10_tiny --suite configs/eval/quick.yaml --untrained
   tessera eval runs/vit_base/checkpoints/step-00100000 --suite configs/eval/imagenet.yaml --ema
   tessera eval mae_pretrain_vit_base.pth --arch vit_base_patch16_224 --suite configs/eval/imagenet.yaml \\
       train=/shards/imagenet/train test=/shards/imagenet/val
   tessera eval runs/digits --suite configs/eval/quick.yaml tasks.linear.settings.iterations=500
+  tessera eval runs/motion_tiny --suite configs/eval/motion.yaml --untrained
   torchrun --nproc-per-node 8 --no-python tessera eval runs/vit_base --suite configs/eval/imagenet.yaml
 """
 
@@ -33,6 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
+    from launchers.tokenizer_eval import evaluate_tokenizer_command
+    from pretrain.tokenizers import is_tokenizer
+
+    evaluate = evaluate_tokenizer_command if is_tokenizer(arguments.model) else _evaluate_encoder
+    return evaluate(arguments)
+
+
+def _evaluate_encoder(arguments: argparse.Namespace) -> dict[str, object]:
+    """The suite of an encoder of images or clips."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -76,7 +86,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 def _print_table(console: Any, records: list[dict[str, Any]], files: list[Path]) -> None:
     from rich.table import Table
 
-    table = Table("model", "task", "top-1 %", "chosen", "train / test images", "seconds")
+    table = Table("model", "task", "top-1 %", "chosen", "train / test samples", "seconds")
     for record in records:
         table.add_row(
             record["model"],
@@ -92,8 +102,13 @@ def _print_table(console: Any, records: list[dict[str, Any]], files: list[Path])
 
 
 def _chosen(selection: dict[str, Any]) -> str:
-    """The k or the head behind a figure, short enough for a table."""
+    """The k, the head or the rule behind a figure, short enough for a table."""
     if "k" in selection:
         return f"k={selection['k']}"
-    head = selection["head"]
-    return f"blocks={head['blocks']} pool={'yes' if head['average_pool'] else 'no'} lr={head['learning_rate']:g}"
+    if "head" not in selection:
+        return str(selection["by"])
+    shown = {True: "yes", False: "no"}
+    return " ".join(
+        f"{name}={shown[value] if isinstance(value, bool) else format(value, 'g')}"
+        for name, value in selection["head"].items()
+    )
