@@ -1,7 +1,8 @@
 """Finds and loads the backbone that a user names: a run, a checkpoint, an export folder, or somebody's weights file.
 
-In: a path. Out: `Backbone`, an unsharded ViT on the CPU with the pixel statistics it was trained with and its identity
-(step, run, digest of the weights). It exists so that evaluation and export see one thing whatever the user has.
+In: a path. Out: `Backbone`, an unsharded encoder of images or clips on the CPU with the pixel statistics it was trained
+with and its identity (step, run, digest of the weights). It exists so that evaluation and export see one thing whatever
+the user has.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from data_pipes.clips import ClipSampling
 from pretrain.checkpoint import Place, find_damage, load_run_config, load_weights, newest_complete, read_complete
 from pretrain.checkpoint_store import RemoteFolder
 from pretrain.export.official import (
@@ -26,6 +28,7 @@ from pretrain.export.official import (
     read_canonical,
 )
 from pretrain.models.normalise import default_mean, default_std
+from pretrain.models.video_vit import VideoViT
 from pretrain.models.vit import ViT, ViTConfig
 
 if TYPE_CHECKING:
@@ -39,8 +42,8 @@ EXPORT_CONFIG = "config.json"
 class Backbone:
     """A frozen backbone and where it comes from."""
 
-    model: ViT
-    """on the CPU, fp32, in eval mode"""
+    model: ViT | VideoViT
+    """on the CPU, fp32, in eval mode; a VideoViT takes clips"""
     mean: tuple[float, ...]
     """per channel, on the scale where the stored range is [0, 1]"""
     std: tuple[float, ...]
@@ -61,6 +64,17 @@ class Backbone:
     """the checkpoint's COMPLETE record"""
     named_by: Path | None = None
     """the run's folder, when it names a checkpoint that lies elsewhere (`checkpoint.folder`)"""
+
+    @property
+    def sampling(self) -> ClipSampling | None:
+        """Which frames the model was trained on; None for an encoder of images.
+
+        An encoder of clips without a run: every fourth frame, as the published ones.
+        """
+        if not isinstance(self.model, VideoViT):
+            return None
+        trained = None if self.config is None else self.config.data.video
+        return trained or ClipSampling(self.model.config.num_frames)
 
     @property
     def run_dir(self) -> Path | None:
@@ -160,8 +174,11 @@ def _from_checkpoint(checkpoint: Place, *, ema: bool, untrained: bool, verify: b
     else:
         state = load_weights(checkpoint, player, ema=ema)
     model = objective.build_backbone()
-    if not isinstance(model, ViT):
-        raise ValueError(f"{checkpoint} holds a video encoder; the protocols for images cannot evaluate it")
+    if not isinstance(model, ViT | VideoViT):
+        raise ValueError(
+            f"{checkpoint} holds a {type(model).__name__} (objective {config.objective_name}): expected an encoder of "
+            "images or clips; tokenizers have their own suites"
+        )
     model.load_state_dict({name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)})
     suffix = "-ema" if ema else "-untrained" if untrained else ""
     return Backbone(

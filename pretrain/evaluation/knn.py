@@ -103,6 +103,8 @@ def evaluate_knn(
 ) -> Outcome:
     """k-NN accuracy on `test` with `train` as memory; metrics `top1` and `top1_k<k>` for every k.
 
+    The views of a sample are averaged into one feature.
+
     Raises:
         ValueError: `primary_k` is not in `k`, or a k exceeds the number of training images.
     """
@@ -110,6 +112,7 @@ def evaluate_knn(
         raise ValueError(
             f"primary_k={config.primary_k} is not among k={list(config.k)}: add it to k or name one of these"
         )
+    train, test = train.averaged(), test.averaged()
     memory, queries = _features(train, config.feature).to(device), _features(test, config.feature).to(device)
 
     def accuracies(rows: Tensor, row_labels: Tensor, points: Tensor, point_labels: Tensor) -> dict[int, float]:

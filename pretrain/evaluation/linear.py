@@ -8,7 +8,8 @@ that says so.
 The name `linear_dinov2_cached` says what differs from the original: features are extracted once, from the evaluation
 view, where the original augments (random resized crop and flip) and runs the backbone in every iteration.
 
-Legend: n samples, B batch, D backbone width, F a head's input width, H heads that share an input, K classes.
+Legend: n samples, V views of each, B batch, D backbone width, F a head's input width, H heads that share an input, K
+classes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from pretrain.evaluation.features import Features, Progress
 from pretrain.evaluation.outcome import Outcome, percentage_correct
 from pretrain.evaluation.split import held_out_mask
+from pretrain.evaluation.views import vote
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 
@@ -110,10 +112,11 @@ class InputStatistics:
     def __init__(self, train: Features, eps: float = 1e-6):
         # Over chunks: the features may be fp16 and larger than what fits in memory a second time.
         parts = train.class_tokens.split(65_536), train.average.split(65_536)
-        self.means = [sum(part.double().sum(0) for part in chunks) / len(train) for chunks in parts]
+        rows = len(train.average)
+        self.means = [sum(part.double().sum(0) for part in chunks) / rows for chunks in parts]
         self.scales = []
         for chunks, mean in zip(parts, self.means, strict=True):
-            variance = sum((part.double() - mean).square().sum(0) for part in chunks) / len(train)
+            variance = sum((part.double() - mean).square().sum(0) for part in chunks) / rows
             self.scales.append((torch.as_tensor(variance) + eps).rsqrt())
 
     def __call__(self, class_tokens: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,6 +138,9 @@ def evaluate_linear(
     progress: Progress | None = None,
 ) -> Outcome:
     """Trains the grid of heads, chooses one on held-out training images, reports its accuracy on `test`.
+
+    Every view of a training sample is an example of its own; a test sample's class is that of the mean softmax of its
+    views.
 
     Metrics: `top1` (the chosen head) and `top1_best_head_on_test` (optimistic: chosen on the test set).
 
@@ -184,13 +190,16 @@ class FittedHeads:
         return [head for bank in self.banks for head in bank.heads]
 
     def accuracies(self, features: Features, chunk: int = 4096) -> list[float]:
-        """Top-1 in percent of every head; a head that diverged to non-finite logits scores 0 on those images."""
+        """Top-1 in percent of every head; a head that diverged to non-finite logits scores 0 on those samples.
+
+        chunk: rows at a time. The views of a sample vote by their mean softmax.
+        """
         correct = [torch.zeros(len(bank.heads), dtype=torch.int64, device=self.device) for bank in self.banks]
-        for rows in torch.arange(len(features)).split(chunk):
-            labels = features.labels[rows].to(self.device)
+        for samples in torch.arange(len(features)).split(max(1, chunk // features.views)):
+            labels, rows = features.labels[samples].to(self.device), features.rows_of(samples)
             for count, bank, inputs in zip(correct, self.banks, self.inputs(features, rows), strict=True):
-                logits = bank.logits(inputs)
-                right = (logits.argmax(dim=2) == labels[:, None]) & logits.isfinite().all(dim=2)
+                scores = vote(bank.logits(inputs), features.views)
+                right = (scores.argmax(dim=2) == labels[:, None]) & scores.isfinite().all(dim=2)
                 count += right.sum(dim=0)
         return [percentage_correct(int(count), len(features)) for count in torch.cat(correct).tolist()]
 
@@ -216,8 +225,9 @@ def fit_heads(
         heads = [Head(blocks, pool, rate) for rate in config.learning_rates]
         banks.append(HeadBank(heads, (blocks + pool) * width, num_classes, generator, device))
     fitted = FittedHeads(banks, InputStatistics(train) if config.standardize else None, device)
-    for iteration, rows in enumerate(_batches(len(train), config.batch, config.iterations, generator)):
-        labels = train.labels[rows].to(device)
+    row_labels = train.labels.repeat_interleave(train.views)
+    for iteration, rows in enumerate(_batches(len(row_labels), config.batch, config.iterations, generator)):
+        labels = row_labels[rows].to(device)
         cosine = 0.5 * (1 + math.cos(math.pi * iteration / config.iterations))
         for bank, inputs in zip(banks, fitted.inputs(train, rows), strict=True):
             bank.step(inputs, labels, rate_factor=factor * cosine, momentum=config.momentum)

@@ -12,10 +12,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from omegaconf import MISSING, OmegaConf
@@ -25,30 +25,14 @@ from data_pipes.files import write_atomically
 from pretrain.config import load_typed, nearest
 from pretrain.evaluation.backbone import Backbone
 from pretrain.evaluation.datasets import EvaluationData, open_evaluation_data
-from pretrain.evaluation.features import Features, Precision, extract
-from pretrain.evaluation.knn import KNNConfig, evaluate_knn
-from pretrain.evaluation.linear import LinearConfig, evaluate_linear
+from pretrain.evaluation.features import Precision
 from pretrain.evaluation.outcome import Outcome
+from pretrain.evaluation.protocols import PROTOCOLS, num_blocks
+from pretrain.evaluation.subject import Loading, Report, Subject
+from pretrain.evaluation.views import Frames, Look, VideoConfig, Views
 from pretrain.journal import JOURNAL_NAME, JournalWriter
-from pretrain.models.normalise import Normalise
 
 T = TypeVar("T")
-Report = Callable[[str, int, int], None]  # (what is being done, done, in all)
-
-
-class Run(Protocol):
-    """How a protocol is called."""
-
-    def __call__(
-        self, train: Features, test: Features, config: Any, *, num_classes: int, device: torch.device
-    ) -> Outcome: ...
-
-
-PROTOCOLS: dict[str, tuple[type[Any], Run]] = {
-    "knn_dino": (KNNConfig, evaluate_knn),
-    "linear_dinov2_cached": (LinearConfig, evaluate_linear),
-}
-"""Name in `tasks.<task>.protocol` -> (dataclass of its settings, function)."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +43,26 @@ class TaskConfig:
     """a key of PROTOCOLS"""
     settings: dict[str, Any] = field(default_factory=dict)
     """fields of that protocol's config; the others keep their defaults"""
+    frames: Frames = "all"
+    """for encoders of clips: `single` shows one frame in place of all, the baseline that knows nothing of motion"""
+    views: Views | None = None
+    """for encoders of clips: of a test video; null = the suite's `video.views`"""
+
+    def looks(self, video: VideoConfig) -> Look:
+        """What the task sees of a video; tasks that see the same share features."""
+        return Look(self.frames, self.views or video.views)
 
 
 @dataclass(frozen=True)
 class SuiteConfig:
-    """What is evaluated on which images."""
+    """What is evaluated on which images or videos."""
 
     train: str | None = None
     """folder of the labelled training set; null = the run's `data.train`"""
     test: str | None = None
     """folder of the labelled test set; null = the run's `data.val`"""
     batch_size: int = 256
-    """images per process and forward pass"""
+    """images, or views of videos, per process and forward pass"""
     workers: int = 0
     """decoding processes per process; 0 decodes in the process itself"""
     precision: Precision = "fp32"
@@ -80,6 +72,8 @@ class SuiteConfig:
     resize_ratio: float | None = None
     """short side of the resized image / side of the centre crop; null = 256/224, and 1 for inputs up to 64 pixels.
     Images that already have the input's size stay as they are"""
+    video: VideoConfig = field(default_factory=VideoConfig)
+    """for encoders of clips: how many views, and of what"""
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     """name -> task"""
 
@@ -97,12 +91,12 @@ class SuiteConfig:
                     f"tasks.{name}.protocol is {task.protocol!r}; known protocols: {', '.join(PROTOCOLS)}"
                     + nearest(task.protocol, list(PROTOCOLS))
                 )
-            typed_settings(PROTOCOLS[task.protocol][0], task.settings, f"tasks.{name}.settings")
+            self.task_settings(name)
 
     def task_settings(self, name: str) -> Any:
         """The typed settings of a task."""
         task = self.tasks[name]
-        return typed_settings(PROTOCOLS[task.protocol][0], task.settings, f"tasks.{name}.settings")
+        return typed_settings(PROTOCOLS[task.protocol].config, task.settings, f"tasks.{name}.settings")
 
 
 def load_suite(path: Path, overrides: Sequence[str] = ()) -> SuiteConfig:
@@ -146,59 +140,51 @@ def evaluate_backbone(
     Raises:
         ValueError: datasets that are missing, unlabelled, or labelled with other classes; settings that do not apply.
     """
-    data = open_evaluation_data(backbone, train=suite.train, test=suite.test, resize_ratio=suite.resize_ratio)
+    for name, task in suite.tasks.items():
+        if task.views is not None and backbone.sampling is None:
+            raise ValueError(f"tasks.{name}.views is for encoders of clips; this one takes images: leave it out")
     settings = {name: suite.task_settings(name) for name in suite.tasks}
-    num_blocks = max([1, *(max(s.blocks) for s in settings.values() if isinstance(s, LinearConfig))])
-    depth = backbone.model.config.depth
-    if num_blocks > depth:
-        raise ValueError(
-            f"a linear probe joins the last {num_blocks} blocks, the backbone has {depth}: set "
-            f"tasks.<task>.settings.blocks to numbers up to {depth}"
-        )
+    blocks = num_blocks(settings.values())
+    loading = Loading(suite.batch_size, suite.workers, getattr(torch, suite.feature_dtype), blocks)
     say = report or (lambda what, done, total: None)
-    started_s = time.perf_counter()
-    sides: list[Features | None] = []
-    for name, dataset in (("train", data.train), ("test", data.test)):
-        sides.append(
-            extract(
-                backbone.model,
-                dataset,
-                accelerator,
-                normalise=Normalise(backbone.mean, backbone.std),
-                num_blocks=num_blocks,
-                batch_size=suite.batch_size,
-                workers=suite.workers,
-                dtype=getattr(torch, suite.feature_dtype),
-                progress=lambda done, total, name=name: say(f"{backbone.label}: {name} features", done, total),  # type: ignore[misc]
-            )
-        )
-    extraction_s = time.perf_counter() - started_s
-    train, test = sides
-    if train is None or test is None:  # not the main process: it fits no heads and writes nothing
-        return []
+    looks = {name: task.looks(suite.video) for name, task in suite.tasks.items()}
+    subjects = {
+        look: Subject(backbone, _open_data(backbone, suite, look), look.frames, accelerator, loading, say)
+        for look in dict.fromkeys(looks.values())
+    }
+    for name, task in suite.tasks.items():  # what cannot work is said before anything is computed
+        PROTOCOLS[task.protocol].check(subjects[looks[name]], settings[name], f"tasks.{name}.settings")
     records = []
     for index, (name, task) in enumerate(suite.tasks.items()):
-        say(f"{backbone.label}: {name}", index, len(suite.tasks))
+        subject, protocol = subjects[looks[name]], PROTOCOLS[task.protocol]
+        if protocol.on_features:
+            subject.features()
+        subject.say(name, index, len(suite.tasks))
         started_s = time.perf_counter()
-        outcome = PROTOCOLS[task.protocol][1](
-            train, test, settings[name], num_classes=data.num_classes, device=accelerator.device
-        )
-        seconds = {"features": round(extraction_s, 2), "protocol": round(time.perf_counter() - started_s, 2)}
-        records.append(_record(backbone, suite, data, name, settings[name], outcome, seconds))
+        outcome = protocol.run(subject, settings[name])
+        if outcome is None:  # not the main process: it fits no heads and writes nothing
+            continue
+        features_s = subject.features_s if protocol.on_features else 0.0
+        seconds = {"features": round(features_s, 2), "protocol": round(time.perf_counter() - started_s, 2)}
+        records.append(_record(subject, suite, name, settings[name], outcome, seconds))
     say(f"{backbone.label}: done", len(suite.tasks), len(suite.tasks))
     return records
 
 
+def _open_data(backbone: Backbone, suite: SuiteConfig, look: Look) -> EvaluationData:
+    """The data as some of the tasks see them."""
+    video = dataclasses.replace(suite.video, views=look.views)
+    return open_evaluation_data(
+        backbone, train=suite.train, test=suite.test, resize_ratio=suite.resize_ratio, video=video
+    )
+
+
 def _record(
-    backbone: Backbone,
-    suite: SuiteConfig,
-    data: EvaluationData,
-    name: str,
-    settings: Any,
-    outcome: Outcome,
-    seconds: Mapping[str, float],
+    subject: Subject, suite: SuiteConfig, name: str, settings: Any, outcome: Outcome, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
     """One result, with everything that the figure depends on."""
+    backbone, data = subject.backbone, subject.data
+    frames = {} if backbone.sampling is None else {"frames": subject.frames}
     return {
         "protocol": suite.tasks[name].protocol,
         "task": name,
@@ -213,8 +199,8 @@ def _record(
         "train_fingerprint": data.train_fingerprint,
         "test_fingerprint": data.test_fingerprint,
         "view": {
-            "image_size": list(backbone.model.config.image_size),
-            "resize_ratio": data.resize_ratio,
+            **data.view,
+            **frames,
             "mean": list(backbone.mean),
             "std": list(backbone.std),
             "precision": suite.precision,

@@ -1,4 +1,4 @@
-"""A tiny real run, trained once for all tests of this folder, and the labelled pictures that it is evaluated on."""
+"""Tiny real runs, trained once for all tests of this folder, and the labelled samples that they are evaluated on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,28 @@ from data_pipes.pack import pack
 from pretrain.config import load_config
 from pretrain.train import train
 from tests.pretrain.evaluation.labelled_pictures import write_pictures
+from tests.pretrain.evaluation.labelled_videos import write_videos
 
 ENCODER = "{image_size: [16, 16], patch_size: [4, 4], in_channels: 1, width: 16, depth: 2, heads: 2}"
+
+VIDEO_RUN = """
+name: tiny
+device: cpu
+data: {video: {num_frames: 4, stride: 2}}
+objective:
+  name: video_mae
+  mask_ratio: 0.75
+  mean: [0.4, 0.4, 0.4]
+  std: [0.25, 0.25, 0.25]
+  model:
+    encoder: {num_frames: 4, image_size: [16, 16], patch_size: [8, 8], width: 16, depth: 2, heads: 2}
+    decoder_width: 16
+    decoder_depth: 1
+    decoder_heads: 2
+optim: {base_lr: null, lr: 1.0e-3, ema_decay: 0.5}
+train: {global_batch: 8, steps: 3, log_every: 1}
+tracking: {ship: false}
+"""
 
 
 @pytest.fixture(scope="session")
@@ -50,4 +70,24 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, pictures: Path, root: Path
     ]
     config = load_config(config_path, overrides)
     train(config, config_path=config_path, overrides=overrides)
+    return config.run_dir
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data sets train/ (24 videos) and val/ (16)."""
+    folder = tmp_path_factory.mktemp("videos")
+    write_videos(folder / "train", 12, seed=0)
+    write_videos(folder / "val", 8, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def video_run_dir(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Path:
+    """The folder of a run on clips, as `run_dir`."""
+    folder = tmp_path_factory.mktemp("video_runs")
+    (folder / "run.yaml").write_text(VIDEO_RUN)
+    overrides = [f"output_dir={folder}", f"data.train={videos / 'train'}"]
+    config = load_config(folder / "run.yaml", overrides)
+    train(config, config_path=folder / "run.yaml", overrides=overrides)
     return config.run_dir

@@ -123,5 +123,5 @@ def test_an_unlabelled_image_is_an_error() -> None:
             return self.images[index], -1
 
     accelerator = make_accelerator(cpu=True)
-    with pytest.raises(ValueError, match=r"3 of 3 evaluation images have no label"):
+    with pytest.raises(ValueError, match=r"3 of 3 evaluation samples have no label"):
         extract(seeded_model(), Unlabelled(3), accelerator, normalise=to_float, num_blocks=1, batch_size=2)
