@@ -35,7 +35,7 @@ class VideoOptions:
     """How videos are checked and re-encoded. One that is already as asked keeps its bytes, sound included."""
 
     short_side: int | None = None
-    # pixels, even; a video whose short side is longer is made smaller
+    # pixels; a video whose short side is longer is made smaller, to an even number of them (H.264 needs that)
     gop: int | None = None
     # frames from keyframe to keyframe; a video with longer groups is encoded again. None: kept, 32 where re-encoded
     fps: float | None = None
@@ -46,8 +46,8 @@ class VideoOptions:
     # of videos that keep their bytes. header: the packets are listed and the first frame decoded; decode: all frames
 
     def __post_init__(self) -> None:
-        if self.short_side is not None and (self.short_side < 2 or self.short_side % 2):
-            raise ValueError(f"short_side is {self.short_side}; expected an even number of pixels (H.264 needs that)")
+        if self.short_side is not None and self.short_side < 1:
+            raise ValueError(f"short_side is {self.short_side}; expected 1 or more pixels")
         if self.gop is not None and self.gop < 1:
             raise ValueError(f"gop is {self.gop}; expected 1 or more frames from keyframe to keyframe")
         if self.fps is not None and not 0 < self.fps < 1000:
@@ -128,7 +128,7 @@ def _kept_frames(video: Video, info: VideoInfo, options: VideoOptions) -> tuple[
 def _target_size(info: VideoInfo, options: VideoOptions) -> tuple[int, int]:
     """(height, width), even; upright."""
     short = min(info.height, info.width)
-    scale = min(1.0, (options.short_side or short) / short)
+    scale = min(1.0, (options.short_side or short) // 2 * 2 / short)
     height, width = (max(2, 2 * round(side * scale / 2)) for side in (info.height, info.width))
     return height, width
 

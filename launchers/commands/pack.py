@@ -160,7 +160,7 @@ def _print_result(console: Console, out: str, result: PackResult, seconds: float
         lines.append(f"continued: {result.num_resumed_shards:,} shards were finished before")
     if result.ignored:
         lines.append(
-            f"not packed, since they are no {result.media}, hidden, or not in the list of labels: "
+            f"not packed, since they are no {result.media}, or not in the list of labels: "
             f"{len(result.ignored):,} files, e.g. {result.ignored[0]}"
         )
     if result.skipped:

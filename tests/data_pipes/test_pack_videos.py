@@ -160,7 +160,7 @@ def test_frames_are_left_out_evenly_in_time() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: VideoOptions(short_side=33), "short_side is 33; expected an even number"),
+        (lambda: VideoOptions(short_side=0), "short_side is 0; expected 1 or more"),
         (lambda: VideoOptions(gop=0), "gop is 0"),
         (lambda: VideoOptions(fps=0.0), r"fps is 0\.0"),
         (lambda: VideoOptions(gop=8, crf=52), "crf is 52; expected 0"),
@@ -342,3 +342,8 @@ def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "left out: 2 files (missing: 1, video: 1)" in printed.err
     info = probe(samples(tmp_path / "out" / "train")[0]["mp4"])
     assert (info.height, info.width, info.fps, info.longest_gop <= 8) == (32, 42, 12.5, True)
+
+
+def test_an_odd_short_side_becomes_the_even_one_below() -> None:
+    with Video(prepare_video(encode(pictures(4)), VideoOptions(short_side=23))[0]) as video:
+        assert min(video.info().height, video.info().width) == 22

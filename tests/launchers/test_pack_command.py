@@ -54,7 +54,7 @@ def test_pack_and_index(source: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr()
     assert printed.out == ""
     assert f"{out}/train: {train.num_samples} samples in {len(train.shards)} shards" in printed.err
-    assert "not packed, since they are no pictures: 1 files, e.g. README" in printed.err
+    assert "not packed, since they are no pictures, or not in the list of labels: 1 files, e.g. README" in printed.err
 
     again = call(index_command, out / "train")
     assert again["fingerprint"] == train.fingerprint

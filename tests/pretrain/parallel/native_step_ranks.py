@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 def build() -> Any:
     net = Net()
-    return SimpleNamespace(players={"model": net}, blocks=lambda player: list(net.blocks))
+    return SimpleNamespace(backbone_player="model", players={"model": net}, blocks=lambda player: list(net.blocks))
 
 
 def initialize(objective: Any) -> None:
