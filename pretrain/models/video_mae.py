@@ -158,7 +158,7 @@ class VideoMAEDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         if self.is_mae_st:  # the encoder's class token stays behind; the decoder has its own
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = make_positions(encoder.family, encoder.grid_size, width)
+        self.positions = make_positions(encoder, width)
         self.blocks = transformer_blocks(width, config.decoder_depth, config.decoder_heads, encoder.mlp_ratio)
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.pred = nn.Linear(width, config.target_values)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pretrain.models.vit import sincos_position_embedding
+
 POSITION_STD = 0.02
 
 
@@ -33,8 +35,10 @@ class SinusoidPositions(nn.Module):
 class SeparablePositions(nn.Module):
     """MAE-ST's (arXiv 2205.09113): learned, one for the place plus one for the time, and one for the class token."""
 
-    def __init__(self, grid_size: tuple[int, int, int], width: int) -> None:
+    def __init__(self, grid_size: tuple[int, int, int], width: int, sincos: bool = False) -> None:
+        """sincos: start as fixed embeddings are, and learn from there; False: N(0, 0.02), as in the paper."""
         super().__init__()
+        self.sincos = grid_size[1:] if sincos else None
         self.spatial = nn.Parameter(torch.zeros(1, grid_size[1] * grid_size[2], width))
         self.temporal = nn.Parameter(torch.zeros(1, grid_size[0], width))
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
@@ -48,6 +52,9 @@ class SeparablePositions(nn.Module):
     def init_weights(self) -> None:
         for parameter in (self.spatial, self.temporal, self.cls):
             nn.init.normal_(parameter, std=POSITION_STD)
+        if self.sincos is not None:
+            self.spatial.copy_(sincos_position_embedding(self.sincos, self.spatial.shape[2])[:, 1:])
+            self.temporal.copy_(sinusoid_table(*self.temporal.shape[1:]))
 
 
 def sinusoid_table(num_tokens: int, width: int) -> Tensor:

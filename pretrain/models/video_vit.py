@@ -54,6 +54,9 @@ class VideoViTConfig:
     family: Family = "video_mae"
     """video_mae: a fixed sinusoid over all tokens, no class token. mae_st: learned positions, space plus time, and a
     class token."""
+    positions_start: Literal["normal", "sincos"] = "normal"
+    """What mae_st's positions start as: N(0, 0.02) as in the paper, or sines and cosines, with which short runs learn
+    sooner where to look."""
 
     def __post_init__(self) -> None:
         # A YAML file gives lists.
@@ -77,6 +80,8 @@ class VideoViTConfig:
         check_width("width", self.width, "heads", self.heads)
         if self.family not in ("video_mae", "mae_st"):
             raise ValueError(f"family is {self.family!r}; expected 'video_mae' or 'mae_st'.")
+        if self.positions_start == "sincos" and self.family != "mae_st":
+            raise ValueError("positions_start is sincos and family video_mae, whose positions are fixed. Leave it out.")
 
     @property
     def clip_size(self) -> tuple[int, int, int]:
@@ -132,7 +137,7 @@ class VideoViT(nn.Module):
         self.patch_embed = TubeletEmbed(config)
         if config.has_class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.positions = make_positions(config.family, config.grid_size, config.width)
+        self.positions = make_positions(config, config.width)
         self.blocks = transformer_blocks(config.width, config.depth, config.heads, config.mlp_ratio)
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.init_weights()
@@ -214,11 +219,13 @@ class TubeletEmbed(nn.Module):
         return tokens
 
 
-def make_positions(
-    family: Family, grid_size: tuple[int, int, int], width: int
-) -> SinusoidPositions | SeparablePositions:
-    """The family's position embedding, for an encoder or a decoder."""
-    return (SeparablePositions if family == "mae_st" else SinusoidPositions)(grid_size, width)
+def make_positions(encoder: VideoViTConfig, width: int) -> SinusoidPositions | SeparablePositions:
+    """The family's position embedding, for the encoder or for a decoder of another width. Raises ValueError."""
+    if encoder.family == "video_mae":
+        return SinusoidPositions(encoder.grid_size, width)
+    if encoder.positions_start == "sincos" and width % 4:
+        raise ValueError(f"positions_start is sincos and a width is {width}; expected a multiple of 4.")
+    return SeparablePositions(encoder.grid_size, width, encoder.positions_start == "sincos")
 
 
 def split_tubelets(clips: Tensor, token_size: tuple[int, int, int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from pretrain.export.video_names import to_mae_st
 from pretrain.losses.clips import channel_statistics, clip_loss, from_tubelets, predicted_frames, tubelets
 from pretrain.models.video_mae import DECODERS, VideoMAE, VideoMAEConfig, video_mae_config, video_mae_flops
 from pretrain.models.video_masking import ClipMask, dual_masks, running_cells, spacetime_masks, tube_masks
+from pretrain.models.video_positions import sinusoid_table
 from pretrain.models.video_vit import VideoViTConfig
+from pretrain.models.vit import sincos_position_embedding
 
 VIDEO_MAE = VideoMAEConfig(VideoViTConfig(6, (16, 24), 3, (8, 4), 2, 24, 2, 2), 16, 2, 2)
 MAE_ST = VideoMAEConfig(
@@ -384,3 +387,18 @@ def test_impossible_autoencoders_are_refused(fields: dict, message: str) -> None
 def test_unknown_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no 'mae_st' of size 'giant'; expected one of mae_st base/large/huge"):
         video_mae_config("mae_st", "giant")
+
+
+def test_learned_positions_may_start_as_sines_and_cosines() -> None:
+    encoder = replace(MAE_ST.encoder, positions_start="sincos")
+    model = VideoMAE(replace(MAE_ST, encoder=encoder))
+    for part, width in ((model.encoder, 24), (model.decoder, 16)):
+        _, rows, columns = encoder.grid_size
+        assert torch.equal(part.positions.spatial, sincos_position_embedding((rows, columns), width)[:, 1:])
+        assert torch.equal(part.positions.temporal, sinusoid_table(encoder.grid_size[0], width))
+        assert part.positions.spatial.requires_grad
+        assert part.positions.temporal.requires_grad
+    with pytest.raises(ValueError, match="whose positions are fixed"):
+        replace(VIDEO_MAE.encoder, positions_start="sincos")
+    with pytest.raises(ValueError, match="expected a multiple of 4"):
+        VideoMAE(replace(MAE_ST, encoder=replace(encoder, width=26)))
