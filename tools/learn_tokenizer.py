@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--later-steps", type=int, default=200, help="of phase 2, and of phase 3")
     parser.add_argument("--batch", type=int, default=16, help="photographs per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="of the first phase; the later ones have a quarter")
-    parser.add_argument("--gan-weight", type=float, default=0.05, help="of the generator's loss in phase 3")
+    parser.add_argument("--gan-weight", type=float, default=0.005, help="of the generator's loss in phase 3")
     parser.add_argument("--points", type=int, default=8, help="validations during a run")
     parser.add_argument("--seed", type=int, default=0, help="of weights and of the order of the data")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")

@@ -11,6 +11,9 @@ from pretrain.checkpoint_store import place_of
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pretrain.evaluation.backbone import Backbone
+    from pretrain.tokenizers import LoadedTokenizer
+
 TARGETS = ("timm", "transformers", "diffusers", "onnx")
 HELP = "export a model to another library, after reloading it there and comparing the results"
 EXAMPLES = """\
@@ -85,16 +88,7 @@ def _export_tokenizer(arguments: argparse.Namespace, console: Console) -> dict[s
         graphs = export_tokenizer_onnx(tokenizer, arguments.out, size=size)
         about = {"errors": dict(graphs.errors), "files": list(graphs.files)}
         hint = f'onnxruntime.InferenceSession("{arguments.out}/encoder.onnx")'
-    console.print(f"[bold]exported[/] {tokenizer.label} to {arguments.out}; relative errors: {_errors(about)}")
-    console.print(f"load it: {hint}", highlight=False)
-    return {
-        "out": str(arguments.out),
-        "to": arguments.to,
-        "weights": tokenizer.weights,
-        "step": tokenizer.step,
-        "model_digest": tokenizer.digest,
-        **about,
-    }
+    return _finish(tokenizer, about, hint, arguments, console)
 
 
 def _export_backbone(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
@@ -121,14 +115,25 @@ def _export_backbone(arguments: argparse.Namespace, console: Console) -> dict[st
         graphs = export_backbone_onnx(backbone, arguments.out)
         about = {"errors": dict(graphs.errors), "files": list(graphs.files)}
         hint = f'onnxruntime.InferenceSession("{arguments.out}/{graphs.files[0]}")'
-    console.print(f"[bold]exported[/] {backbone.label} to {arguments.out}; differences from ours: {_errors(about)}")
+    return _finish(backbone, about, hint, arguments, console)
+
+
+def _finish(
+    model: Backbone | LoadedTokenizer,
+    about: dict[str, object],
+    hint: str,
+    arguments: argparse.Namespace,
+    console: Console,
+) -> dict[str, object]:
+    """Says what was done, and how to load it; returns the summary."""
+    console.print(f"[bold]exported[/] {model.label} to {arguments.out}; differences from ours: {_errors(about)}")
     console.print(f"load it: {hint}", highlight=False)
     return {
         "out": str(arguments.out),
         "to": arguments.to,
-        "weights": backbone.weights,
-        "step": backbone.step,
-        "model_digest": backbone.digest,
+        "weights": model.weights,
+        "step": model.step,
+        "model_digest": model.digest,
         **about,
     }
 
