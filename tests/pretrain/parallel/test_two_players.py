@@ -67,12 +67,12 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
-def test_every_engine_plays_the_same_game_and_resumes_it_to_the_bit(tiny_dataset: Path, tmp_path: Path) -> None:
+def test_ddp_and_fsdp2_play_the_same_game_and_resume_it_to_the_bit(tiny_dataset: Path, tmp_path: Path) -> None:
     def run(name: str, *more: str) -> list[str]:
         return overrides_of(tiny_dataset, tmp_path, name, *more)
 
     run_here(run("single"))
-    engines = ("ddp", "fsdp2", "zero2")
+    engines = ("ddp", "fsdp2")
     run_several(2, [run(name, f"parallel.strategy={name}") for name in engines], tmp_path, config=CONFIG)
     wanted = losses(tmp_path / "single")
     assert list(wanted) == list(range(1, STEPS + 1))
@@ -110,7 +110,7 @@ def test_the_other_engines(tiny_dataset: Path, tmp_path: Path) -> None:
     run_here(overrides_of(tiny_dataset, tmp_path, "single"))
     hsdp = overrides_of(tiny_dataset, tmp_path, "hsdp", "parallel.strategy=hsdp", "parallel.shards=2")
     run_several(4, [hsdp], tmp_path, config=CONFIG)
-    zeros = ("zero1", "zero3")
+    zeros = ("zero1", "zero2", "zero3")
     runs = [overrides_of(tiny_dataset, tmp_path, name, f"parallel.strategy={name}") for name in zeros]
     run_several(2, runs, tmp_path, config=CONFIG)
     for name in ("hsdp", *zeros):
