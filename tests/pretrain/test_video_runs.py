@@ -72,12 +72,12 @@ def test_a_run_on_clips_resumes_to_the_bit(videos: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.distributed
-def test_clips_under_every_engine(videos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [("ddp", "fsdp2"), pytest.param(("zero2", "zero3"), marks=pytest.mark.slow)])
+def test_clips_under_every_engine(videos: Path, tmp_path: Path, names: tuple[str, ...]) -> None:
     """Batches are videos, so that a rank's share is whole videos with all their clips."""
     path = tmp_path / "run.yaml"
     path.write_text(RUN)
     run(videos, tmp_path, "single", "checkpoint.every_steps=null")
-    names = ("ddp", "fsdp2", "zero2")
     runs = [
         [
             f"data.train={videos}",

@@ -216,6 +216,7 @@ def test_the_probe_reads_labels_that_are_in_the_latents(pictures: Path) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_two_processes_count_every_picture_once(folders: dict[str, str], tmp_path: Path) -> None:
     """11 pictures on 2 processes, and 1 picture, of which one process sees none."""
     arguments = [folders["test"], folders["train"], str(tmp_path)]
