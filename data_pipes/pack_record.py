@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,18 +54,22 @@ def begin(root: Path, identity: dict[str, Any], probe: Callable[[], dict[str, fl
         record = {"state": "packing", "identity": identity, "shrink_factors": probe()}
         write_atomically(root / RECORD_NAME, json.dumps(record, indent=1).encode())
         return record
-    before = record["identity"]
-    changed = [
-        f"{name} was {before.get(name)!r}, is {identity.get(name)!r}"
-        for name in sorted(before.keys() | identity.keys())
-        if before.get(name) != identity.get(name)
-    ]
+    changed = what_changed(record["identity"], identity)
     if changed:
         raise ValueError(
             f"{root}: was begun with other options or another source ({'; '.join(changed)}); repeat the first "
             "command to continue it, or choose another folder"
         )
     return record
+
+
+def what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Each entry that differs, in words."""
+    return [
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
 
 
 def _read_record(root: Path) -> dict[str, Any] | None:

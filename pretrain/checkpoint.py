@@ -30,6 +30,7 @@ from torch import Tensor
 
 from pretrain.checkpoint_config import CheckpointConfig
 from pretrain.checkpoint_read import (
+    checkpoint_of,
     find_damage,
     folder_of_run,
     list_checkpoints,
@@ -52,6 +53,7 @@ __all__ = [
     "CheckpointError",
     "Checkpointer",
     "Place",
+    "checkpoint_of",
     "find_damage",
     "list_checkpoints",
     "load_run_config",

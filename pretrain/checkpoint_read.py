@@ -92,6 +92,13 @@ def newest_complete(run: Place | str) -> Place | None:
     return None
 
 
+def checkpoint_of(place: Place) -> Place | None:
+    """The checkpoint that a place is, or the newest complete one of the run that it is; None: it is neither."""
+    if isinstance(place, Path) and not place.is_dir():
+        return None
+    return place if "COMPLETE" in store_of(place).files(place) else newest_complete(place)
+
+
 def load_weights(checkpoint: Place | str, player: str, *, ema: bool = False) -> dict[str, Tensor]:
     """A player's full fp32 weights on the CPU, under canonical names; needs no process group. From an object store only
     these tensors are fetched.

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from pretrain.checkpoint import Place, find_damage, newest_complete
-from pretrain.checkpoint_store import RemoteFolder, place_of, store_of
+from pretrain.checkpoint import Place, checkpoint_of, find_damage
+from pretrain.checkpoint_store import RemoteFolder, place_of
 from pretrain.models.dc_ae import DCAE
 from pretrain.models.mae import MAE
 from pretrain.models.video_mae import VideoMAE
@@ -47,11 +47,7 @@ def checkpoint_at(where: str) -> Place | None:
         raise ValueError(
             f"objective.init_from is {where}, and nothing is there; give a run, a checkpoint or a weights file"
         )
-    if isinstance(place, Path) and place.is_file():
-        return None
-    checkpoint: Place | None = place
-    if "COMPLETE" not in store_of(place).files(place):
-        checkpoint = newest_complete(place)
+    checkpoint = checkpoint_of(place)
     if checkpoint is None:
         if isinstance(place, RemoteFolder) or (place / "run.json").is_file():
             raise ValueError(f"objective.init_from is {where}, which holds no complete checkpoint")

@@ -23,6 +23,7 @@ from typing import Any
 from data_pipes.files import write_atomically
 from data_pipes.index import index_shards
 from data_pipes.manifest import MANIFEST_NAME, Manifest
+from data_pipes.pack_record import what_changed
 from data_pipes.storage import StorageConfig
 from pretrain.latent_shards import LATENT_MEMBER, EncodeOptions, ShardEncoder, ShardNote
 from pretrain.parallel.dist import World
@@ -159,11 +160,7 @@ def _begin(plan: _Plan, identity: dict[str, Any]) -> list[int] | None:
         plan.work.mkdir(parents=True, exist_ok=True)
         write_atomically(plan.record, json.dumps(identity, indent=1).encode())
         return list(range(plan.num_shards))
-    changed = [
-        f"{name} was {before.get(name)!r}, is {identity.get(name)!r}"
-        for name in sorted(before.keys() | identity.keys())
-        if before.get(name) != identity.get(name)
-    ]
+    changed = what_changed(before, identity)
     if changed:
         raise ValueError(
             f"{plan.out}: was encoded with another model, other pictures or other options ({'; '.join(changed)}); "
@@ -214,7 +211,7 @@ def _finish(
         "member": LATENT_MEMBER,
         "tensors": ["latent", *(["mirrored"] if options.mirrored else [])],
         "channels": len(sums.total),
-        "factor": tokenizer.coder.config.factor,
+        "factor": tokenizer.model.config.factor,
         "model": {
             "label": tokenizer.label,
             "digest": tokenizer.digest,

@@ -8,7 +8,7 @@ Legend: B batch, C image channels, L latent channels, H/W pixels, h/w latent pix
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,10 +34,10 @@ class PictureCoder:
         """tile: pictures with a longer side go through the model in tiles of so many pixels, which overlap by a
         quarter; None: always whole. Raises ValueError for a tile that is no multiple of 4 times the model's factor.
         """
-        self.config = tokenizer.coder.config
+        self.config = tokenizer.model.config
         self.normalise = Normalise(tokenizer.mean, tokenizer.std)
         self.device, self.precision, self.tile = device, precision, tile
-        self._model: Any = tokenizer.model.eval().to(device)
+        self._model = tokenizer.model.eval().to(device)
         if tile is not None:
             if tile % 4:
                 raise ValueError(f"tile is {tile} pixels; expected a multiple of {4 * self.config.factor}")

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
 from pretrain.checkpoint import Place, find_damage, load_run_config, load_weights, read_complete
 from pretrain.checkpoint_store import RemoteFolder
-from pretrain.evaluation.backbone import Weights, find_checkpoint, weights_digest
+from pretrain.evaluation.backbone import Weights, find_checkpoint, run_of, weights_digest
+from pretrain.models.autoencoder import Autoencoder
 from pretrain.models.dc_ae import DCAE
 from pretrain.safe_dcp import tensor_shapes
 
@@ -31,42 +31,12 @@ FOLDER_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_mode
 """What a folder of diffusers' AutoencoderDC holds beside `config.json`; the second where the weights are in parts."""
 
 
-class TokenizerShape(Protocol):
-    """What is asked of a tokenizer's configuration."""
-
-    @property
-    def factor(self) -> int:
-        """Pixels of the image per pixel of the latent, in each direction."""
-
-    @property
-    def latent_channels(self) -> int:
-        """L"""
-
-    @property
-    def in_channels(self) -> int:
-        """C"""
-
-
-class TokenizerModel(Protocol):
-    """What is asked of a tokenizer: pretrain.models.dc_ae.DCAE has it."""
-
-    @property
-    def config(self) -> TokenizerShape:
-        """Its shape."""
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Normalised float [B, C, H, W] -> unscaled latents [B, L, ceil(H / factor), ceil(W / factor)]."""
-
-    def decode(self, latent: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Unscaled latents [B, L, h, w] -> normalised [B, C, h * factor, w * factor], cut to `size`."""
-
-
 @dataclass(frozen=True)
 class LoadedTokenizer:
     """A tokenizer and where it comes from."""
 
-    model: nn.Module
-    """a `TokenizerModel` on the CPU, fp32, in eval mode"""
+    model: Autoencoder
+    """on the CPU, fp32, in eval mode"""
     mean: tuple[float, ...]
     """per channel, on the scale where the stored range is [0, 1]"""
     std: tuple[float, ...]
@@ -93,18 +63,9 @@ class LoadedTokenizer:
     """the run's folder, when it names a checkpoint that lies elsewhere (`checkpoint.folder`)"""
 
     @property
-    def coder(self) -> TokenizerModel:
-        """The model, for type checkers that must know `encode` and `decode`."""
-        return cast(TokenizerModel, self.model)
-
-    @property
     def run_dir(self) -> Path | None:
         """The run's folder, when the checkpoint still lies in one or was found by one."""
-        if self.named_by is not None or isinstance(self.source, RemoteFolder):
-            return self.named_by
-        folder = self.source.parent if self.source.parent.name else self.source.resolve().parent
-        is_run = self.complete is not None and folder.name == "checkpoints" and (folder.parent / "run.json").is_file()
-        return folder.parent if is_run else None
+        return run_of(self.source, self.complete, self.named_by)
 
 
 def load_tokenizer(path: Place, *, ema: bool | None = None, verify: bool = False) -> LoadedTokenizer:
@@ -142,7 +103,7 @@ def is_tokenizer(path: Place) -> bool:
     if _is_folder(path):
         return True
     try:
-        return _codes(_build(load_run_config(find_checkpoint(path)))[1])
+        return isinstance(_build(load_run_config(find_checkpoint(path)))[1], Autoencoder)
     except ValueError:  # neither a run nor a checkpoint
         return False
 
@@ -161,17 +122,13 @@ def _build(config: RunConfig) -> tuple[Objective, Any]:
     return objective, objective.build_backbone()
 
 
-def _codes(model: Any) -> bool:
-    return hasattr(model, "encode") and hasattr(model, "decode")
-
-
 def _from_checkpoint(checkpoint: Place, *, ema: bool | None, verify: bool) -> LoadedTokenizer:
     damage = find_damage(checkpoint, hashes=verify)
     if damage is not None:
         raise ValueError(f"{checkpoint} is damaged ({damage}): use another checkpoint of the run")
     complete, config = read_complete(checkpoint), load_run_config(checkpoint)
     objective, model = _build(config)
-    if not _codes(model):
+    if not isinstance(model, Autoencoder):
         raise ValueError(
             f"{checkpoint} holds a {type(model).__name__} of objective {config.objective_name!r}, which is no "
             "tokenizer: expected a run whose model encodes and decodes images"

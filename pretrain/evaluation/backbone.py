@@ -79,11 +79,16 @@ class Backbone:
     @property
     def run_dir(self) -> Path | None:
         """The run's folder, when the checkpoint still lies in one or was found by one."""
-        if self.named_by is not None or isinstance(self.source, RemoteFolder):
-            return self.named_by
-        folder = self.source.parent if self.source.parent.name else self.source.resolve().parent
-        is_run = self.complete is not None and folder.name == "checkpoints" and (folder.parent / "run.json").is_file()
-        return folder.parent if is_run else None
+        return run_of(self.source, self.complete, self.named_by)
+
+
+def run_of(source: Place, complete: Mapping[str, Any] | None, named_by: Path | None) -> Path | None:
+    """The folder of the run that a model came from, by the fields that `Backbone` has; None: it is not known."""
+    if named_by is not None or isinstance(source, RemoteFolder):
+        return named_by
+    folder = source.parent if source.parent.name else source.resolve().parent
+    is_run = complete is not None and folder.name == "checkpoints" and (folder.parent / "run.json").is_file()
+    return folder.parent if is_run else None
 
 
 def load_backbone(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pretrain.evaluation.linear import LEARNING_RATES, LinearConfig
 from pretrain.evaluation.reconstruction_metrics import ReconstructionMeter
 from pretrain.latent_statistics import LatentSums, effective_rank
-from pretrain.tokenizers import TokenizerModel
+from pretrain.models.autoencoder import Autoencoder
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,11 @@ class LatentProbeConfig:
 class PooledLatents(nn.Module):
     """A tokenizer as `features.extract` sees a backbone: its pooled latent stands for the only block's class token."""
 
-    def __init__(self, model: nn.Module, grid: int) -> None:
+    def __init__(self, model: Autoencoder, grid: int) -> None:
         super().__init__()
         self.model, self.grid = model, grid
 
     def features(self, images: Tensor, num_blocks: int) -> list[tuple[Tensor, Tensor]]:
         """Normalised [B, C, H, W] -> [([B, L * G * G], [B, 1, L * G * G])]."""
-        coder: TokenizerModel = self.model  # type: ignore[assignment]
-        pooled = F.adaptive_avg_pool2d(coder.encode(images).float(), self.grid).flatten(1)
+        pooled = F.adaptive_avg_pool2d(self.model.encode(images).float(), self.grid).flatten(1)
         return [(pooled, pooled[:, None])]

@@ -59,7 +59,7 @@ def open_view(
     side = max(size) if short_side is None else short_side
     loading = DataConfig() if run is None else run.data
     transform = EvalTransform((size[0], size[1]), side)
-    opened = _open(folder, transform, tokenizer.coder.config.in_channels, loading)
+    opened = _open(folder, transform, tokenizer.model.config.in_channels, loading)
     trained_on = None if run is None or run.data.train is None else str(run.data.train)
     return TokenizerView(opened, transform, side, loading, train or trained_on)
 

@@ -178,7 +178,7 @@ def evaluate_tokenizer(
 def _make_meter(
     settings: Any, tokenizer: LoadedTokenizer, suite: TokenizerSuiteConfig, view: TokenizerView, device: torch.device
 ) -> ReconstructionMeter:
-    size, channels = view.transform.size, tokenizer.coder.config.in_channels
+    size, channels = view.transform.size, tokenizer.model.config.in_channels
     show = _rgb(suite.channels, channels)
     if isinstance(settings, SSIMConfig):
         return make_ssim(size)
@@ -187,7 +187,7 @@ def _make_meter(
     if isinstance(settings, RFIDConfig):
         return FrechetMeter(load_inception(settings), show, device)
     if isinstance(settings, LatentStatisticsConfig):
-        return LatentMeter(settings, tokenizer.coder.config.latent_channels, device)
+        return LatentMeter(settings, tokenizer.model.config.latent_channels, device)
     assert isinstance(settings, PSNRConfig)
     return make_psnr()
 

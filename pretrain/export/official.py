@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import Place, find_damage, load_weights, newest_complete
+from pretrain.checkpoint import Place, checkpoint_of, find_damage, load_weights
 from pretrain.models.mae import MAE
 from pretrain.models.vit import VIT_SIZES, ViT, ViTConfig, sincos_position_embedding, vit_config
 
@@ -125,7 +125,7 @@ def read_canonical(path: Path) -> dict[str, Tensor]:
 
 def checkpoint_in(path: Path) -> Place:
     """The checkpoint folder that `path` is, or the newest complete one of the run folder that it is."""
-    checkpoint: Place | None = path if (path / "COMPLETE").is_file() else newest_complete(path)
+    checkpoint = checkpoint_of(path)
     if checkpoint is None:
         raise WeightsError(
             f"{path} holds neither a complete checkpoint nor {EXPORT_WEIGHTS}: give a checkpoint (step-...), a run "

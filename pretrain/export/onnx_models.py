@@ -45,7 +45,7 @@ def export_tokenizer_onnx(
 
     Raises as `export_onnx`, and ValueError for a size that is no multiple of the factor.
     """
-    config = tokenizer.coder.config
+    config = tokenizer.model.config
     factor, channels = config.factor, config.in_channels
     if size is not None and (min(size) < factor or size[0] % factor or size[1] % factor):
         raise ValueError(f"size is {list(size)}; expected height and width that are multiples of {factor}")
@@ -162,7 +162,7 @@ def _size(backbone: Backbone) -> tuple[int, ...]:
 
 
 def _tokenizer_summary(tokenizer: LoadedTokenizer, size: tuple[int, int] | None) -> str:
-    config = tokenizer.coder.config
+    config = tokenizer.model.config
     sides = f"multiples of {config.factor}" if size is None else f"{size[0]} and {size[1]}"
     return (
         f"The encoder and the decoder of an image tokenizer ({type(tokenizer.model).__name__}) as ONNX graphs (opset "

@@ -44,6 +44,7 @@ class NativeStrategy(Strategy):
         self.kind = _resolve_kind(config, world)
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
         self.compile = config.compile == "blocks" or (config.compile == "auto" and world.device.type == "cuda")
+        self.settings: dict[str, OptimConfig] = {}
         self.optimizers: dict[str, AdamW] = {}
         self.live: dict[str, Tensors] = {}
         self.averages: dict[str, Tensors] = {}
@@ -70,7 +71,7 @@ class NativeStrategy(Strategy):
                 self.objective.players[player] = self._replicate(module)
         for player in self.objective.players:
             module = self._unwrapped(player)
-            optim = self.optim.of(player)
+            optim = self.settings[player] = self.optim.of(player)
             optimizer = build_adamw(module.named_parameters(), optim)
             start_adamw(optimizer, (one for group in optimizer.param_groups for one in group["params"]))
             self.optimizers[player] = optimizer
@@ -140,7 +141,7 @@ class NativeStrategy(Strategy):
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        clip_norm = self.optim.of(player).clip_norm
+        clip_norm = self.settings[player].clip_norm
         if clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
         for group in optimizer.param_groups:
@@ -155,7 +156,7 @@ class NativeStrategy(Strategy):
     def _update_average(self, player: str) -> None:
         if player not in self.averages:
             return
-        decay = self.optim.of(player).ema_decay
+        decay = self.settings[player].ema_decay
         assert decay is not None
         live, averages = self.live[player], self.averages[player]
         names = [name for name, tensor in live.items() if tensor.is_floating_point()]

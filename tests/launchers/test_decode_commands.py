@@ -52,7 +52,7 @@ def by_hand(tokenizer: LoadedTokenizer, pixels: np.ndarray) -> np.ndarray:
     mean, std = np.asarray(tokenizer.mean), np.asarray(tokenizer.std)
     normalised = torch.from_numpy((pixels / 255 - mean) / std).permute(2, 0, 1).float()[None]
     with torch.no_grad():
-        decoded = tokenizer.coder.decode(tokenizer.coder.encode(normalised), (pixels.shape[0], pixels.shape[1]))
+        decoded = tokenizer.model.decode(tokenizer.model.encode(normalised), (pixels.shape[0], pixels.shape[1]))
     values = decoded[0].permute(1, 2, 0).double().numpy() * std + mean
     return np.rint(np.clip(values * 255, 0, 255)).astype(np.uint8)
 
@@ -106,7 +106,7 @@ def test_a_file_of_scaled_latents(run_dir: Path, tokenizer: LoadedTokenizer, tmp
     folder = tmp_path / "out" / "samples"
     assert sorted(path.name for path in folder.iterdir()) == ["batch-00000.png", "batch-00001.png", "one.png"]
     with torch.no_grad():
-        decoded = tokenizer.coder.decode(drawn)[1].permute(1, 2, 0).double().numpy()
+        decoded = tokenizer.model.decode(drawn)[1].permute(1, 2, 0).double().numpy()
     values = np.rint(np.clip((decoded * tokenizer.std + tokenizer.mean) * 255, 0, 255)).astype(np.uint8)
     assert_close(read(folder / "one.png"), values)
     assert_close(read(folder / "batch-00001.png"), values)

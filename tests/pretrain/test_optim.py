@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.optim import OptimConfig, build_adamw, parameter_groups, scheduled_lr, update_ema
+from pretrain.optim import LearningRate, OptimConfig, build_adamw, parameter_groups, scheduled_lr, update_ema
 
 
 def _mae_reference(epoch: float, lr: float, min_lr: float, warmup: float, epochs: float) -> float:
@@ -80,3 +80,21 @@ def test_ema_against_the_recurrence() -> None:
         update_ema([average], [weight], 0.9)
         want = 0.9 * want + 0.1 * weight
     torch.testing.assert_close(average, want)
+
+
+def test_a_player_has_its_own_settings_where_they_are_given() -> None:
+    players = {"discriminator": {"lr": 1e-4, "betas": [0.5, 0.9], "warmup_steps": 3, "ema_decay": None}}
+    optim = OptimConfig(base_lr=1.5e-4, warmup_epochs=2.0, weight_decay=0.1, ema_decay=0.99, players=players)
+    own = optim.of("discriminator")
+    assert own == OptimConfig(base_lr=None, lr=1e-4, betas=(0.5, 0.9), weight_decay=0.1, warmup_steps=3)
+    assert optim.of("autoencoder") == OptimConfig(base_lr=1.5e-4, warmup_epochs=2.0, weight_decay=0.1, ema_decay=0.99)
+    with pytest.raises(ValueError, match=r"optim\.players\.discriminator has the key 'rate'; known keys: base_lr, lr"):
+        OptimConfig(players={"discriminator": {"rate": 1.0}})
+
+
+def test_a_learning_rate_counts_samples() -> None:
+    rate = LearningRate(OptimConfig(base_lr=None, lr=1.0, warmup_epochs=2), 8, samples_per_epoch=20, total=120)
+    assert [rate.at(position) for position in (0, 20, 40)] == [0.0, 0.5, 1.0]
+    assert rate.at(80) == pytest.approx(0.5)
+    steps = LearningRate(OptimConfig(base_lr=None, lr=1.0, warmup_steps=5), 8, samples_per_epoch=0, total=120)
+    assert steps.at(20) == 0.5

@@ -50,7 +50,7 @@ def test_a_run_gives_the_moving_average_of_its_newest_checkpoint(run_dir: Path) 
 
 
 def test_a_loaded_tokenizer_encodes_and_decodes(run_dir: Path) -> None:
-    tokenizer = load_tokenizer(run_dir / "checkpoints" / "step-00000002", verify=True).coder
+    tokenizer = load_tokenizer(run_dir / "checkpoints" / "step-00000002", verify=True).model
     images = torch.randn(2, 3, 14, 18)
     with torch.no_grad():
         latents = tokenizer.encode(images)
@@ -93,7 +93,7 @@ def test_a_folder_in_diffusers_layout(tmp_path: Path) -> None:
     loaded = load_tokenizer(tmp_path)
     images = torch.randn(1, 3, 16, 24)
     with torch.no_grad():
-        assert torch.equal(loaded.coder.encode(images), model.encode(images))
+        assert torch.equal(loaded.model.encode(images), model.encode(images))
     assert (loaded.mean, loaded.std, loaded.scaling_factor) == ((0.5,) * 3, (0.5,) * 3, 0.41)
     assert (loaded.weights, loaded.step, loaded.run_dir, loaded.image_size) == ("imported", None, None, None)
     assert loaded.digest == random_tokenizer().digest

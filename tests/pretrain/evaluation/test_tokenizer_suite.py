@@ -53,8 +53,8 @@ def pairs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         whole = torch.from_numpy(photo(number, *SIZES[number % 2])).permute(2, 0, 1)
         picture = EvalTransform(CROP, 36)(whole).numpy()
         with torch.no_grad():
-            latent = tokenizer.coder.encode(torch.from_numpy((picture / 255 - mean) / std).float()[None])
-            decoded = tokenizer.coder.decode(latent, CROP)[0].numpy()
+            latent = tokenizer.model.encode(torch.from_numpy((picture / 255 - mean) / std).float()[None])
+            decoded = tokenizer.model.decode(latent, CROP)[0].numpy()
         pictures.append(picture)
         reconstructions.append(np.rint(np.clip((decoded * std + mean) * 255, 0, 255)).astype(np.uint8))
         latents.append(latent[0].numpy())
@@ -177,7 +177,7 @@ class Chosen(nn.Module):
 
     def __init__(self, change: Callable[[Tensor], Tensor], channels: int = 3) -> None:
         super().__init__()
-        self.config = random_tokenizer(channels).coder.config
+        self.config = random_tokenizer(channels).model.config
         self.change = change
 
     def encode(self, images: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ def test_diffusers_computes_our_latents_and_reconstructions(tmp_path: Path, kind
     images = torch.randn(2, KINDS[kind].in_channels, 24, 40)
     with torch.no_grad():
         latent = theirs.encode(images).latent
-        torch.testing.assert_close(latent, tokenizer.coder.encode(images), atol=1e-5, rtol=1e-4)
-        expected = tokenizer.coder.decode(latent)
+        torch.testing.assert_close(latent, tokenizer.model.encode(images), atol=1e-5, rtol=1e-4)
+        expected = tokenizer.model.decode(latent)
         torch.testing.assert_close(theirs.decode(latent).sample, expected, atol=1e-5, rtol=1e-4)
     assert theirs.config.scaling_factor == 0.4
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]  # no temporary folder stays
@@ -80,9 +80,9 @@ def test_the_card_has_the_measured_errors_and_its_snippet_runs(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"images": torch.randn(1, 3, 16, 16)}
     exec(card.split("```python\n")[1].split("```")[0], names)
-    latent = tokenizer.coder.encode(names["images"])
+    latent = tokenizer.model.encode(names["images"])
     assert torch.allclose(names["latents"], 0.5 * latent, atol=1e-5)
-    assert torch.allclose(names["reconstructions"], tokenizer.coder.decode(latent), atol=1e-5)
+    assert torch.allclose(names["reconstructions"], tokenizer.model.decode(latent), atol=1e-5)
 
 
 def test_the_pictures_of_the_comparison_see_both_forms_of_attention() -> None:

@@ -143,8 +143,8 @@ def test_tokenizers_encode_and_decode_any_batch_and_size(
     pixels = torch.randint(0, 256, (batch, 3, height, width), generator=torch.Generator().manual_seed(1)) / 255.0
     mean, std = torch.tensor(tokenizer.mean)[:, None, None], torch.tensor(tokenizer.std)[:, None, None]
     with torch.no_grad():
-        expected = tokenizer.coder.encode((pixels - mean) / std)
-        expected_pixels = tokenizer.coder.decode(expected) * std + mean
+        expected = tokenizer.model.encode((pixels - mean) / std)
+        expected_pixels = tokenizer.model.decode(expected) * std + mean
     (latent,) = run(exported.folder / "encoder.onnx", images=pixels)
     assert latent.shape == (batch, 8, height // 2, width // 2)
     torch.testing.assert_close(latent, expected, atol=1e-5, rtol=1e-4)

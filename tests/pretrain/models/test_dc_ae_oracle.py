@@ -17,35 +17,23 @@ from pretrain.export.dc_ae_names import (
 )
 from pretrain.models.dc_ae import DCAE
 from pretrain.models.dc_ae_config import DCAE_PRESETS, DCAEConfig, dc_ae_config
+from tests.pretrain.tiny_dc_ae import tiny
 
 diffusers = pytest.importorskip("diffusers", minversion="0.32")
 
 TOLERANCE = 1e-5
 
 
-def small(**changes: object) -> DCAEConfig:
-    """One block per stage, three stages, 64 channels at the bottom."""
-    fields: dict[str, object] = {
-        "latent_channels": 8,
-        "widths": (16, 32, 64),
-        "encoder_depths": (1, 1, 2),
-        "decoder_depths": (1, 2, 1),
-        "blocks": ("res", "res", "res"),
-        "decoder_norms": ("rms", "rms", "rms"),
-    }
-    return DCAEConfig(**{**fields, **changes})
-
-
 SMALL = {
-    "residual": small(),
-    "batch-norm": small(decoder_norms=("batch", "batch", "batch")),
-    "attention": small(blocks=("res", "attention", "attention")),
-    "multiscale": small(blocks=("res", "multiscale", "multiscale")),
-    "no-first-stage": small(encoder_depths=(0, 1, 1), decoder_depths=(0, 1, 1)),
-    "interpolate": small(resampling="interpolate"),
-    "interpolate-no-first-stage": small(resampling="interpolate", encoder_depths=(0, 1, 1), decoder_depths=(0, 1, 1)),
-    "no-latent-shortcuts": small(latent_shortcuts=False, output_act="silu"),
-    "five-channels": small(in_channels=5),
+    "residual": tiny(),
+    "batch-norm": tiny(decoder_norms=("batch", "batch", "batch")),
+    "attention": tiny(blocks=("res", "attention", "attention")),
+    "multiscale": tiny(blocks=("res", "multiscale", "multiscale")),
+    "no-first-stage": tiny(encoder_depths=(0, 1, 1), decoder_depths=(0, 1, 1)),
+    "interpolate": tiny(resampling="interpolate"),
+    "interpolate-no-first-stage": tiny(resampling="interpolate", encoder_depths=(0, 1, 1), decoder_depths=(0, 1, 1)),
+    "no-latent-shortcuts": tiny(latent_shortcuts=False, output_act="silu"),
+    "five-channels": tiny(in_channels=5),
     "tiny": dc_ae_config("tiny"),
 }
 PUBLISHED = ("f32c32", "f64c128", "f128c512", "f32c32-sana", "1.5-f32c128", "1.5-f64c128")
