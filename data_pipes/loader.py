@@ -12,97 +12,27 @@ device and normalises there. Why it exists: the trainer's data state is one inte
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from data_pipes.collection import Collection
-from data_pipes.config import DataConfig, open_collection, open_dataset
-from data_pipes.dataset import Batch, Request, SampleDataset
-from data_pipes.hashing import Int64s
-from data_pipes.mixture import MixtureOrder
-from data_pipes.prefetch import Prefetcher
-from data_pipes.quarantine import BadDataError, BadSample, Quarantine
-from data_pipes.tally import Tally
-from data_pipes.unindexed import UnindexedLoader, open_unindexed
-from data_pipes.workers import make_workers
-
-__all__ = [
-    "BadDataError",
-    "BadSample",
-    "Batch",
-    "BatchPlan",
-    "DataConfig",
-    "Loader",
-    "SampleDataset",
-    "open_collection",
-    "open_dataset",
-    "open_loader",
-]
-
+from data_pipes.batch import Batch, BatchPlan
+from data_pipes.config import DataConfig
+from data_pipes.loading.dataset import Request, SampleDataset
+from data_pipes.loading.prefetch import Prefetcher
+from data_pipes.loading.quarantine import Quarantine
+from data_pipes.loading.unindexed_loader import UnindexedLoader
+from data_pipes.loading.workers import make_workers
+from data_pipes.open import open_dataset, open_unindexed
+from data_pipes.order.mixture import MixtureOrder
+from data_pipes.shards.collection import Collection
+from data_pipes.store.counters import Tally
 
 _LOCATED_TOGETHER = 256
 # positions: alone, one takes 25 us, among so many 2
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """How the samples of an optimizer step are divided."""
-
-    global_batch: int
-    # samples per optimizer step, over all ranks and micro-batches
-    micro_batch: int
-    # samples per rank and forward pass
-    rank: int = 0
-    world_size: int = 1
-    ranks_per_node: int = 1
-    # which share a cache
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank {self.rank} of {self.world_size} ranks; expected 0 <= rank < world size")
-        if self.global_batch < 1 or self.micro_batch < 1:
-            raise ValueError(
-                f"global_batch is {self.global_batch} and micro_batch {self.micro_batch}; expected 1 or more of each"
-            )
-        per_pass = self.world_size * self.micro_batch
-        if self.global_batch % per_pass:
-            below = self.global_batch // per_pass * per_pass
-            raise ValueError(
-                f"global_batch {self.global_batch} is not a multiple of ranks x micro_batch = {self.world_size} x "
-                f"{self.micro_batch} = {per_pass}; the nearest that are: {f'{below} and ' if below else ''}"
-                f"{below + per_pass}"
-            )
-
-    @property
-    def accumulate(self) -> int:
-        """Micro-batches per rank and optimizer step."""
-        return self.global_batch // (self.world_size * self.micro_batch)
-
-    def micro_batch_starts(self, position: int) -> Iterator[int]:
-        """First position of each micro-batch of this rank, endless, from the step that begins at `position`."""
-        while True:
-            first = position + self.rank * (self.global_batch // self.world_size)
-            for number in range(self.accumulate):
-                yield first + number * self.micro_batch
-            position += self.global_batch
-
-    def micro_batches(self, position: int) -> Iterator[Int64s]:
-        """The positions of each micro-batch of this rank, as `micro_batch_starts`."""
-        for first in self.micro_batch_starts(position):
-            yield np.arange(first, first + self.micro_batch, dtype=np.int64)
-
-    def on_this_node(self, positions: Int64s, start: int) -> NDArray[np.bool_]:
-        """Which positions this rank's node will consume, of a run that goes on at `start`."""
-        rank = (positions - start) % self.global_batch // (self.global_batch // self.world_size)
-        ours: NDArray[np.bool_] = rank // self.ranks_per_node == self.rank // self.ranks_per_node
-        return ours & (positions >= start)
 
 
 class Loader:

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains, or plans with --dry-run; returns the summary. Raises ValueError for the user's mistakes."""
     from pretrain.config import load_config
-    from pretrain.dry_run import dry_run
+    from pretrain.memory.dry_run import dry_run
     from pretrain.pipeline import dry_run_pipeline, is_pipeline, run_pipeline
     from pretrain.train import train
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif arguments.dry_run:
         from rich.console import Console
 
-        from pretrain.dry_run import table
+        from pretrain.memory.dry_run import table
 
         for phase in summary.get("phases", [summary]):
             Console().print(table(phase))

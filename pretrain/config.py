@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,15 +17,16 @@ from typing import Any, TypeVar
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from data_pipes.loader import DataConfig
-from pretrain.checkpoint import CheckpointConfig
-from pretrain.guard import GuardConfig
+from data_pipes.config import DataConfig
+from pretrain.checkpoint.config import CheckpointConfig
+from pretrain.checkpoint.store import Place, place_of, store_of
+from pretrain.guard.guard import GuardConfig
 from pretrain.objectives.base import Objective
 from pretrain.objectives.table import OBJECTIVES
 from pretrain.optim import OptimConfig
-from pretrain.parallel.strategy import ParallelConfig
-from pretrain.tracking import TrackingConfig
-from pretrain.watchdog_config import WatchdogConfig
+from pretrain.parallel.config import ParallelConfig
+from pretrain.tracking.tracker import TrackingConfig
+from pretrain.watchdog.config import WatchdogConfig
 
 T = TypeVar("T")
 
@@ -205,3 +207,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
     return value
+
+
+def load_run_config(where: Place | str) -> RunConfig:
+    """The resolved configuration of a checkpoint or run folder."""
+    from pretrain.config import load_config
+
+    place = place_of(where)
+    if isinstance(place, Path):
+        return load_config(place / "config.yaml")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "config.yaml"
+        copy.write_bytes(store_of(place).read(place, "config.yaml"))
+        return load_config(copy)

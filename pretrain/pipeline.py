@@ -18,13 +18,13 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from pretrain.checkpoint import newest_complete
-from pretrain.checkpoint_store import store_of
+from pretrain.checkpoint.read import newest_complete
+from pretrain.checkpoint.store import store_of
 from pretrain.config import ConfigError, RunConfig, load_config, load_typed
-from pretrain.dry_run import dry_run
-from pretrain.guard import SkippedSamples
-from pretrain.parallel import dist
+from pretrain.memory.dry_run import dry_run
+from pretrain.parallel.world import Launch, World, join_world, leave_world
 from pretrain.preflight import check, steps_left, total_samples
+from pretrain.run_state import SkippedSamples
 from pretrain.train import train
 
 
@@ -80,21 +80,21 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> list[Phase]:
     return phases
 
 
-def run_pipeline(path: Path, overrides: Sequence[str] = (), world: dist.World | None = None) -> dict[str, Any]:
+def run_pipeline(path: Path, overrides: Sequence[str] = (), world: World | None = None) -> dict[str, Any]:
     """Runs all phases on this process, or on those that torchrun started, until the end or a stop signal.
 
     Everything that can be wrong with any phase is looked at before the first begins. Returns the last phase's summary
     with all of them under `phases`. Raises ValueError (ConfigError, ShardError, CheckpointError).
     """
     phases = load_pipeline(path, overrides)
-    launch = dist.Launch.from_environment()
+    launch = Launch.from_environment()
     finished = []
     for phase in phases:
         _, data = check(without_start(phase.config), launch)
         finished.append(is_finished(phase.config, data.num_samples))
     finished[-1] = False  # so that there is a summary to return
     first = phases[0].config
-    joined = world or dist.start(first.device, first.parallel.timeout_s)
+    joined = world or join_world(first.device, first.parallel.timeout_s)
     summaries: list[dict[str, Any]] = []
     for phase, is_done in zip(phases, finished, strict=True):
         if is_done:
@@ -105,7 +105,7 @@ def run_pipeline(path: Path, overrides: Sequence[str] = (), world: dist.World | 
         if summary["status"] != "finished":
             break
     if world is None:
-        dist.stop()
+        leave_world()
     return summaries[-1] | {"phases": summaries}
 
 

@@ -10,17 +10,19 @@ from dataclasses import dataclass
 
 import torch
 
-from data_pipes.collection import Collection
-from data_pipes.loader import BatchPlan, DataConfig, open_collection
-from data_pipes.manifest import Manifest
-from data_pipes.storage import Storage
-from pretrain.checkpoint import newest_complete
+from data_pipes.batch import BatchPlan
+from data_pipes.config import DataConfig
+from data_pipes.open import open_collection
+from data_pipes.shards.collection import Collection
+from data_pipes.shards.manifest import Manifest
+from data_pipes.store.storage import Storage
+from pretrain.checkpoint.read import newest_complete
 from pretrain.config import ConfigError, RunConfig, TrainConfig
-from pretrain.guard import SkippedSamples
-from pretrain.initial import checkpoint_at
 from pretrain.parallel.batches import fit_micro_batch
 from pretrain.parallel.choose import check_strategy
-from pretrain.parallel.dist import Launch, pick_device
+from pretrain.parallel.world import Launch, pick_device
+from pretrain.run_state import SkippedSamples
+from pretrain.weights.starting import checkpoint_at
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from data_pipes.files import write_atomically
-from pretrain.checkpoint import Place, list_checkpoints
-from pretrain.checkpoint_read import folder_of_run, list_folder
-from pretrain.checkpoint_store import store_of
+from data_pipes.store.files import write_atomically
+from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.read import folder_of_run, list_checkpoints, list_folder
+from pretrain.checkpoint.store import Place, store_of
 from pretrain.config import ConfigError, RunConfig
-from pretrain.environment import environment, redact_argument
-from pretrain.journal import now_ms
-from pretrain.safe_dcp import CheckpointError
+from pretrain.tracking.environment import environment, redact_argument
+from pretrain.tracking.journal import now_ms
 
 
 def open_run_folder(

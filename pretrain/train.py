@@ -15,46 +15,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipes.loader import Batch, BatchPlan, Loader, open_loader
-from pretrain.checkpoint import Checkpointer, Place, rng_state, set_rng_state
+from data_pipes.batch import Batch, BatchPlan
+from data_pipes.loader import Loader, open_loader
+from pretrain.checkpoint.checkpointer import Checkpointer, rng_state, set_rng_state
+from pretrain.checkpoint.store import Place
 from pretrain.config import RunConfig
-from pretrain.data_metrics import DataMeter
 from pretrain.garbage import ScheduledGC
-from pretrain.guard import Guard, Rollback, SkippedSamples
-from pretrain.initial import initialize
-from pretrain.metrics import Interval, peak_flops
+from pretrain.guard.evidence import Evidence
+from pretrain.guard.guard import Guard, Rollback
+from pretrain.guard.settle import Sentinel, are_finite
+from pretrain.metrics import DataMeter, Interval, peak_flops
 from pretrain.objectives.base import Objective, Turn
 from pretrain.optim import LearningRate
-from pretrain.parallel import dist
 from pretrain.parallel.choose import make_strategy
 from pretrain.parallel.strategy import Strategy
+from pretrain.parallel.world import Launch, World, change_timeout, join_world, leave_world
 from pretrain.preflight import TrainingData, check, steps_left, total_samples
 from pretrain.progress import ProgressLine
 from pretrain.run_folder import open_run_folder
-from pretrain.sentinel import Evidence, Sentinel, are_finite
+from pretrain.run_state import SkippedSamples
 from pretrain.signals import StopRequest
-from pretrain.tracking import Tracker
+from pretrain.tracking.tracker import Tracker
 from pretrain.validation import Validator, open_samples
-from pretrain.watchdog import Watchdog
+from pretrain.watchdog.watchdog import Watchdog
+from pretrain.weights.starting import initialize
 
 
 def train(
-    config: RunConfig, *, config_path: Path, overrides: Sequence[str] = (), world: dist.World | None = None
+    config: RunConfig, *, config_path: Path, overrides: Sequence[str] = (), world: World | None = None
 ) -> dict[str, Any]:
     """Runs `config` on this process, or on those that torchrun started, to its end or to a stop signal.
 
     Continues from the run's newest complete checkpoint where there is one. Returns a summary (rank 0's is complete).
-    world: for several runs one after the other, from `dist.start`, because a process group cannot be left and joined
+    world: for several runs one after the other, from `join_world`, because a process group cannot be left and joined
     again safely; without it the processes join here and leave at the end.
     Raises ValueError (ConfigError, ShardError, CheckpointError) for the user's mistakes.
     """
     with StopRequest() as stop:
-        plan, data = check(config, dist.Launch.from_environment())
-        joined = world or dist.start(config.device, config.parallel.timeout_s)
+        plan, data = check(config, Launch.from_environment())
+        joined = world or join_world(config.device, config.parallel.timeout_s)
         with Watchdog(config.run_dir, joined, config.watchdog, stop) as watchdog:
             summary = _train(config, plan, data, joined, stop, watchdog, config_path, overrides)
             if world is None:
-                dist.stop()
+                leave_world()
     return summary
 
 
@@ -88,7 +91,7 @@ def _train(
     config: RunConfig,
     plan: BatchPlan,
     data: TrainingData,
-    world: dist.World,
+    world: World,
     stop: StopRequest,
     watchdog: Watchdog,
     config_path: Path,
@@ -261,7 +264,7 @@ def _train(
                 watchdog.beat("step", step)
                 interval.num_micro_batches += 1
             if step == first_step:
-                dist.change_timeout(world, config.watchdog.longest_later_s + 60)
+                change_timeout(world, config.watchdog.longest_later_s + 60)
             step += 1
             collector.after_step(step)
             sentinel.add(step, position, losses, list(grad_norms.values()))

@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_pipes.image import EvalTransform
-from data_pipes.loader import Batch, DataConfig
-from data_pipes.manifest import Manifest
-from data_pipes.sequential import SequentialImages
-from data_pipes.sequential_clips import SequentialClips
+from data_pipes.batch import Batch
+from data_pipes.config import DataConfig
+from data_pipes.sequential.clips import SequentialClips
+from data_pipes.sequential.pictures import SequentialImages
+from data_pipes.shards.manifest import Manifest
+from data_pipes.transforms.image import EvalTransform
 from pretrain.objectives.base import Objective
-from pretrain.parallel.dist import World
 from pretrain.parallel.strategy import Strategy
-from pretrain.pictures import save_films, save_pictures
+from pretrain.parallel.world import World
+from pretrain.report.picture_strips import save_films, save_pictures
 
 
 def open_samples(config: DataConfig, manifest: Manifest, objective: Objective) -> SequentialImages | SequentialClips:

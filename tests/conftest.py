@@ -12,7 +12,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from data_pipes.index import index_shards
+from data_pipes.index.index import index_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,10 +12,20 @@ MODULES = sorted(path for package in ("pretrain", "data_pipes", "launchers") for
 FORBIDDEN = {
     "data_pipes": ("pretrain", "launchers"),
     "pretrain": ("launchers",),
-    "pretrain/models": ("pretrain.parallel", "pretrain.objectives", "pretrain.train", "pretrain.checkpoint"),
+    "pretrain/models": (
+        "pretrain.parallel",
+        "pretrain.objectives",
+        "pretrain.train",
+        "pretrain.checkpoint.checkpointer",
+    ),
     "pretrain/losses": ("pretrain.models", "pretrain.objectives", "pretrain.parallel", "pretrain.train"),
-    "pretrain/objectives": ("pretrain.parallel", "pretrain.train", "pretrain.checkpoint", "pretrain.tracking"),
-    "pretrain/parallel": ("pretrain.train", "pretrain.checkpoint", "pretrain.tracking"),
+    "pretrain/objectives": (
+        "pretrain.parallel",
+        "pretrain.train",
+        "pretrain.checkpoint.checkpointer",
+        "pretrain.tracking.tracker",
+    ),
+    "pretrain/parallel": ("pretrain.train", "pretrain.checkpoint.checkpointer", "pretrain.tracking.tracker"),
 }
 
 

@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional
 
-from data_pipes import jpeg
-from data_pipes.decode import decode_image
-from data_pipes.hashing import hash_uniform
-from data_pipes.image import TrainTransform, resize
+from data_pipes.decode import jpeg
+from data_pipes.decode.picture import decode_image
+from data_pipes.order.hashing import hash_uniform
+from data_pipes.transforms.image import TrainTransform, resize
 
 Pixels = NDArray[np.uint8]
 Step = Callable[[], object]

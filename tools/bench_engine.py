@@ -29,16 +29,18 @@ from typing import Any
 import psutil
 import torch
 
-from data_pipes.loader import Batch
-from pretrain.checkpoint import CheckpointConfig, Checkpointer
+from data_pipes.batch import Batch
+from pretrain.checkpoint.checkpointer import Checkpointer
+from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.models.mae import MAEConfig, mae_flops
 from pretrain.models.vit import ViTConfig, vit_config
 from pretrain.objectives.base import Objective
 from pretrain.objectives.image_mae import ImageMAEConfig, ImageMAEObjective
 from pretrain.optim import OptimConfig
-from pretrain.parallel import dist
 from pretrain.parallel.choose import make_strategy
-from pretrain.parallel.strategy import ParallelConfig, Strategy
+from pretrain.parallel.config import ParallelConfig
+from pretrain.parallel.strategy import Strategy
+from pretrain.parallel.world import World, join_world, leave_world
 
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 OPTIM = OptimConfig(base_lr=None, lr=1e-4, clip_norm=1.0, ema_decay=0.999)
@@ -47,7 +49,7 @@ OPTIM = OptimConfig(base_lr=None, lr=1e-4, clip_norm=1.0, ema_decay=0.999)
 class Trainee:
     """A strategy with its objective, that makes steps."""
 
-    def __init__(self, kind: str, arguments: Namespace, world: dist.World, model: MAEConfig) -> None:
+    def __init__(self, kind: str, arguments: Namespace, world: World, model: MAEConfig) -> None:
         alone = kind == "single"
         seen = dataclasses.replace(world, rank=0, size=1, control=None, saving=None) if alone else world
         config = ParallelConfig(
@@ -123,13 +125,13 @@ class PeakMemory:
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
-    world = dist.start(arguments.device, timeout_s=600)
+    world = join_world(arguments.device, timeout_s=600)
     result: dict[str, Any] = {"torch": torch.__version__, "processes": world.size, "device": _name(world.device)}
     if arguments.models:
         result["models"] = bench_models(arguments, world)
     else:
         result |= bench_strategies(arguments, world)
-    dist.stop()
+    leave_world()
     if world.is_main:
         print(json.dumps(result) if arguments.json else describe(result))
 
@@ -159,7 +161,7 @@ def parse_arguments() -> Namespace:
 # -- strategies ------------------------------------------------------------------------------------------------------
 
 
-def bench_strategies(arguments: Namespace, world: dist.World) -> dict[str, Any]:
+def bench_strategies(arguments: Namespace, world: World) -> dict[str, Any]:
     """Memory one after the other, time in turns, then saves."""
     encoder = ViTConfig((arguments.image_size,) * 2, (8, 8), 3, arguments.width, arguments.depth, heads=4)
     model = MAEConfig(encoder, decoder_width=arguments.width // 2, decoder_depth=2, decoder_heads=4)
@@ -197,7 +199,7 @@ def bench_strategies(arguments: Namespace, world: dist.World) -> dict[str, Any]:
     return result
 
 
-def bench_saves(trainee: Trainee, num_saves: int, world: dist.World) -> dict[str, float]:
+def bench_saves(trainee: Trainee, num_saves: int, world: World) -> dict[str, float]:
     """How long the loop is blocked by a save that it waits for, and by one that runs beside it."""
     with tempfile.TemporaryDirectory() as own:
         folder = Path(world.broadcast(own))
@@ -226,7 +228,7 @@ def bench_saves(trainee: Trainee, num_saves: int, world: dist.World) -> dict[str
     }
 
 
-def _missing(kind: str, world: dist.World) -> str | None:
+def _missing(kind: str, world: World) -> str | None:
     if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         return "DeepSpeed is not installed"
     if kind != "single" and world.size == 1:
@@ -237,7 +239,7 @@ def _missing(kind: str, world: dist.World) -> str | None:
 # -- whole models on CUDA --------------------------------------------------------------------------------------------
 
 
-def bench_models(arguments: Namespace, world: dist.World) -> dict[str, Any]:
+def bench_models(arguments: Namespace, world: World) -> dict[str, Any]:
     """ViT MAE at 224, eager and compiled, against transformers' ViTMAE at the same precision, in turns."""
     from pretrain.metrics import peak_flops
     from tools.bench_step import their_step

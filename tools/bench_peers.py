@@ -21,13 +21,17 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from data_pipes.hashing import hash_uniform
-from data_pipes.image import TrainTransform
-from data_pipes.index import index_shards
-from data_pipes.loader import BatchPlan, DataConfig, Loader, SampleDataset, open_dataset
-from data_pipes.members import encoded_picture
-from data_pipes.reader import RawSample
-from data_pipes.recipe import ImageRecipe, Recipe
+from data_pipes.batch import BatchPlan
+from data_pipes.config import DataConfig
+from data_pipes.index.index import index_shards
+from data_pipes.loader import Loader
+from data_pipes.loading.dataset import SampleDataset
+from data_pipes.open import open_dataset
+from data_pipes.order.hashing import hash_uniform
+from data_pipes.shards.members import encoded_picture
+from data_pipes.shards.reader import RawSample
+from data_pipes.transforms.image import TrainTransform
+from data_pipes.transforms.recipe import ImageRecipe, Recipe
 
 SIZE, SCALE, BATCH, PREFETCH = 224, (0.2, 1.0), 32, 2
 Run = Callable[[int], Iterator[object]]

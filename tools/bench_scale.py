@@ -4,7 +4,8 @@ From a synthetic manifest of 1e9 samples of 100 KB in 100,000 shards, for 1,024 
 
 start      a fresh process makes the order and locates one rank's first batch, at some places of an epoch
 manifest   size, time and memory of loading manifest.json, in a fresh process
-reading    one node of 8 ranks over a whole epoch, by the rule of data_pipes/prefetch.py: if the node needs at least
+reading    one node of 8 ranks over a whole epoch, by the rule of data_pipes/loading/prefetch.py: if the node needs at
+least
            half of a chunk and there is room, the chunk is fetched whole at its first use and kept up to its last one;
            other samples are read one by one
            - all whole: bytes fetched / bytes used without that rule, if every chunk in use were fetched and kept
@@ -34,9 +35,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipes.hashing import Int64s
-from data_pipes.mixture import MixtureConfig, MixtureOrder, SourceConfig, SourceCounts
-from data_pipes.order import Order, OrderConfig
+from data_pipes.order.hashing import Int64s
+from data_pipes.order.mixture import MixtureOrder, SourceCounts
+from data_pipes.order.mixture_config import MixtureConfig, SourceConfig
+from data_pipes.order.order import Order, OrderConfig
 
 SAMPLE_BYTES, RANKS_PER_NODE = 100_000, 8
 _ROWS_AT_ONCE = 1 << 18
@@ -153,7 +155,7 @@ def measure_start(setup: Setup, place: float) -> dict[str, float]:
 
 def measure_manifest(setup: Setup, _: float) -> dict[str, float]:
     """Bytes of the file; seconds and MB to load it, with its fingerprint. The file is written by another process."""
-    from data_pipes.manifest import MANIFEST_NAME, Manifest, ShardEntry
+    from data_pipes.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
 
     samples, size_bytes = (counts.tolist() for counts in setup.counts())
     with tempfile.TemporaryDirectory(prefix="bench_scale") as folder:

@@ -29,13 +29,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from bench_data import cpu_seconds, read_jpegs, resized  # noqa: E402
 
-from data_pipes.cache import CacheConfig  # noqa: E402
-from data_pipes.index import index_shards  # noqa: E402
-from data_pipes.loader import BatchPlan, DataConfig, Loader, open_dataset  # noqa: E402
-from data_pipes.manifest import Manifest  # noqa: E402
-from data_pipes.order import OrderConfig  # noqa: E402
-from data_pipes.storage import StorageConfig  # noqa: E402
-from tests.data_pipes.faulty_server import FaultyServer  # noqa: E402
+from data_pipes.batch import BatchPlan  # noqa: E402
+from data_pipes.cache.cache import CacheConfig  # noqa: E402
+from data_pipes.config import DataConfig  # noqa: E402
+from data_pipes.index.index import index_shards  # noqa: E402
+from data_pipes.loader import Loader  # noqa: E402
+from data_pipes.open import open_dataset  # noqa: E402
+from data_pipes.order.order import OrderConfig  # noqa: E402
+from data_pipes.shards.manifest import Manifest  # noqa: E402
+from data_pipes.store.transport import StorageConfig  # noqa: E402
+from tests.data_pipes.store.faulty_server import FaultyServer  # noqa: E402
 
 FAULTS = {"503": 0.01, "500": 0.01, "reset": 0.01, "drop": 0.01, "short": 0.01}
 

@@ -34,17 +34,17 @@ import torch
 from bench_step import Seconds, Step, interleave, training_step
 from torch import Tensor, nn
 
-from data_pipes.loader import Batch
-from pretrain.export.dc_ae_names import diffusers_config, to_diffusers
+from data_pipes.batch import Batch
 from pretrain.losses.adversarial import AdversarialConfig
-from pretrain.memory_simulation import LiveBytes
+from pretrain.memory.simulate import LiveBytes
 from pretrain.metrics import peak_flops
-from pretrain.models.autoencoder import AutoencoderOutput
-from pretrain.models.dc_ae import DCAE, dc_ae_flops
-from pretrain.models.dc_ae_config import DCAE_PRESETS, DCAEConfig, dc_ae_config
-from pretrain.models.discriminator import DiscriminatorConfig
+from pretrain.models.tokenizers.autoencoder import AutoencoderOutput
+from pretrain.models.tokenizers.dc_ae import DCAE, dc_ae_flops
+from pretrain.models.tokenizers.dc_ae_config import DCAE_PRESETS, DCAEConfig, dc_ae_config
+from pretrain.models.tokenizers.discriminator import DiscriminatorConfig
 from pretrain.objectives.tokenizer import TokenizerObjective
 from pretrain.objectives.tokenizer_config import TRAINED_PARTS, TokenizerConfig
+from pretrain.weights.dc_ae_names import diffusers_config, to_diffusers
 
 PHASES = ("full", "latent", "latent+stage", "head", "head+stage", "head+gan")
 GAN_WEIGHT = 0.5

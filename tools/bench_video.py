@@ -42,11 +42,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import v2
 
-from data_pipes.clips import ClipSampling, ClipTransform
-from data_pipes.hashing import hash_uniform
-from data_pipes.index import index_shards
-from data_pipes.loader import BatchPlan, DataConfig, Loader, open_dataset
-from data_pipes.sample_error import SampleError
+from data_pipes.batch import BatchPlan
+from data_pipes.config import DataConfig
+from data_pipes.errors import SampleError
+from data_pipes.index.index import index_shards
+from data_pipes.loader import Loader
+from data_pipes.open import open_dataset
+from data_pipes.order.hashing import hash_uniform
+from data_pipes.transforms.clips import ClipSampling, ClipTransform
 
 FRAMES, STRIDE, SIZE, LENGTH, RATE = 16, 4, 224, 300, 30
 CROP_SCALE, BATCH = (0.5, 1.0), 4

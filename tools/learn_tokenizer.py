@@ -30,15 +30,15 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from data_pipes.image import EvalTransform
-from data_pipes.sequential import SequentialImages
+from data_pipes.sequential.pictures import SequentialImages
+from data_pipes.transforms.image import EvalTransform
 from pretrain.config import load_config
-from pretrain.journal import read_metrics
 from pretrain.losses.perceptual import LPIPS
 from pretrain.losses.reconstruction import psnr
 from pretrain.models.normalise import Normalise
-from pretrain.tokenizers import load_tokenizer
+from pretrain.tracking.journal import read_metrics
 from pretrain.train import train
+from pretrain.weights.tokenizer import load_tokenizer
 
 EXPERIMENTS = ("shortcuts", "phases")
 WIDTHS = (8, 16, 32, 64, 128, 128)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 if TYPE_CHECKING:
-    from data_pipes.cache import CacheStatus
+    from data_pipes.cache.index import CacheStatus
 
 HELP = "Show what a cache of remote data on a local disk holds, or empty it; safe while runs use it."
 EXAMPLES = """\
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Does it. Raises ValueError for a folder that is no cache."""
-    from data_pipes.cache import open_cache
+    from data_pipes.cache.cache import open_cache
 
     cache = open_cache(arguments.folder)
     freed_bytes = cache.clear() if arguments.action == "clear" else None

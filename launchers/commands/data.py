@@ -16,8 +16,8 @@ from rich.filesize import decimal
 from launchers.progress import progress_bar
 
 if TYPE_CHECKING:
-    from data_pipes.dataset import Loaded, SampleDataset
-    from data_pipes.verify import Verdict
+    from data_pipes.inspect.verify import Verdict
+    from data_pipes.loading.dataset import Loaded, SampleDataset
 
 HELP = "Look at a data set: its figures, whether it is intact, and a sheet of samples as training sees them."
 EXAMPLES = """\
@@ -79,8 +79,8 @@ def _say(console: Console, *lines: str) -> None:
 
 
 def _stats(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
-    from data_pipes.census import take_census
-    from data_pipes.manifest import Manifest
+    from data_pipes.inspect.stats import take_census
+    from data_pipes.shards.manifest import Manifest
 
     manifest = Manifest.load(arguments.source)
     with progress_bar(console, "shards") as progress:
@@ -131,8 +131,8 @@ def _describe(source: str, census: dict[str, Any]) -> list[str]:
 
 
 def _verify(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
-    from data_pipes.manifest import Manifest
-    from data_pipes.verify import Check, verify
+    from data_pipes.inspect.verify import Check, verify
+    from data_pipes.shards.manifest import Manifest
 
     manifest = Manifest.load(arguments.source)
     out, start = Path(arguments.out), time.monotonic()
@@ -183,8 +183,8 @@ def _write_flaws(out: Path, verdict: Verdict, append: bool) -> None:
 def _peek(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
     import numpy as np
 
-    from data_pipes.contact_sheet import contact_sheet
-    from data_pipes.files import write_atomically
+    from data_pipes.inspect.contact_sheet import contact_sheet
+    from data_pipes.store.files import write_atomically
 
     if arguments.num < 1 or arguments.epoch_position < 0:
         raise ValueError(
@@ -218,12 +218,13 @@ def _peek(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
 
 def _training_set(arguments: argparse.Namespace) -> SampleDataset:
     """The data set as a run with the default transform would open it; of videos, clips."""
-    from data_pipes.census import load_index
-    from data_pipes.clips import ClipSampling
-    from data_pipes.config import DataConfig, open_collection, open_dataset
-    from data_pipes.members import IMAGE_EXTENSIONS
-    from data_pipes.order import OrderConfig
-    from data_pipes.storage import Storage
+    from data_pipes.config import DataConfig
+    from data_pipes.inspect.stats import load_index
+    from data_pipes.open import open_collection, open_dataset
+    from data_pipes.order.order import OrderConfig
+    from data_pipes.shards.members import IMAGE_EXTENSIONS
+    from data_pipes.store.storage import Storage
+    from data_pipes.transforms.clips import ClipSampling
 
     config = DataConfig(
         train=arguments.source,

@@ -11,7 +11,7 @@ from launchers.commands.encode import add_model, load_model
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pretrain.decoding import StoredLatent
+    from pretrain.latents.decode import StoredLatent
 
 HELP = "decode latent shards, or safetensors files of latents, to PNG files"
 EXAMPLES = """\
@@ -44,9 +44,9 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     from rich.console import Console
 
     from launchers.progress import progress_bar
-    from pretrain.decoding import decode_to_files
-    from pretrain.parallel.dist import pick_device
-    from pretrain.picture_coder import PictureCoder
+    from pretrain.latents.coder import PictureCoder
+    from pretrain.latents.decode import decode_to_files
+    from pretrain.parallel.world import pick_device
 
     if (arguments.limit or 1) < 1 or arguments.batch_size < 1:
         raise ValueError(f"--limit {arguments.limit} and --batch-size {arguments.batch_size}; expected at least 1")
@@ -78,9 +78,9 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 def _latents(arguments: argparse.Namespace) -> tuple[Iterator[StoredLatent], int | None, str | None]:
     """(latents, their number, digest of the model that encoded them), where these are known."""
-    from data_pipes.manifest import Manifest
-    from pretrain.decoding import latents_of_dataset, latents_of_file
-    from pretrain.latent_sets import read_about
+    from data_pipes.shards.manifest import Manifest
+    from pretrain.latents.decode import latents_of_dataset, latents_of_file
+    from pretrain.latents.encode_dataset import read_about
 
     if arguments.latents.is_file():
         if arguments.mirrored:

@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint_store import place_of
+from pretrain.checkpoint.store import place_of
 
 if TYPE_CHECKING:
     from data_pipes.config import DataConfig
-    from pretrain.latent_sets import EncodeResult
-    from pretrain.tokenizers import LoadedTokenizer
+    from pretrain.latents.encode_dataset import EncodeResult
+    from pretrain.weights.tokenizer import LoadedTokenizer
 
 HELP = "encode a data set of pictures into latent shards, with their statistics in the manifest"
 EXAMPLES = """\
@@ -83,7 +83,7 @@ def size_of(text: str) -> tuple[int, int]:
 
 def load_model(arguments: argparse.Namespace) -> LoadedTokenizer:
     """What `add_model` names."""
-    from pretrain.tokenizers import load_tokenizer
+    from pretrain.weights.tokenizer import load_tokenizer
 
     return load_tokenizer(arguments.model, ema=False if arguments.no_ema else None)
 
@@ -99,17 +99,17 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Encodes. Raises ValueError for unusable data, options and folders, OSError when OUT cannot be written."""
     from rich.console import Console
 
-    from data_pipes.manifest import Manifest
-    from data_pipes.storage import Storage
+    from data_pipes.shards.manifest import Manifest
+    from data_pipes.store.storage import Storage
     from launchers.progress import progress_bar
-    from pretrain.latent_sets import encode_dataset
-    from pretrain.parallel.dist import start, stop
+    from pretrain.latents.encode_dataset import encode_dataset
+    from pretrain.parallel.world import join_world, leave_world
 
     tokenizer = load_model(arguments)
     loading = loading_of(tokenizer)
     manifest = Manifest.load(arguments.shards, Storage(loading.storage))
     options = _options(arguments, tokenizer, loading)
-    world = start(arguments.device, timeout_s=7 * 86_400)  # the ranks wait for the slowest at the end
+    world = join_world(arguments.device, timeout_s=7 * 86_400)  # the ranks wait for the slowest at the end
     console, begin_s = Console(stderr=True), time.monotonic()
     with progress_bar(console, "pictures") as progress:
         task = progress.add_task("encode", total=None, visible=world.is_main)
@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
             on_plan=lambda num_samples: progress.update(task, total=num_samples),
             on_sample=lambda: progress.advance(task),
         )
-    stop()
+    leave_world()
     if result is None:  # a rank other than 0
         return {}
     seconds = time.monotonic() - begin_s
@@ -144,7 +144,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _options(arguments: argparse.Namespace, tokenizer: LoadedTokenizer, loading: DataConfig) -> Any:
-    from pretrain.latent_shards import EncodeOptions
+    from pretrain.latents.encode_shard import EncodeOptions
 
     size = tokenizer.image_size
     if arguments.any_size:

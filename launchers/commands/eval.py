@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint_store import place_of
+from pretrain.checkpoint.store import place_of
 
 HELP = "evaluate a run, checkpoint, export folder or weights file: k-NN, probes, fine-tuning"
 EXAMPLES = """\
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
-    from launchers.tokenizer_eval import evaluate_tokenizer_command
-    from pretrain.tokenizers import is_tokenizer
+    from launchers.commands.eval_tokenizer import evaluate_tokenizer_command
+    from pretrain.weights.tokenizer import is_tokenizer
 
     evaluate = evaluate_tokenizer_command if is_tokenizer(arguments.model) else _evaluate_encoder
     return evaluate(arguments)
@@ -46,9 +46,10 @@ def _evaluate_encoder(arguments: argparse.Namespace) -> dict[str, object]:
     from rich.console import Console
     from rich.progress import Progress
 
-    from pretrain.evaluation.backbone import load_backbone
-    from pretrain.evaluation.features import make_accelerator
-    from pretrain.evaluation.suite import evaluate_backbone, journal_results, load_suite, write_results
+    from pretrain.evaluation.encoder.features import make_accelerator
+    from pretrain.evaluation.encoder.suite import evaluate_backbone, load_suite
+    from pretrain.evaluation.results import journal_results, write_results
+    from pretrain.weights.backbone import load_backbone
 
     suite = load_suite(arguments.suite, arguments.overrides)
     backbones = [load_backbone(arguments.model, ema=arguments.ema, architecture=arguments.arch)]

@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.checkpoint_store import place_of
+from pretrain.checkpoint.store import place_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pretrain.evaluation.backbone import Backbone
-    from pretrain.tokenizers import LoadedTokenizer
+    from pretrain.weights.backbone import Backbone
+    from pretrain.weights.tokenizer import LoadedTokenizer
 
 TARGETS = ("timm", "transformers", "diffusers", "onnx")
 HELP = "export a model to another library, after reloading it there and comparing the results"
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     from rich.console import Console
 
-    from pretrain.tokenizers import is_tokenizer
+    from pretrain.weights.tokenizer import is_tokenizer
 
     _check_options(arguments)
     tokenizer = is_tokenizer(arguments.model)
@@ -71,7 +71,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
 def _export_tokenizer(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
     from pretrain.export.diffusers import export_diffusers
     from pretrain.export.onnx_models import export_tokenizer_onnx
-    from pretrain.tokenizers import load_tokenizer
+    from pretrain.weights.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.model, ema=arguments.ema, verify=True)
     about: dict[str, object]
@@ -92,12 +92,12 @@ def _export_tokenizer(arguments: argparse.Namespace, console: Console) -> dict[s
 
 
 def _export_backbone(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
-    from pretrain.evaluation.backbone import load_backbone
     from pretrain.export.onnx_models import export_backbone_onnx
     from pretrain.export.timm import Pool, export_timm
-    from pretrain.export.transformers import export_videomae
-    from pretrain.export.transformers_vit import export_vit
+    from pretrain.export.transformers_image import export_vit
+    from pretrain.export.transformers_video import export_videomae
     from pretrain.models.video_vit import VideoViT
+    from pretrain.weights.backbone import load_backbone
 
     backbone = load_backbone(arguments.model, ema=arguments.ema, architecture=arguments.arch, verify=True)
     about: dict[str, object]

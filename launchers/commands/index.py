@@ -16,8 +16,8 @@ from rich.filesize import decimal
 from launchers.progress import progress_bar
 
 if TYPE_CHECKING:
-    from data_pipes.index import IndexedShard
-    from data_pipes.storage import Storage
+    from data_pipes.index.index import IndexedShard
+    from data_pipes.store.storage import Storage
 
 HELP = "Index WebDataset shards, here or in a store; the shards stay untouched and are checked strictly."
 EXAMPLES = """\
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Indexes. Raises ShardError (a ValueError) for shards that are damaged or not there, StorageError (an OSError)."""
-    from data_pipes.storage import Storage
+    from data_pipes.store.storage import Storage
 
     storage = Storage()
     try:
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _run(arguments: argparse.Namespace, storage: Storage) -> dict[str, object]:
-    from data_pipes.index import index_shards
+    from data_pipes.index.index import index_shards
 
     shards = find_shards(arguments.shards, storage)
     out = _as_place(arguments.out) if arguments.out else _common_folder(shards)
@@ -126,9 +126,9 @@ def find_shards(patterns: Sequence[str], storage: Storage | None = None) -> list
     """The shards that paths, URLs, folders and patterns name, each argument in natural order: a Path if local, else the
     URL. Raises ShardError for none.
     """
-    from data_pipes.index import ShardError
-    from data_pipes.sources import natural_key
-    from data_pipes.urls import check_url
+    from data_pipes.errors import ShardError
+    from data_pipes.pack.sources import natural_key
+    from data_pipes.store.urls import check_url
 
     found: list[Path | str] = []
     for pattern in patterns:
@@ -143,7 +143,7 @@ def find_shards(patterns: Sequence[str], storage: Storage | None = None) -> list
 
 
 def _as_place(text: str) -> Path | str:
-    from data_pipes.urls import is_remote, local_path
+    from data_pipes.store.urls import is_remote, local_path
 
     return text.rstrip("/") if is_remote(text) else local_path(text)
 
@@ -165,7 +165,7 @@ def _expand(path: Path) -> Iterator[Path]:
 def _expand_url(pattern: str, storage: Storage | None) -> Iterator[str]:
     from webdataset.shardlists import expand_urls
 
-    from data_pipes.storage import Storage
+    from data_pipes.store.storage import Storage
 
     storage = storage or Storage()
     for url in expand_urls(pattern):
@@ -179,8 +179,8 @@ def _expand_url(pattern: str, storage: Storage | None) -> Iterator[str]:
 
 
 def _common_folder(shards: Sequence[Path | str]) -> Path | str:
-    from data_pipes.index import ShardError
-    from data_pipes.urls import scheme_of
+    from data_pipes.errors import ShardError
+    from data_pipes.store.urls import scheme_of
 
     folders = sorted(
         {shard.parent if isinstance(shard, Path) else shard.rpartition("/")[0] for shard in shards}, key=str
@@ -194,7 +194,7 @@ def _common_folder(shards: Sequence[Path | str]) -> Path | str:
 
 def _class_names(file: str | None, out: Path | str, storage: Storage) -> tuple[str, ...]:
     """From the file, else those of the manifest that is replaced: indexing again must not lose them."""
-    from data_pipes.index import Manifest
+    from data_pipes.shards.manifest import Manifest
 
     if file is not None:
         return tuple(line.strip() for line in Path(file).read_text(encoding="utf-8").rstrip().splitlines())

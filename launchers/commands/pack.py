@@ -14,8 +14,9 @@ from rich.filesize import decimal
 from launchers.progress import progress_bar
 
 if TYPE_CHECKING:
-    from data_pipes.index import Manifest
-    from data_pipes.pack import PackOptions, PackResult
+    from data_pipes.pack.pack import PackResult
+    from data_pipes.pack.plan import PackOptions
+    from data_pipes.shards.manifest import Manifest
 
 HELP = "Pack class folders of pictures or videos, a zip of them, or a built-in set into indexed WebDataset shards."
 EXAMPLES = """\
@@ -97,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Packs. Raises ValueError for unusable sources, pictures and folders, OSError when OUT cannot be written."""
-    from data_pipes.pack import pack
+    from data_pipes.pack.pack import pack
 
     options = _options(arguments)
     console = Console(stderr=True)
@@ -132,9 +133,9 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _options(arguments: argparse.Namespace) -> PackOptions:
-    from data_pipes.pack import PackOptions
-    from data_pipes.reencode import PictureOptions
-    from data_pipes.reencode_video import VideoOptions
+    from data_pipes.pack.plan import PackOptions
+    from data_pipes.pack.reencode_picture import PictureOptions
+    from data_pipes.pack.reencode_video import VideoOptions
 
     side, verify = arguments.short_side, arguments.verify
     return PackOptions(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from launchers.commands.encode import add_model, load_model, loading_of, size_of
 
 if TYPE_CHECKING:
-    from pretrain.decoding import Reconstruction
+    from pretrain.latents.decode import Reconstruction
 
 HELP = "encode and decode pictures: each one beside its reconstruction, and its PSNR"
 EXAMPLES = """\
@@ -36,11 +36,11 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Reconstructs. Raises ValueError for unreadable pictures and results that exist."""
     from rich.console import Console
 
-    from data_pipes.image import EvalTransform
+    from data_pipes.transforms.image import EvalTransform
     from launchers.progress import progress_bar
-    from pretrain.decoding import find_pictures, reconstruct_file
-    from pretrain.parallel.dist import pick_device
-    from pretrain.picture_coder import PictureCoder
+    from pretrain.latents.coder import PictureCoder
+    from pretrain.latents.decode import find_pictures, reconstruct_file
+    from pretrain.parallel.world import pick_device
 
     pictures = find_pictures(arguments.pictures)
     tokenizer = load_model(arguments)

@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Write the page; returns its path and size. Raises FileNotFoundError or ValueError when RUN is no run."""
     from rich.console import Console
 
-    from pretrain.report import build_report
+    from pretrain.report.report import build_report
 
     page = build_report(arguments.run, arguments.out)
     size_bytes = page.stat().st_size

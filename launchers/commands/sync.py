@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     """Send the rest of the journal. Raises FileNotFoundError or ValueError when RUN is no run, else ShippingError."""
     from rich.console import Console
 
-    from pretrain.tracking import check_uri, sync
+    from pretrain.tracking.tracker import check_uri, sync
 
     if arguments.uri is not None:
         check_uri(arguments.uri)

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     if arguments.json:
         return dict(summary)
     if arguments.dry_run:
-        from pretrain.dry_run import table  # brings torch along, which --help need not wait for
+        from pretrain.memory.dry_run import table
 
         for phase in summary.get("phases", [summary]):
             Console().print(table(phase))

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pretrain.checkpoint_store import Place, store_of
-from pretrain.evaluation.backbone import Backbone
+from pretrain.checkpoint.store import Place, store_of
+from pretrain.weights.backbone import Backbone
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from pretrain.export.card import provenance
-from pretrain.export.dc_ae_names import diffusers_config, to_diffusers
-from pretrain.export.dc_ae_weights import DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS
 from pretrain.export.publish import ExportError, check_error, compose_card, new_folder, relative_error, table
-from pretrain.models.dc_ae import DCAE
+from pretrain.models.tokenizers.dc_ae import DCAE
+from pretrain.weights.dc_ae import DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS
+from pretrain.weights.dc_ae_names import diffusers_config, to_diffusers
 
 if TYPE_CHECKING:
-    from pretrain.tokenizers import LoadedTokenizer
+    from pretrain.weights.tokenizer import LoadedTokenizer
 
 TOLERANCE = 1e-5
 # What an AutoencoderDC that lacks one of these settings does.

@@ -22,8 +22,8 @@ from pretrain.export.publish import numbers, table
 from pretrain.models.vit import ViT
 
 if TYPE_CHECKING:
-    from pretrain.evaluation.backbone import Backbone
-    from pretrain.tokenizers import LoadedTokenizer
+    from pretrain.weights.backbone import Backbone
+    from pretrain.weights.tokenizer import LoadedTokenizer
 
 _PIXELS = "float32 on the scale [0, 1]: stored values / 255, or / 65535 for 16 bit"
 

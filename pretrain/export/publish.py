@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -77,3 +78,37 @@ def table(rows: Mapping[str, str]) -> str:
 def numbers(values: Sequence[float]) -> str:
     """[0.5, 0.25]"""
     return "[" + ", ".join(f"{value:g}" for value in values) + "]"
+
+
+@dataclass(frozen=True)
+class PretrainingErrors:
+    """How far transformers' predictions and loss are from ours on fixed clips and masks."""
+
+    predictions: float
+    """|theirs - ours| / |ours| over all hidden tokens, ours computed with their eps of the decoder's norm"""
+    loss: float
+    """|theirs - ours| / ours, the same"""
+    eps_effect: float
+    """|theirs - ours| / |ours| of the predictions with our own eps: what their 1e-5 instead of 1e-6 changes"""
+
+
+@dataclass(frozen=True)
+class VideoMAEExport:
+    """What was published."""
+
+    folder: Path
+    architecture: str
+    """transformers' class: VideoMAEModel or VideoMAEForPreTraining"""
+    feature_error: float
+    """|theirs - ours| / |ours| over the features of all tokens"""
+    pretraining: PretrainingErrors | None
+    """None for an encoder alone"""
+    has_processor: bool
+    """there is a preprocessor_config.json: `VideoMAEImageProcessor` takes 1 and 3 channels"""
+    digest: str
+    """`weights_digest` of the backbone"""
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """All differences from ours, by name."""
+        return {"features": self.feature_error} | ({} if self.pretraining is None else asdict(self.pretraining))

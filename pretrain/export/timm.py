@@ -20,13 +20,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pretrain.evaluation.backbone import EXPORT_CONFIG, Backbone
-from pretrain.evaluation.datasets import view_ratio
+from pretrain.evaluation.encoder.views import view_ratio
 from pretrain.export.card import model_card
-from pretrain.export.official import EXPORT_WEIGHTS
 from pretrain.export.publish import ExportError
 from pretrain.models.video_vit import VideoViT
 from pretrain.models.vit import VIT_SIZES, ViT, ViTConfig
+from pretrain.weights.backbone import EXPORT_CONFIG, Backbone
+from pretrain.weights.files import EXPORT_WEIGHTS
 
 Pool = Literal["token", "avg"]
 TOLERANCE = 1e-5

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from data_pipes.loader import Batch
-    from pretrain.models.autoencoder import Autoencoder
+    from data_pipes.batch import Batch
+    from pretrain.models.tokenizers.autoencoder import Autoencoder
     from pretrain.models.video_vit import VideoViT
     from pretrain.models.vit import ViT
 

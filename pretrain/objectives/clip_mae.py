@@ -25,7 +25,7 @@ from pretrain.objectives.clip_target import ClipTarget, normalise_clips
 from pretrain.objectives.image_mae import VALIDATION_SEED
 
 if TYPE_CHECKING:
-    from data_pipes.loader import Batch
+    from data_pipes.batch import Batch
 
 GREY = 128
 SHOWN_FRAMES = 4

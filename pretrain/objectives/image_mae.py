@@ -21,7 +21,7 @@ from pretrain.models.vit import ViT
 from pretrain.objectives.base import Objective, Turn
 
 if TYPE_CHECKING:
-    from data_pipes.loader import Batch
+    from data_pipes.batch import Batch
 
 VALIDATION_SEED = 0x7E55E2A
 """Of the masks in `validate` and `pictures`: the same for all runs, so that their validation losses compare."""

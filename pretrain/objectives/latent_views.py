@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain.models.latent_view import LatentView
 from pretrain.models.masking import position_noise
+from pretrain.models.tokenizers.latent_view import LatentView
 
 # Keep the draws apart from each other and from a gaussian latent's noise, which uses the seed itself.
 _PREFIX_SEED = 0x51CE

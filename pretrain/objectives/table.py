@@ -8,12 +8,18 @@ from typing import Any
 from pretrain.objectives.base import Objective
 from pretrain.objectives.image_mae import ImageMAEConfig, ImageMAEObjective
 from pretrain.objectives.mae_st import MAESTConfig, mae_st_objective
-from pretrain.objectives.quantised_tokenizer import QuantisedTokenizerConfig, quantised_tokenizer_objective
-from pretrain.objectives.tokenizer import TokenizerConfig, TokenizerObjective
+from pretrain.objectives.tokenizer import TokenizerObjective
+from pretrain.objectives.tokenizer_config import TokenizerConfig
+from pretrain.objectives.tokenizer_variants import (
+    QuantisedTokenizerConfig,
+    ViTTokenizerConfig,
+    WaveletTokenizerConfig,
+    quantised_tokenizer_objective,
+    vit_tokenizer_objective,
+    wavelet_tokenizer_objective,
+)
 from pretrain.objectives.video_mae import VideoMAEObjectiveConfig, video_mae_objective
 from pretrain.objectives.video_mae_v2 import VideoMAEv2Config, video_mae_v2_objective
-from pretrain.objectives.vit_tokenizer import ViTTokenizerConfig, vit_tokenizer_objective
-from pretrain.objectives.wavelet_tokenizer import WaveletTokenizerConfig, wavelet_tokenizer_objective
 
 OBJECTIVES: dict[str, tuple[type[Any], Callable[[Any, int], Objective]]] = {
     "image_mae": (ImageMAEConfig, ImageMAEObjective),

@@ -26,20 +26,20 @@ from pretrain.losses.adversarial import (
 )
 from pretrain.losses.perceptual import LPIPS, load_lpips
 from pretrain.losses.reconstruction import kl_per_value, l1, psnr
-from pretrain.models.autoencoder import Autoencoder, AutoencoderOutput, pad_to_multiple
-from pretrain.models.autoencoder_flops import training_flops
-from pretrain.models.dc_ae import DCAE
-from pretrain.models.discriminator import Discriminator, Logits
-from pretrain.models.latent_view import LatentView
 from pretrain.models.masking import position_noise
 from pretrain.models.normalise import Normalise
-from pretrain.models.quantisers import code_metrics
+from pretrain.models.tokenizers.autoencoder import Autoencoder, AutoencoderOutput, pad_to_multiple
+from pretrain.models.tokenizers.autoencoder_flops import training_flops
+from pretrain.models.tokenizers.dc_ae import DCAE
+from pretrain.models.tokenizers.discriminator import Discriminator, Logits
+from pretrain.models.tokenizers.latent_view import LatentView
+from pretrain.models.tokenizers.quantisers import code_metrics
 from pretrain.objectives.base import Objective, Turn
-from pretrain.objectives.collapse import collapse_alarms
+from pretrain.objectives.collapse_alarms import collapse_alarms
 from pretrain.objectives.tokenizer_config import TokenizerConfig
 
 if TYPE_CHECKING:
-    from data_pipes.loader import Batch
+    from data_pipes.batch import Batch
 
 __all__ = ["TokenizerConfig", "TokenizerObjective", "position_normal"]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from pretrain.losses.adversarial import AdversarialConfig
 from pretrain.losses.perceptual import SMALLEST_SIDE, PerceptualConfig
-from pretrain.models.dc_ae_config import DCAEConfig
-from pretrain.models.discriminator import DiscriminatorConfig
 from pretrain.models.normalise import check_statistics
+from pretrain.models.tokenizers.dc_ae_config import DCAEConfig
+from pretrain.models.tokenizers.discriminator import DiscriminatorConfig
 from pretrain.objectives.latent_views import ChannelPrefixConfig, EquivarianceConfig
 
 TRAINED_PARTS: dict[str, tuple[str, ...]] = {

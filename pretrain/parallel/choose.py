@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pretrain.optim import OptimConfig
-from pretrain.parallel.deepspeed_config import ZERO_STAGES, DeepSpeedConfig, check_ds_config, require_deepspeed
-from pretrain.parallel.dist import Launch, World
-from pretrain.parallel.strategy import ParallelConfig, Strategy
+from pretrain.parallel.config import ZERO_STAGES, DeepSpeedConfig, ParallelConfig
+from pretrain.parallel.deepspeed_config import check_ds_config, require_deepspeed
+from pretrain.parallel.strategy import Strategy
+from pretrain.parallel.world import Launch, World
 
 
 def check_strategy(

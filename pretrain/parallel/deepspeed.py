@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from pretrain.objectives.base import Objective
 from pretrain.optim import OptimConfig, build_adamw, start_adamw, update_ema
 from pretrain.parallel.blocks import checkpoint_blocks
-from pretrain.parallel.deepspeed_config import ZERO_STAGES, check_ds_config, require_deepspeed
-from pretrain.parallel.dist import World
+from pretrain.parallel.config import ZERO_STAGES, ParallelConfig
+from pretrain.parallel.deepspeed_config import check_ds_config, require_deepspeed
 from pretrain.parallel.fragments import Fragments
 from pretrain.parallel.native import NativeStrategy
-from pretrain.parallel.strategy import ParallelConfig, Strategy, Tensors
+from pretrain.parallel.strategy import Strategy, Tensors
+from pretrain.parallel.world import World
 from pretrain.parallel.zero_masters import (
     find_spans,
     flat_masters,

@@ -12,28 +12,14 @@ import difflib
 import importlib.util
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.parallel.config import ZERO_STAGES
+
 if TYPE_CHECKING:
     from pretrain.optim import OptimConfig
-    from pretrain.parallel.strategy import ParallelConfig
-
-ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
-"""Names of `parallel.strategy` that DeepSpeed runs."""
-
-
-@dataclass(frozen=True)
-class DeepSpeedConfig:
-    """What only the strategies zero1, zero2 and zero3 have."""
-
-    ds_config: str | None = None
-    """Path of a DeepSpeed JSON file that is merged; fields that Tessera decides may not differ. null = none."""
-    offload_optimizer: bool = False
-    """Keep fp32 master weights and AdamW's moments in host memory, and step there."""
-    offload_param: bool = False
-    """zero3 only: keep each rank's share of the weights in host memory between uses."""
+    from pretrain.parallel.config import ParallelConfig
 
 
 _BATCH = {

@@ -15,8 +15,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from pretrain.parallel.dist import World
-from pretrain.parallel.strategy import ParallelConfig
+from pretrain.parallel.config import ParallelConfig
+from pretrain.parallel.world import World
 
 SMALL_BYTES = 2**30
 """Gathered weights up to this size are kept: 1.3% of an 80 GB device for one all-gather less per block and step."""

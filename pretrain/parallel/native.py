@@ -30,8 +30,9 @@ from pretrain.objectives.base import Objective
 from pretrain.optim import AdamW, OptimConfig, build_adamw, start_adamw, update_ema
 from pretrain.parallel import fsdp2
 from pretrain.parallel.blocks import checkpoint_blocks
-from pretrain.parallel.dist import World
-from pretrain.parallel.strategy import ParallelConfig, Strategy, Tensors
+from pretrain.parallel.config import ParallelConfig
+from pretrain.parallel.strategy import Strategy, Tensors
+from pretrain.parallel.world import World
 
 
 class NativeStrategy(Strategy):

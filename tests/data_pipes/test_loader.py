@@ -16,15 +16,18 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipes.collection import Place
-from data_pipes.dataset import Request
-from data_pipes.image import TrainTransform
-from data_pipes.loader import BadDataError, Batch, BatchPlan, DataConfig, Loader, SampleDataset, open_dataset
-from data_pipes.order import OrderConfig
-from data_pipes.quarantine import BadSample, Quarantine
-from data_pipes.reader import RawSample
-from data_pipes.recipe import ImageRecipe
-from data_pipes.shard_index import ShardError
+from data_pipes.batch import Batch, BatchPlan
+from data_pipes.config import DataConfig
+from data_pipes.errors import BadDataError, ShardError
+from data_pipes.loader import Loader
+from data_pipes.loading.dataset import Request, SampleDataset
+from data_pipes.loading.quarantine import BadSample, Quarantine
+from data_pipes.open import open_dataset
+from data_pipes.order.order import OrderConfig
+from data_pipes.shards.collection import Place
+from data_pipes.shards.reader import RawSample
+from data_pipes.transforms.image import TrainTransform
+from data_pipes.transforms.recipe import ImageRecipe
 from tests.data_pipes.tiny_shards import jpeg_header, picture, png_header, write_shards
 
 SHARDS = (5, 23, 31, 2)

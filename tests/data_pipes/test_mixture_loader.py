@@ -9,9 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data_pipes.loader import BatchPlan, DataConfig, Loader, open_dataset
-from data_pipes.mixture import MixtureConfig, SourceConfig, WeightChange
-from data_pipes.order import OrderConfig
+from data_pipes.batch import BatchPlan
+from data_pipes.config import DataConfig
+from data_pipes.loader import Loader
+from data_pipes.open import open_dataset
+from data_pipes.order.mixture_config import MixtureConfig, SourceConfig, WeightChange
+from data_pipes.order.order import OrderConfig
 from tests.data_pipes.tiny_shards import picture, write_shards
 
 GLOBAL_BATCH = 24

@@ -22,14 +22,18 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipes.cache import CacheConfig, ChunkCache
-from data_pipes.loader import Batch, BatchPlan, DataConfig, Loader, open_dataset
-from data_pipes.order import OrderConfig
-from data_pipes.sequential import EvalTransform, SequentialImages
-from data_pipes.shard_index import ShardError
-from data_pipes.storage import StorageConfig
-from tests.data_pipes.faulty_server import FaultyServer
-from tests.data_pipes.s3_server import s3_server
+from data_pipes.batch import Batch, BatchPlan
+from data_pipes.cache.cache import CacheConfig, ChunkCache
+from data_pipes.config import DataConfig
+from data_pipes.errors import ShardError
+from data_pipes.loader import Loader
+from data_pipes.open import open_dataset
+from data_pipes.order.order import OrderConfig
+from data_pipes.sequential.pictures import SequentialImages
+from data_pipes.store.transport import StorageConfig
+from data_pipes.transforms.image import EvalTransform
+from tests.data_pipes.store.faulty_server import FaultyServer
+from tests.data_pipes.store.s3_server import s3_server
 from tests.data_pipes.tiny_shards import write_shards
 
 SHARDS = (70, 90, 33, 47)

@@ -19,10 +19,14 @@ import pytest
 import torch
 import webdataset
 
-from data_pipes.clips import ClipSampling
-from data_pipes.index import index_shards
-from data_pipes.loader import BadDataError, BatchPlan, DataConfig, Loader, open_dataset
-from data_pipes.order import OrderConfig
+from data_pipes.batch import BatchPlan
+from data_pipes.config import DataConfig
+from data_pipes.errors import BadDataError
+from data_pipes.index.index import index_shards
+from data_pipes.loader import Loader
+from data_pipes.open import open_dataset
+from data_pipes.order.order import OrderConfig
+from data_pipes.transforms.clips import ClipSampling
 from tests.data_pipes.tiny_videos import encode, pictures, rotated, sound, video
 
 ORDER = OrderConfig(seed=3, streams=2, run=2, window=8, chunk_bytes=60_000)

@@ -12,7 +12,8 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from data_pipes.index import Manifest, index_shards
+from data_pipes.index.index import index_shards
+from data_pipes.shards.manifest import Manifest
 
 
 def picture(seed: int, height: int = 12, width: int = 10, kind: str = "PNG") -> bytes:

@@ -19,7 +19,7 @@ from pathlib import Path
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config import load_config
-from pretrain.journal import JOURNAL_NAME, read_journal, read_lines
+from pretrain.tracking.journal import JOURNAL_NAME, read_journal, read_lines
 from tests.faults.zygote import Zygote
 from tests.pretrain.runs import CONFIG
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.journal import read_metrics
-from pretrain.watchdog import EXIT_NO_PROGRESS
+from pretrain.tracking.journal import read_metrics
+from pretrain.watchdog.watchdog import EXIT_NO_PROGRESS
 from tests.faults.harness import JournalTail, Run, Start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]

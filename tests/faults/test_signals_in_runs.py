@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pretrain.checkpoint import newest_complete, read_complete
+from pretrain.checkpoint.read import newest_complete, read_complete
 from tests.faults.harness import Run, statuses
 from tests.pretrain.runs import assert_same_weights, losses
 

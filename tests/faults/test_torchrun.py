@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.checkpoint import newest_complete
-from pretrain.watchdog import EXIT_NO_PROGRESS
+from pretrain.checkpoint.read import newest_complete
+from pretrain.watchdog.watchdog import EXIT_NO_PROGRESS
 from tests.faults.conftest import LENGTH
 from tests.faults.harness import PATIENCE_S, JournalTail, Run, statuses
 from tests.pretrain.runs import CONFIG, ENVIRONMENT, assert_same_weights, losses, torchrun

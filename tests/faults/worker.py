@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 
 import pretrain.train as train_module
-from data_pipes.loader import Batch, Loader
+from data_pipes.batch import Batch
+from data_pipes.loader import Loader
 from pretrain.__main__ import main as pretrain_main
 from pretrain.metrics import PeakFlops
-from pretrain.watchdog import Watchdog
+from pretrain.watchdog.watchdog import Watchdog
 
 
 def main(arguments: list[str]) -> int:

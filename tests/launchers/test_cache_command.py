@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipes.cache import PINNED, CacheConfig, ChunkCache, chunk_key
+from data_pipes.cache.cache import PINNED, CacheConfig, ChunkCache, chunk_key
 from launchers import cli
 
 

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipes.census import SizeHistogram
-from data_pipes.config import DataConfig, open_dataset
-from data_pipes.index import index_shards
-from data_pipes.manifest import Manifest
-from data_pipes.order import OrderConfig
-from data_pipes.shard_index import ShardError, ShardIndex
-from data_pipes.storage import Storage
+from data_pipes.config import DataConfig
+from data_pipes.errors import ShardError
+from data_pipes.index.index import index_shards
+from data_pipes.inspect.stats import SizeHistogram
+from data_pipes.open import open_dataset
+from data_pipes.order.order import OrderConfig
+from data_pipes.shards.index_file import ShardIndex
+from data_pipes.shards.manifest import Manifest
+from data_pipes.store.storage import Storage
 from launchers.commands import data as data_command
 
 

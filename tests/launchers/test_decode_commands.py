@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from launchers.cli import main
-from pretrain.tokenizers import LoadedTokenizer, load_tokenizer
+from pretrain.weights.tokenizer import LoadedTokenizer, load_tokenizer
 from tests.pretrain.tiny_tokenizer import photo, png, train_tokenizer, write_photos
 
 SIZES = ((20, 24), (33, 19))

@@ -19,12 +19,12 @@ import webdataset
 from PIL import Image
 from torch import Tensor
 
-from data_pipes.image import EvalTransform
-from data_pipes.manifest import Manifest
+from data_pipes.shards.manifest import Manifest
+from data_pipes.transforms.image import EvalTransform
 from launchers.cli import main
-from pretrain import latent_sets, latent_shards
-from pretrain.models.dc_ae import DCAE
-from pretrain.tokenizers import load_tokenizer
+from pretrain.latents import encode_dataset, encode_shard
+from pretrain.models.tokenizers.dc_ae import DCAE
+from pretrain.weights.tokenizer import load_tokenizer
 from tests.data_pipes.tiny_shards import write_shards
 from tests.pretrain.runs import ENVIRONMENT, ROOT, torchrun
 from tests.pretrain.tiny_tokenizer import photo, train_tokenizer, write_photos
@@ -125,7 +125,7 @@ def test_the_pipeline_of_stock_webdataset_reads_it(photos: Path, run_dir: Path, 
 
 def test_statistics_are_those_of_all_latent_pixels(photos: Path, run_dir: Path, tmp_path: Path) -> None:
     assert encode(photos, tmp_path / "out", run_dir, "--any-size") == 0
-    about = latent_sets.read_about(Manifest.load(tmp_path / "out"))
+    about = encode_dataset.read_about(Manifest.load(tmp_path / "out"))
     latents = [safetensors.torch.load(s["latent.safetensors"])["latent"] for s in samples_of(tmp_path / "out")]
     assert {tuple(latent.shape) for latent in latents} == {(8, 5, 6), (8, 4, 4), (8, 9, 5)}
     pixels = np.concatenate([latent.numpy().reshape(8, -1) for latent in latents], axis=1).astype(np.float64)
@@ -177,7 +177,7 @@ def test_a_killed_job_ends_with_the_same_bytes(
 ) -> None:
     options = ("--mirrored", "--dtype", "bf16", "--batch-size", "3")
     assert encode(photos, tmp_path / "whole", run_dir, *options) == 0
-    real, calls = latent_shards.write_atomically, 0
+    real, calls = encode_shard.write_atomically, 0
 
     def dies(path: Path, data: bytes) -> None:
         nonlocal calls
@@ -187,7 +187,7 @@ def test_a_killed_job_ends_with_the_same_bytes(
         real(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(latent_shards, "write_atomically", dies)
+        patch.setattr(encode_shard, "write_atomically", dies)
         with pytest.raises(Killed):
             encode(photos, tmp_path / "out", run_dir, *options)
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -200,7 +200,7 @@ def test_a_killed_job_ends_with_the_same_bytes(
 
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(latent_sets, "write_atomically", dies_late)
+        patch.setattr(encode_dataset, "write_atomically", dies_late)
         with pytest.raises(Killed):
             encode(photos, tmp_path / "out", run_dir, *options)
     assert encode(photos, tmp_path / "out", run_dir, *options, "--json") == 0
@@ -216,7 +216,7 @@ def test_finished_shards_are_not_encoded_again(
     photos: Path, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoded: list[int] = []
-    real = latent_shards.ShardEncoder.encode
+    real = encode_shard.ShardEncoder.encode
 
     def counting(self: Any, shard: int, *rest: Any) -> Any:
         encoded.append(shard)
@@ -224,7 +224,7 @@ def test_finished_shards_are_not_encoded_again(
             raise Killed
         return real(self, shard, *rest)
 
-    monkeypatch.setattr(latent_shards.ShardEncoder, "encode", counting)
+    monkeypatch.setattr(encode_shard.ShardEncoder, "encode", counting)
     with pytest.raises(Killed):
         encode(photos, tmp_path / "out", run_dir)
     assert encode(photos, tmp_path / "out", run_dir, "--json") == 0
@@ -276,8 +276,8 @@ def test_bad_pictures_stop_the_job_or_are_listed(
 def test_a_latent_that_is_not_finite_stops_the_job(
     photos: Path, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = latent_shards.PictureCoder.encode
-    monkeypatch.setattr(latent_shards.PictureCoder, "encode", lambda self, pictures: real(self, pictures) * 1e30)
+    real = encode_shard.PictureCoder.encode
+    monkeypatch.setattr(encode_shard.PictureCoder, "encode", lambda self, pictures: real(self, pictures) * 1e30)
     assert encode(photos, tmp_path / "out", run_dir, "--dtype", "fp16") == 2
     assert "000000 in shard-000000.tar: its latent is not finite as fp16" in capsys.readouterr().err
 

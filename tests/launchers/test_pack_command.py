@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from data_pipes.index import Manifest
+from data_pipes.shards.manifest import Manifest
 from launchers.commands import index as index_command
 from launchers.commands import pack as pack_command
 from launchers.progress import progress_bar

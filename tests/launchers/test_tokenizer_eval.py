@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from launchers.cli import parse
-from launchers.tokenizer_eval import evaluate_tokenizer_command
-from pretrain.journal import read_metrics
-from pretrain.tokenizers import is_tokenizer, load_tokenizer
+from launchers.commands.eval_tokenizer import evaluate_tokenizer_command
+from pretrain.tracking.journal import read_metrics
+from pretrain.weights.tokenizer import is_tokenizer, load_tokenizer
 from tests.pretrain.runs import overrides_of, run_here
 from tests.pretrain.tiny_tokenizer import train_tokenizer, write_photos
 

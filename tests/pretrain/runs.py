@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from pretrain.checkpoint import load_weights, newest_complete
+from pretrain.checkpoint.read import load_weights, newest_complete
 from pretrain.config import load_config
-from pretrain.journal import read_metrics
+from pretrain.tracking.journal import read_metrics
 from pretrain.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ def run_several(
     """Trains configurations one after the other on several processes."""
     listed = folder / f"runs-{len(list(folder.glob('runs-*')))}.json"
     listed.write_text(json.dumps([list(run) for run in runs]))
-    command = torchrun(num_processes, str(Path(__file__).with_name(script)), str(config), str(listed), *arguments)
+    command = torchrun(num_processes, str(Path(__file__).parent / script), str(config), str(listed), *arguments)
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 

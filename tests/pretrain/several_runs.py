@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 
 from pretrain.config import load_config
-from pretrain.parallel import dist
+from pretrain.parallel.world import join_world, leave_world
 from pretrain.train import train
 
 
 def main() -> None:
     config_path, overrides_path = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    world = dist.start("cpu", timeout_s=120)
+    world = join_world("cpu", timeout_s=120)
     for overrides in json.loads(overrides_path.read_text()):
         train(load_config(config_path, overrides), config_path=config_path, overrides=overrides, world=world)
-    dist.stop()
+    leave_world()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipes.config import open_collection
+from data_pipes.open import open_collection
 from pretrain.config import ConfigError, RunConfig, load_config
 
 RECIPES = sorted(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.data_metrics import DataMeter
-from pretrain.parallel.dist import World
+from pretrain.metrics import DataMeter
+from pretrain.parallel.world import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"), None, None)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint import find_damage, load_weights, newest_complete
+from pretrain.checkpoint.read import find_damage, load_weights, newest_complete
 from pretrain.config import ConfigError
 from pretrain.pipeline import is_pipeline, load_pipeline, run_pipeline
 from tests.faults.harness import JournalTail
@@ -159,7 +159,7 @@ def test_every_phase_is_checked_before_the_first_begins(tiny_dataset: Path, tmp_
 
 @pytest.mark.parametrize("preset", ["f32c32", "f64c128", "f128c512"])
 def test_the_published_sizes(preset: str) -> None:
-    from pretrain.models.dc_ae_config import DCAE_PRESETS
+    from pretrain.models.tokenizers.dc_ae_config import DCAE_PRESETS
 
     phases = load_pipeline(ROOT / "configs" / "dcae" / preset / "pipeline.yaml", ["data.train=a", "data.val=b"])
     for phase in phases:

@@ -19,9 +19,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.checkpoint import list_checkpoints, newest_complete, read_complete
+from pretrain.checkpoint.read import list_checkpoints, newest_complete, read_complete
 from pretrain.config import ConfigError
-from pretrain.journal import read_journal
+from pretrain.tracking.journal import read_journal
 from tests.pretrain.runs import (
     CONFIG,
     ENVIRONMENT,

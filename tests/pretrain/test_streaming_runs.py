@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import ConfigError
-from pretrain.journal import read_metrics
-from pretrain.report import build_report
-from tests.data_pipes.faulty_server import FaultyServer
+from pretrain.report.report import build_report
+from pretrain.tracking.journal import read_metrics
+from tests.data_pipes.store.faulty_server import FaultyServer
 from tests.data_pipes.tiny_shards import write_shards
 from tests.pretrain.runs import assert_same_weights, losses, overrides_of, run_here
 

@@ -10,18 +10,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from data_pipes.image import EvalTransform
-from data_pipes.loader import BatchPlan, open_loader
-from data_pipes.sequential import SequentialImages
-from pretrain.checkpoint import newest_complete
+from data_pipes.batch import BatchPlan
+from data_pipes.loader import open_loader
+from data_pipes.sequential.pictures import SequentialImages
+from data_pipes.transforms.image import EvalTransform
+from pretrain.checkpoint.read import newest_complete
 from pretrain.config import load_config
-from pretrain.initial import initialize
-from pretrain.journal import read_journal, read_metrics
 from pretrain.optim import OptimConfig, parameter_groups, scheduled_lr
-from pretrain.parallel.dist import World
+from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.native import NativeStrategy
-from pretrain.parallel.strategy import ParallelConfig
+from pretrain.parallel.world import World
+from pretrain.tracking.journal import read_journal, read_metrics
 from pretrain.validation import Validator
+from pretrain.weights.starting import initialize
 from tests.pretrain.runs import CONFIG, final_weights, losses, overrides_of, run_here, run_several
 
 WORLD = World(0, 1, 0, torch.device("cpu"), None, None)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from data_pipes.index import index_shards
+from data_pipes.index.index import index_shards
 from pretrain.config import ConfigError, load_config
-from pretrain.journal import read_metrics
+from pretrain.tracking.journal import read_metrics
 from pretrain.train import train
 from tests.data_pipes.tiny_videos import video
 from tests.pretrain.runs import assert_same_weights, losses, run_several

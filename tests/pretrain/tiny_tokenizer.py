@@ -10,13 +10,14 @@ import torch
 import webdataset
 from PIL import Image
 
-from data_pipes.index import Manifest, index_shards
+from data_pipes.index.index import index_shards
+from data_pipes.shards.manifest import Manifest
 from pretrain.config import RunConfig, load_config
-from pretrain.evaluation.backbone import weights_digest
-from pretrain.models.dc_ae import DCAE
-from pretrain.models.dc_ae_config import dc_ae_config
-from pretrain.tokenizers import LoadedTokenizer
+from pretrain.models.tokenizers.dc_ae import DCAE
+from pretrain.models.tokenizers.dc_ae_config import dc_ae_config
 from pretrain.train import train
+from pretrain.weights.backbone import weights_digest
+from pretrain.weights.tokenizer import LoadedTokenizer
 
 RUN = """
 name: tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from data_pipes.loader import Batch
+from data_pipes.batch import Batch
 from pretrain.objectives.base import Turn
 from pretrain.objectives.tokenizer import TokenizerObjective
 

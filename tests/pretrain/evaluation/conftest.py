@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipes.pack import pack
+from data_pipes.pack.pack import pack
 from pretrain.config import load_config
 from pretrain.train import train
-from tests.pretrain.evaluation.labelled_pictures import write_pictures
-from tests.pretrain.evaluation.labelled_videos import write_videos
+from tests.pretrain.evaluation.encoder.labelled_pictures import write_pictures
+from tests.pretrain.evaluation.encoder.labelled_videos import write_videos
 
 ENCODER = "{image_size: [16, 16], patch_size: [4, 4], in_channels: 1, width: 16, depth: 2, heads: 2}"
 

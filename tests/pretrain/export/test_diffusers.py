@@ -14,9 +14,9 @@ import torch
 from pretrain.export import diffusers as diffusers_export
 from pretrain.export.diffusers import compare, example_images, export_diffusers, load_strictly
 from pretrain.export.publish import ExportError
-from pretrain.models.dc_ae import DCAE
-from pretrain.tokenizers import load_tokenizer
-from tests.pretrain.tiny_dc_ae import KINDS, make_model, make_tokenizer, tiny
+from pretrain.models.tokenizers.dc_ae import DCAE
+from pretrain.weights.tokenizer import load_tokenizer
+from tests.pretrain.weights.tiny_dc_ae import KINDS, make_model, make_tokenizer, tiny
 
 diffusers = pytest.importorskip("diffusers", minversion="0.32")
 

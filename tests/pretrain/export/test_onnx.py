@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from pretrain.evaluation.backbone import Backbone, weights_digest
 from pretrain.export import onnx as onnx_export
 from pretrain.export.onnx import OnnxExport, export_onnx
 from pretrain.export.onnx_models import export_backbone_onnx, export_tokenizer_onnx
 from pretrain.export.publish import ExportError
+from pretrain.models.tokenizers.vit_autoencoder import ViTAutoencoder, ViTAutoencoderConfig
 from pretrain.models.video_vit import VideoViT, VideoViTConfig
 from pretrain.models.vit import ViT, ViTConfig
-from pretrain.models.vit_autoencoder import ViTAutoencoder, ViTAutoencoderConfig
-from pretrain.tokenizers import LoadedTokenizer
-from tests.pretrain.tiny_dc_ae import make_tokenizer, tiny
+from pretrain.weights.backbone import Backbone, weights_digest
+from pretrain.weights.tokenizer import LoadedTokenizer
+from tests.pretrain.weights.tiny_dc_ae import make_tokenizer, tiny
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -12,11 +12,11 @@ import timm
 import torch
 from torch import nn
 
-from pretrain.evaluation.backbone import Backbone, load_backbone, weights_digest
 from pretrain.export import timm as timm_export
 from pretrain.export.publish import ExportError
 from pretrain.export.timm import Pool, architecture_of, export_timm, reference_features
 from pretrain.models.vit import VIT_SIZES, ViT, ViTConfig, vit_config
+from pretrain.weights.backbone import Backbone, load_backbone, weights_digest
 
 SMALL = ViTConfig(image_size=(32, 32), patch_size=(8, 8), width=16, depth=2, heads=2)
 

@@ -9,7 +9,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from data_pipes.index import index_shards
+from data_pipes.index.index import index_shards
 from pretrain.config import load_config
 from pretrain.train import train
 from tests.data_pipes.tiny_videos import video

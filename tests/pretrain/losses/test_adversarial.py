@@ -18,7 +18,7 @@ from pretrain.losses.adversarial import (
     squared_gradient,
     with_gradient,
 )
-from pretrain.models.discriminator import Discriminator, DiscriminatorConfig
+from pretrain.models.tokenizers.discriminator import Discriminator, DiscriminatorConfig
 
 NORMS = ("spectral", "batch", "none")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data_pipes.loader import Batch
+from data_pipes.batch import Batch
 from pretrain.losses.clips import predicted_frames, tubelets
 from pretrain.losses.pixels import normalise_patches
 from pretrain.models.normalise import IMAGENET_MEAN, Normalise

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data_pipes.loader import Batch
+from data_pipes.batch import Batch
 from pretrain.losses.pixels import patchify
 from pretrain.models.mae import MAEConfig, mae_flops
 from pretrain.models.masking import position_noise

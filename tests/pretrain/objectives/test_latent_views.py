@@ -10,11 +10,12 @@ import torch.nn.functional as F
 
 from pretrain.losses.adversarial import AdversarialConfig
 from pretrain.losses.perceptual import PerceptualConfig
-from pretrain.models.dc_ae_config import dc_ae_config
-from pretrain.models.discriminator import Discriminator, DiscriminatorConfig
-from pretrain.models.latent_view import LatentView
+from pretrain.models.tokenizers.dc_ae_config import dc_ae_config
+from pretrain.models.tokenizers.discriminator import Discriminator, DiscriminatorConfig
+from pretrain.models.tokenizers.latent_view import LatentView
 from pretrain.objectives.latent_views import ChannelPrefixConfig, EquivarianceConfig
-from pretrain.objectives.tokenizer import TokenizerConfig, TokenizerObjective
+from pretrain.objectives.tokenizer import TokenizerObjective
+from pretrain.objectives.tokenizer_config import TokenizerConfig
 from tests.pretrain.tokenizer_steps import batch, gradients, play
 
 PREFIX = ChannelPrefixConfig(step=3)

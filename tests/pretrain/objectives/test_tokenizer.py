@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from pretrain.losses.adversarial import AdversarialConfig
 from pretrain.losses.perceptual import LPIPS, PerceptualConfig, PerceptualWeightsError
-from pretrain.models.dc_ae_config import dc_ae_config
-from pretrain.models.discriminator import DiscriminatorConfig
-from pretrain.objectives.tokenizer import TokenizerConfig, TokenizerObjective, position_normal
+from pretrain.models.tokenizers.dc_ae_config import dc_ae_config
+from pretrain.models.tokenizers.discriminator import DiscriminatorConfig
+from pretrain.objectives.tokenizer import TokenizerObjective, position_normal
+from pretrain.objectives.tokenizer_config import TokenizerConfig
 from tests.pretrain.tokenizer_steps import batch, gradients, play
 
 GAME = AdversarialConfig(weight=0.5)

@@ -6,13 +6,13 @@
     or the autoencoder's fills the discriminator's      objectives/test_tokenizer, losses/test_adversarial
  4  a parent's train() wakes LPIPS' dropout             losses/test_perceptual
  5  LeCam's averages are lost on resume                 losses/test_adversarial, objectives/test_tokenizer
- 6  a codebook look-up gives unprojected codes          models/test_quantisers
- 7  NaN of linear attention in half precision           models/test_dc_ae
- 8  the switch between its two forms crashes            models/test_dc_ae; with tiles: here
+ 6  a codebook look-up gives unprojected codes          models/tokenizers/test_quantisers
+ 7  NaN of linear attention in half precision           models/tokenizers/test_dc_ae
+ 8  the switch between its two forms crashes            models/tokenizers/test_dc_ae; with tiles: here
     in bfloat16 or with tiles
- 9  sizes that the factor does not divide               models/test_dc_ae
+ 9  sizes that the factor does not divide               models/tokenizers/test_dc_ae
 10  the discriminator's start ruins reconstructions     losses/test_adversarial, objectives/test_tokenizer
-11  only 3 channels                                     models/test_dc_ae, objectives/test_tokenizer
+11  only 3 channels                                     models/tokenizers/test_dc_ae, objectives/test_tokenizer
 
 `CASES` names the tests one by one. Each is run twice: with the defect edited into the product's source, where it has to
 fail, and as it is, where it has to pass. An edit whose place is gone fails too: then write it anew for the new code.
@@ -35,13 +35,13 @@ import torch
 
 from pretrain.losses.adversarial import AdversarialConfig, LeCam
 from pretrain.losses.perceptual import LPIPS
-from pretrain.models.autoencoder import Autoencoder, pad_to_multiple
-from pretrain.models.dc_ae import DCAE, Decoder, Encoder
-from pretrain.models.dc_ae_config import dc_ae_config
-from pretrain.models.dc_ae_tiling import decode_tiled, encode_tiled
-from pretrain.models.discriminator import Discriminator, PatchConv
-from pretrain.models.linear_attention import LiteMLA, attend, quadratic_attention
-from pretrain.models.quantisers import QuantiserConfig, SimVQ
+from pretrain.models.tokenizers.autoencoder import Autoencoder, pad_to_multiple
+from pretrain.models.tokenizers.dc_ae import DCAE, Decoder, Encoder
+from pretrain.models.tokenizers.dc_ae_config import dc_ae_config
+from pretrain.models.tokenizers.dc_ae_tiling import decode_tiled, encode_tiled
+from pretrain.models.tokenizers.discriminator import Discriminator, PatchConv
+from pretrain.models.tokenizers.linear_attention import LiteMLA, attend, quadratic_attention
+from pretrain.models.tokenizers.quantisers import QuantiserConfig, SimVQ
 from pretrain.objectives.tokenizer import TokenizerObjective
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -128,7 +128,7 @@ def test_tiles_on_either_side_of_the_switch_run_in_bfloat16(height: int, weights
 # -- all of them, planted --------------------------------------------------------------------------------------------
 
 PERCEPTUAL, ADVERSARIAL = "losses/test_perceptual.py::", "losses/test_adversarial.py::"
-DC_AE, TOKENIZER = "models/test_dc_ae.py::", "objectives/test_tokenizer.py::"
+DC_AE, TOKENIZER = "models/tokenizers/test_dc_ae.py::", "objectives/test_tokenizer.py::"
 
 NO_GRADIENT = (
     Edit(
@@ -172,7 +172,7 @@ CASES = (
     Case(
         6,
         UNPROJECTED,
-        "models/test_quantisers.py::test_a_look_up_gives_what_the_decoder_saw",
+        "models/tokenizers/test_quantisers.py::test_a_look_up_gives_what_the_decoder_saw",
         {"config": QuantiserConfig(kind="sim_vq", num_codes=40)},
     ),
     Case(7, HALF_SUMS, DC_AE + "test_sums_over_tokens_are_float32", {"dtype": torch.float16, "tokens": 128 * 128}),

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.optim import OptimConfig
-from pretrain.parallel import dist
+from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.native import NativeStrategy
-from pretrain.parallel.strategy import ParallelConfig
+from pretrain.parallel.world import World, join_world, leave_world
 
 OPTIM = OptimConfig(base_lr=None, lr=1e-2, clip_norm=0.5, ema_decay=0.9)
 NUM_BLOCKS = 4
@@ -49,7 +49,7 @@ def inputs_of(rank: int, step: int) -> Tensor:
     return torch.randn(4, 5, generator=torch.Generator().manual_seed(100 * step + rank))
 
 
-def run(config: ParallelConfig, world: dist.World, bad_step: int | None, validate: bool = False) -> dict[str, Tensor]:
+def run(config: ParallelConfig, world: World, bad_step: int | None, validate: bool = False) -> dict[str, Tensor]:
     """Four steps; the weights on rank 0, with the norms and the validation's output."""
     strategy = NativeStrategy(config, OPTIM, world)
     objective = strategy.prepare(build, initialize)
@@ -83,7 +83,7 @@ def differences(one: dict[str, Tensor], other: dict[str, Tensor], exact: bool) -
 
 def main() -> None:
     torch.set_num_threads(1)
-    world = dist.start("cpu", timeout_s=120)
+    world = join_world("cpu", timeout_s=120)
     bad = {
         kind: run(ParallelConfig(strategy=kind, shards=2 if kind == "hsdp" else None), world, bad_step=2)  # type: ignore[arg-type]
         for kind in ("ddp", "fsdp2", "hsdp")
@@ -106,7 +106,7 @@ def main() -> None:
     assert torch.equal(*outputs)
     if world.is_main:
         print("validation after a step sees new weights")
-    dist.stop()
+    leave_world()
 
 
 if __name__ == "__main__":

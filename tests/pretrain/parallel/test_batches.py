@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipes.loader import BatchPlan
+from data_pipes.batch import BatchPlan
 from pretrain.parallel.batches import fit_micro_batch
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from data_pipes.loader import Batch
+from data_pipes.batch import Batch
 from pretrain.config import ConfigError, load_config
-from pretrain.memory_simulation import LiveBytes
+from pretrain.memory.simulate import LiveBytes
 from pretrain.models.mae import MAEConfig
 from pretrain.models.vit import ViTConfig
 from pretrain.objectives.image_mae import ImageMAEConfig, ImageMAEObjective
 from pretrain.parallel.blocks import checkpoint_blocks
-from pretrain.parallel.strategy import ParallelConfig
+from pretrain.parallel.config import ParallelConfig
 from tests.pretrain.runs import CONFIG
 
 MODEL = MAEConfig(ViTConfig((16, 16), (4, 4), 3, width=32, depth=2, heads=2), 16, 1, 2)

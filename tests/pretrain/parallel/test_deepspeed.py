@@ -17,8 +17,8 @@ import torch
 
 from pretrain.optim import OptimConfig
 from pretrain.parallel.choose import make_strategy
-from pretrain.parallel.dist import World, pick_device
-from pretrain.parallel.strategy import ParallelConfig
+from pretrain.parallel.config import ParallelConfig
+from pretrain.parallel.world import World, pick_device
 from tests.pretrain.parallel.zero_runs import Job, run
 from tests.pretrain.runs import ENVIRONMENT, torchrun
 

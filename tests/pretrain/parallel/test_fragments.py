@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from pretrain.checkpoint.dcp import read_into
 from pretrain.parallel.fragments import Fragments, boxes_of_range
-from pretrain.safe_dcp import read_into
 
 shapes = st.lists(st.integers(1, 5), min_size=0, max_size=5).map(tuple)
 

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.objectives.base import Objective
 from pretrain.optim import OptimConfig, update_ema
-from pretrain.parallel.dist import World, pick_device
+from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.native import NativeStrategy
-from pretrain.parallel.strategy import ParallelConfig
+from pretrain.parallel.world import World, pick_device
 from tests.pretrain.runs import ENVIRONMENT, torchrun
 
 OPTIM = OptimConfig(base_lr=None, lr=1e-2, clip_norm=0.5, ema_decay=0.9)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.parallel.dist import World, pick_device
+from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.native import NativeStrategy
-from pretrain.parallel.strategy import ParallelConfig
+from pretrain.parallel.world import World, pick_device
 from tests.pretrain.runs import assert_same_weights, losses, overrides_of, run_here, run_several
 
 STEPS = "train.steps=20"

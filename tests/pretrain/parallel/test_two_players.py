@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint import load_weights, newest_complete
+from pretrain.checkpoint.dcp import read_tensors
+from pretrain.checkpoint.read import load_weights, newest_complete
 from pretrain.config import load_config
-from pretrain.journal import read_metrics
-from pretrain.safe_dcp import read_tensors
+from pretrain.tracking.journal import read_metrics
 from pretrain.train import train
 from tests.pretrain.runs import ROOT, losses, run_several
 

@@ -18,18 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_pipes.dataset import Batch
-from pretrain.checkpoint import CheckpointConfig, Checkpointer
+from data_pipes.batch import Batch
+from pretrain.checkpoint.checkpointer import Checkpointer
+from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.models.mae import MAEConfig
 from pretrain.models.vit import ViT, ViTConfig
 from pretrain.objectives.base import Objective, Turn
 from pretrain.objectives.image_mae import ImageMAEConfig, ImageMAEObjective
 from pretrain.optim import OptimConfig
-from pretrain.parallel import dist
 from pretrain.parallel.choose import make_strategy
-from pretrain.parallel.deepspeed_config import DeepSpeedConfig
-from pretrain.parallel.dist import World
-from pretrain.parallel.strategy import ParallelConfig
+from pretrain.parallel.config import DeepSpeedConfig, ParallelConfig
+from pretrain.parallel.world import World, join_world, leave_world
 from pretrain.train import each_turn
 
 GLOBAL_BATCH = 8
@@ -223,10 +222,10 @@ def assert_untouched(before: dict[str, dict[str, Tensor]], after: dict[str, dict
 def main() -> None:
     jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     torch.set_num_threads(1)
-    world = dist.start("cpu", timeout_s=120)
+    world = join_world("cpu", timeout_s=120)
     for job in jobs:
         run(Job(**job), world, folder)
-    dist.stop()
+    leave_world()
 
 
 if __name__ == "__main__":

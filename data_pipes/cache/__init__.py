@@ -1,0 +1,1 @@
+"""A node's cache of remote chunks: a hard cap, shared by its processes, safe against kills."""

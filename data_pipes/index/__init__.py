@@ -1,0 +1,1 @@
+"""Shards to indexes: where each sample and member lies."""

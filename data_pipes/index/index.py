@@ -1,0 +1,226 @@
+"""Indexing: from tar shards that anybody wrote, on a disk or in a store, to index files and a manifest.
+
+Enters: paths and URLs of shards. Leaves: an index file for each (see index_walk) and a `Manifest`; the shards stay
+untouched. Why it exists: shards are many, so they are walked by many processes, and a run that was interrupted keeps
+what it has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+
+from data_pipes.errors import ShardError
+from data_pipes.index.progress import IndexJournal
+from data_pipes.index.walk import index_shard, split_name
+from data_pipes.shards.index_file import ShardIndex
+from data_pipes.shards.manifest import INDEX_SUFFIX, MANIFEST_NAME, Manifest, ShardEntry, check_class_names, index_url
+from data_pipes.store.storage import Storage
+from data_pipes.store.urls import check_url, is_remote, join_url, local_path, scheme_of
+
+__all__ = [
+    "INDEX_SUFFIX",
+    "MANIFEST_NAME",
+    "IndexedShard",
+    "Manifest",
+    "ShardEntry",
+    "ShardError",
+    "ShardIndex",
+    "index_shard",
+    "index_shards",
+    "split_name",
+]
+
+_MAX_INDEX_BYTES = 1 << 32
+
+
+@dataclass(frozen=True)
+class IndexedShard:
+    """What `index_shards` reports of each shard."""
+
+    entry: ShardEntry
+    kept: bool
+    # an index that was there is still valid
+    num_skipped: int
+    # members that belong to no sample, see ShardIndex
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One shard to index."""
+
+    place: str
+    # path or URL of the shard
+    index_place: str
+    url: str
+    # of the shard, in the manifest
+    known: ShardEntry | None
+    # what an earlier run noted of it; for objects only
+    storage: Storage
+
+
+def index_shards(
+    shards: Sequence[str | os.PathLike[str]],
+    out_dir: str | os.PathLike[str],
+    classes: Iterable[str] = (),
+    *,
+    index_dir: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    workers: int = 1,
+    allow_missing_end: bool = False,
+    on_shard: Callable[[IndexedShard], None] | None = None,
+    storage: Storage | None = None,
+) -> Manifest:
+    """Indexes shards, paths or URLs, and writes `manifest.json` into `out_dir`, a path or URL; the shards stay
+    untouched.
+
+    The order of `shards` is the order of the dataset. Index files go beside the shards or into `index_dir`; those of
+    objects into `index` below a local `out_dir`. An index that is there, intact, of the shard's present size and not
+    older than the shard (for an object: of its present etag) is kept, so a killed run continues, unless `force`.
+    `workers` processes walk the shards. `on_shard` is called in order, for progress.
+    Raises ShardError for no shard, the same shard twice, and all that `index_shard` raises.
+    """
+    root, places = _place(out_dir), [_place(shard) for shard in shards]
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; expected a number of processes >= 1")
+    _check_shards(places, root)
+    names = check_class_names(classes)
+    storage = storage or Storage()
+    any_remote = any(map(is_remote, places))
+    index_root = None if index_dir is None else _place(index_dir)
+    if index_root is None and any_remote and not is_remote(root):
+        index_root = join_url(root, "index")
+    journal = IndexJournal(root, storage) if any_remote else None
+    jobs = []
+    for place in places:
+        url = _relative_to(place, root)
+        known = journal.known.get(url) if journal is not None else None
+        jobs.append(_Job(place, index_url(place, url, index_root), url, known, storage))
+    entries = []
+    try:
+        for indexed in _work(jobs, workers, force, allow_missing_end):
+            entries.append(indexed.entry)
+            if journal is not None and not indexed.kept:
+                journal.add(indexed.entry)
+            if on_shard is not None:
+                on_shard(indexed)
+    except BaseException:
+        with suppress(ShardError):
+            if journal is not None:
+                journal.flush()
+        raise
+    manifest = Manifest(root, tuple(entries), names, None if index_root is None else _relative_to(index_root, root))
+    try:
+        manifest.save(root, storage)
+    except OSError as error:
+        raise ShardError(
+            f"{root}: the manifest cannot be written ({error.strerror or error}); name a writable folder with --out"
+        ) from error
+    if journal is not None:
+        journal.finish()
+    return manifest
+
+
+def _work(jobs: Sequence[_Job], workers: int, force: bool, allow_missing_end: bool) -> Iterator[IndexedShard]:
+    """The answers in order, from so many processes; objects in memory are of this process alone."""
+    workers = 1 if any(scheme_of(job.place) == "memory" for job in jobs) else min(workers, len(jobs))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else None
+    try:
+        yield from (pool.map if pool else map)(_index_or_keep, jobs, repeat(force), repeat(allow_missing_end))
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+
+def _index_or_keep(job: _Job, force: bool, allow_missing_end: bool) -> IndexedShard:
+    if is_remote(job.place):
+        return _index_or_keep_object(job, force, allow_missing_end)
+    shard, index_file = Path(job.place), Path(job.index_place)
+    index = None if force else _valid_index(shard, index_file, allow_missing_end)
+    if index is not None:
+        digest = hashlib.sha256(index_file.read_bytes()).hexdigest()
+        return IndexedShard(ShardEntry(job.url, index.num_samples, index.size_bytes, digest), True, index.num_skipped)
+    index = index_shard(shard, allow_missing_end=allow_missing_end)
+    digest = _save(index, job)
+    return IndexedShard(ShardEntry(job.url, index.num_samples, index.size_bytes, digest), False, index.num_skipped)
+
+
+def _index_or_keep_object(job: _Job, force: bool, allow_missing_end: bool) -> IndexedShard:
+    info = job.storage.info(job.place)
+    known = job.known
+    if known and not force and info.etag is not None and (known.size_bytes, known.etag) == (info.size_bytes, info.etag):
+        index = _known_index(job, known.index_sha256)
+        if index and index.size_bytes == info.size_bytes and (index.has_end_marker or allow_missing_end):
+            return IndexedShard(known, True, index.num_skipped)
+    index = index_shard(job.place, allow_missing_end=allow_missing_end, storage=job.storage)
+    after = job.storage.info(job.place)
+    if after != info or index.size_bytes != info.size_bytes:
+        raise ShardError(f"{job.place}: the object was replaced while it was indexed; run `tessera index` again")
+    entry = ShardEntry(job.url, index.num_samples, index.size_bytes, _save(index, job), info.etag)
+    return IndexedShard(entry, False, index.num_skipped)
+
+
+def _known_index(job: _Job, sha256: str) -> ShardIndex | None:
+    try:
+        if is_remote(job.index_place):
+            data = job.storage.read_whole(job.index_place, _MAX_INDEX_BYTES)
+            return ShardIndex.from_bytes(data, job.index_place, sha256)
+        return ShardIndex.load(job.index_place, sha256)
+    except (ShardError, OSError):
+        return None
+
+
+def _save(index: ShardIndex, job: _Job) -> str:
+    """Writes an index file and returns its sha256."""
+    try:
+        if not is_remote(job.index_place):
+            return index.save(job.index_place)
+        data = index.to_bytes()
+        job.storage.write_whole(job.index_place, data)
+        return hashlib.sha256(data).hexdigest()
+    except OSError as error:
+        raise ShardError(
+            f"{job.index_place}: the index cannot be written ({error.strerror or error}); name a writable folder with "
+            "--index-dir"
+        ) from error
+
+
+def _valid_index(shard: Path, index_file: Path, allow_missing_end: bool) -> ShardIndex | None:
+    try:
+        index = ShardIndex.load(index_file)
+        shard_stat, index_stat = shard.stat(), index_file.stat()
+    except (ShardError, OSError):
+        return None
+    fresh = index.size_bytes == shard_stat.st_size and index_stat.st_mtime_ns >= shard_stat.st_mtime_ns
+    return index if fresh and (index.has_end_marker or allow_missing_end) else None
+
+
+def _place(given: str | os.PathLike[str]) -> str:
+    """An absolute path, or a URL without "/" at its end. No symlink is resolved: a dataset may be a folder of links."""
+    text = os.fspath(given)
+    check_url(text)
+    return text.rstrip("/") if is_remote(text) else os.path.abspath(local_path(text))
+
+
+def _check_shards(places: Sequence[str], root: str) -> None:
+    if not places:
+        raise ShardError("no shard to index; give tar files, or a folder or pattern that holds some")
+    if len(set(places)) != len(places):
+        repeated = next(place for i, place in enumerate(places) if place in places[:i])
+        raise ShardError(f"{repeated}: given twice; name each shard once")
+    local = next((place for place in places if not is_remote(place)), None)
+    if is_remote(root) and local is not None:
+        raise ShardError(f"{local}: a local shard of a data set in {root}; upload the shards, or name a local --out")
+
+
+def _relative_to(place: str, root: str) -> str:
+    """How a manifest in `root` names a place: relative where that leads back to it, else absolute."""
+    relative = place.removeprefix(root.rstrip("/") + "/")
+    return relative if relative != place and join_url(root, relative) == place else place

@@ -1,0 +1,188 @@
+"""One tar shard, walked from its first header to its last, becomes a `ShardIndex`.
+
+Enters: a tar by tessera, stock webdataset or any tar writer, on a disk or in a store. Leaves: its index, or an error.
+Why it exists: exact resume, any order and ranged reads over plain tars need the places of the samples; the walk is
+strict, so that a damaged shard is found here and not as missing samples in a run. Keys follow webdataset: the key is
+the name up to the first dot behind the last slash, the extension is the rest in lower case.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from data_pipes.errors import ShardError
+from data_pipes.shards.index_file import ShardIndex
+from data_pipes.shards.tar import TarMember, TarProblem, walk_tar
+from data_pipes.store.storage import Storage
+from data_pipes.store.urls import is_remote
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
+_META_NAME = re.compile(r"__[^/]*__($|/)")  # as webdataset.tariterators.tar_file_iterator skips them
+
+
+@dataclass
+class _Builder:
+    """Collects members into samples, as webdataset groups them."""
+
+    keys: list[bytes] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    current: str | None = None
+    in_sample: set[str] = field(default_factory=set)
+    extensions: dict[str, int] = field(default_factory=dict)
+    sample_offset: list[int] = field(default_factory=list)
+    sample_end: list[int] = field(default_factory=list)
+    first_member: list[int] = field(default_factory=list)
+    member_extension: list[int] = field(default_factory=list)
+    member_offset: list[int] = field(default_factory=list)
+    member_size: list[int] = field(default_factory=list)
+    num_skipped: int = 0
+
+    def add(self, member: TarMember) -> None:
+        key, extension = split_name(member.name)
+        if member.is_folder or not extension:
+            self.num_skipped += 1
+            return
+        if key != self.current:
+            self._begin(key, member)
+        if extension in self.in_sample:
+            raise TarProblem(
+                f"the sample {key!r} has two members with the extension {extension!r}",
+                member.header,
+                "give the samples distinct keys and pack the shard again",
+            )
+        self.in_sample.add(extension)
+        self.member_extension.append(self.extensions.setdefault(extension, len(self.extensions)))
+        self.member_offset.append(member.data)
+        self.member_size.append(member.size)
+        self.sample_end[-1] = member.end
+
+    def _begin(self, key: str, member: TarMember) -> None:
+        if key in self.seen:
+            raise TarProblem(
+                f"the members of the sample {key!r} are not adjacent",
+                member.header,
+                "sort the files by name when packing (`tar --sort=name`), or use `tessera pack`",
+            )
+        self.seen.add(key)
+        self.current, self.in_sample = key, set()
+        self.keys.append(key.encode("utf-8", "surrogateescape"))
+        self.sample_offset.append(member.header)
+        self.sample_end.append(member.end)
+        self.first_member.append(len(self.member_offset))
+
+    def finish(self, size_bytes: int, has_end_marker: bool) -> ShardIndex:
+        offset = np.array(self.sample_offset, dtype=np.uint64)
+        return ShardIndex(
+            size_bytes=size_bytes,
+            num_skipped=self.num_skipped,
+            has_end_marker=has_end_marker,
+            extensions=tuple(self.extensions),
+            key_bytes=b"".join(self.keys),
+            key_end=np.cumsum([len(key) for key in self.keys], dtype=np.uint64),
+            sample_offset=offset,
+            sample_size=np.array(self.sample_end, dtype=np.uint64) - offset,
+            first_member=np.array([*self.first_member, len(self.member_offset)], dtype=np.uint64),
+            member_extension=np.array(self.member_extension, dtype=np.uint64),
+            member_offset=np.array(self.member_offset, dtype=np.uint64),
+            member_size=np.array(self.member_size, dtype=np.uint64),
+        )
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(key, extension in lower case) of a member's name, as webdataset splits it; the extension is "" for what belongs
+    to no sample.
+    """
+    if _META_NAME.match(name):
+        return name, ""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (folder + slash + stem, extension.lower()) if stem else (name, "")
+
+
+def index_shard(
+    place: str | os.PathLike[str], *, allow_missing_end: bool = False, storage: Storage | None = None
+) -> ShardIndex:
+    """Walks one tar strictly and returns the places of its samples. Of a local file it reads the headers only; an
+    object (a URL) is read from its first byte to its last, through `storage`, with requests ahead of the walk.
+
+    Raises ShardError on truncation anywhere, a zero block in mid-file, bad checksums, absolute or `..` names, links and
+    devices, members of one key that are not adjacent, a repeated extension in a sample, a compressed file, and a shard
+    without a sample. `allow_missing_end`: see `walk_tar`. Raises StorageError when the store cannot be used.
+    """
+    path = os.fspath(place)
+    builder = _Builder()
+    opened = _open_object(path, storage or Storage()) if is_remote(path) else _open_file(Path(path))
+    with opened as (file, size_bytes):
+        try:
+            end = 0
+            for member in walk_tar(file, size_bytes, allow_missing_end=allow_missing_end):
+                builder.add(member)
+                end = member.end
+        except TarProblem as problem:
+            hint = ""
+            if "without the end marker" in problem.problem:
+                hint = "; if its writer is known to omit the end marker, use --allow-missing-end"
+            found = f"{len(builder.keys):,} samples begin before that place"
+            raise ShardError(
+                f"{path}: {problem.problem} (at byte {problem.offset:,}); {found}; {problem.advice}{hint}"
+            ) from problem
+    if not builder.keys:
+        skipped = f" ({builder.num_skipped} members were skipped)" if builder.num_skipped else ""
+        raise ShardError(
+            f"{path}: the shard holds no sample{skipped}; expected members named KEY.EXTENSION; remove the "
+            "shard or pack it again"
+        )
+    return builder.finish(size_bytes, has_end_marker=size_bytes - end >= 1024)
+
+
+@contextmanager
+def _open_file(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """The open file and its size; refuses what cannot be a plain tar."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a fifo would wait for ever
+            raise ShardError(f"{path}: not a regular file; only tar files on a file system can be indexed")
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise ShardError(
+            f"{path}: the shard cannot be opened ({error.strerror}); check the path and its permissions"
+        ) from error
+    with file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        _check_is_plain(str(path), file.read(8))
+        yield file, size_bytes
+
+
+@contextmanager
+def _open_object(url: str, storage: Storage) -> Iterator[tuple[BinaryIO, int]]:
+    """The same of an object."""
+    with storage.open(url) as file:
+        size_bytes = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        head = file.read(8) if size_bytes else b""
+        try:
+            _check_is_plain(url, head)
+        except ShardError as error:
+            hint = "; or train on it as a stream, without exact resume: data.unindexed" if head else ""
+            raise ShardError(f"{error}{hint}") from None
+        yield file, size_bytes
+
+
+def _check_is_plain(name: str, head: bytes) -> None:
+    """Raises ShardError for an empty or compressed file; `head` is its first 8 bytes."""
+    if not head:
+        raise ShardError(f"{name}: the file is empty (0 bytes); copy or pack the shard again from its source")
+    for magic, compression in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise ShardError(
+                f"{name}: compressed with {compression}; single samples cannot be read from a compressed tar, "
+                "and pictures do not get smaller: unpack it to a plain .tar"
+            )

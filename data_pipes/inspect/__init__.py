@@ -1,0 +1,1 @@
+"""Looks at a whole data set: statistics, checks, a contact sheet."""

@@ -1,0 +1,217 @@
+"""Is a data set what its manifest says? Every shard, and if wanted every picture: `tessera data verify`.
+
+Enters: a manifest, on any storage. Leaves: a `Verdict` per shard with its `Flaw`s. Why it exists: copies get cut, disks
+flip bits, and a run should not be where that is found out.
+
+What is found without decoding: a missing shard, another size, an index that is not the manifest's, and any damage to
+any header, as the strict walk must give the very index that is there. The bytes of the members have no checksum in a
+plain tar: damage there is found only by decoding, as far as the format of the picture notices (PNG: always, as every
+checksum is compared; JPEG: often not; arrays, BMP and uncompressed TIFF: never).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import torch
+
+from data_pipes.decode.limits import DEFAULT_MAX_PIXELS
+from data_pipes.decode.picture import decode_image
+from data_pipes.errors import DecodeError, SampleError, ShardError
+from data_pipes.index.walk import index_shard
+from data_pipes.inspect.stats import load_index
+from data_pipes.shards.collection import Place
+from data_pipes.shards.index_file import ShardIndex
+from data_pipes.shards.manifest import Manifest
+from data_pipes.shards.members import (
+    CAPTION_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    LABEL_EXTENSIONS,
+    caption_of,
+    encoded_picture,
+    label_of,
+)
+from data_pipes.shards.reader import RawSample, ShardReader
+from data_pipes.store.storage import Storage
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_MAX_FLAWS = 10_000
+# listed per shard; all are counted
+_AT_ONCE = 64
+# samples that are requested together
+_Found = tuple[str | None, str, str]
+# key, cause, error
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """One thing that is wrong. `key` is None where it concerns the whole shard."""
+
+    shard: str
+    # its url in the manifest
+    key: str | None
+    cause: str
+    # "shard" (missing, cut, damaged headers), "size", "index" (missing, another, not the shard's), or as SampleError's
+    error: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found in one shard."""
+
+    shard: str
+    num_samples: int
+    # as the manifest says
+    num_decoded: int
+    # pictures
+    num_flaws: int
+    flaws: tuple[Flaw, ...]
+    # the first ones
+
+
+@dataclass(frozen=True)
+class Check:
+    """What is checked beyond the headers."""
+
+    decode: bool = False
+    # every picture, label and caption
+    label_key: str = "label"
+    # of labels in json members
+    max_pixels: int = DEFAULT_MAX_PIXELS
+
+
+def verify(manifest: Manifest, check: Check, workers: int = 1) -> Iterator[Verdict]:
+    """The verdicts in the order of the shards. workers: processes."""
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; expected a number of processes >= 1")
+    shards = iter(range(len(manifest.shards)))
+    if workers == 1:
+        yield from map(partial(verify_shard, manifest, check, storage=Storage()), shards)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data_pipes.inspect.verify"])  # torch is imported once, not in every worker
+    with ProcessPoolExecutor(min(workers, len(manifest.shards)), context, _begin, (manifest, check)) as pool:
+        waiting = [pool.submit(_verify_here, shard) for shard in islice(shards, 2 * workers)]
+        try:
+            while waiting:
+                yield waiting.pop(0).result()
+                waiting.extend(pool.submit(_verify_here, shard) for shard in islice(shards, 1))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_here: tuple[Manifest, Check, Storage]
+# of a worker process: sent once, not with every shard
+
+
+def _begin(manifest: Manifest, check: Check) -> None:
+    global _here
+    _here = manifest, check, Storage()
+    torch.set_num_threads(1)
+
+
+def _verify_here(shard: int) -> Verdict:
+    manifest, check, storage = _here
+    return verify_shard(manifest, check, shard, storage)
+
+
+def verify_shard(manifest: Manifest, check: Check, shard: int, storage: Storage) -> Verdict:
+    """One shard: its size, its index, its headers, and with `check.decode` the content of each sample."""
+    entry = manifest.shards[shard]
+    flaws: list[Flaw] = []
+    num_decoded = num_flaws = 0
+    for found in _flaws(manifest, check, shard, storage):
+        if found is None:
+            num_decoded += 1
+            continue
+        num_flaws += 1
+        if len(flaws) < _MAX_FLAWS:
+            flaws.append(Flaw(entry.url, *found))
+    return Verdict(entry.url, entry.num_samples, num_decoded, num_flaws, tuple(flaws))
+
+
+def _flaws(manifest: Manifest, check: Check, shard: int, storage: Storage) -> Iterator[_Found | None]:
+    """Each flaw; None for each picture that was decoded."""
+    url, entry, index = manifest.shard_url(shard), manifest.shards[shard], None
+    try:
+        index = load_index(manifest, shard, storage)
+    except (ShardError, OSError) as error:
+        yield None, "index", str(error)
+    try:
+        missing_end = index is not None and not index.has_end_marker
+        walked = index_shard(url, allow_missing_end=missing_end, storage=storage)
+    except (ShardError, OSError) as error:
+        yield None, "shard", str(error)
+        return
+    if walked.size_bytes != entry.size_bytes:
+        found = f"{walked.size_bytes:,} bytes, the manifest says {entry.size_bytes:,}"
+        yield None, "size", f"{url}: {found}; restore it, or run `tessera index` and start anew"
+        return
+    if index is None:
+        return
+    if walked.to_bytes() != index.to_bytes():
+        yield None, "index", f"{url}: {_difference(walked, index)}; run `tessera index` again"
+        return
+    if check.decode:
+        yield from _content_flaws(manifest, check, shard, storage)
+
+
+def _difference(walked: ShardIndex, index: ShardIndex) -> str:
+    if walked.num_samples != index.num_samples:
+        return f"it holds {walked.num_samples:,} samples, its index lists {index.num_samples:,}"
+    for sample in range(walked.num_samples):
+        if (walked.key(sample), walked.members(sample)) != (index.key(sample), index.members(sample)):
+            return f"sample {sample:,} is {walked.key(sample)!r}, in its index {index.key(sample)!r}, or lies elsewhere"
+    return "its headers are not those that were indexed"
+
+
+def _content_flaws(manifest: Manifest, check: Check, shard: int, storage: Storage) -> Iterator[_Found | None]:
+    reader = ShardReader(manifest, {*IMAGE_EXTENSIONS, *LABEL_EXTENSIONS, *CAPTION_EXTENSIONS}, storage)
+    places = [Place(shard, sample) for sample in range(manifest.shards[shard].num_samples)]
+    try:
+        for start in range(0, len(places), _AT_ONCE):
+            for raw in reader.read_many(places[start : start + _AT_ONCE]):
+                yield from _sample_flaws(raw, manifest, check)
+    except (ShardError, OSError) as error:  # its storage fails, or another object stands there now
+        yield None, "shard", str(error)
+
+
+def _check_picture(data: bytes, max_pixels: int) -> None:
+    """Decodes it; of a PNG also compares every checksum, which decoding passes over where the pixels are complete."""
+    decode_image(data, None, max_pixels)
+    if not data.startswith(_PNG):
+        return
+    start, part = len(_PNG), b""
+    while part != b"IEND":
+        length = int.from_bytes(data[start : start + 4], "big")
+        part, checksum = data[start + 4 : start + 8 + length], data[start + 8 + length : start + 12 + length]
+        if len(checksum) < 4 or zlib.crc32(part) != int.from_bytes(checksum, "big"):
+            found = f"the part {part[:4]!r} at byte {start:,} is cut or has a wrong checksum"
+            raise DecodeError("checksum", f"damaged PNG that still decodes: {found}")
+        start += 12 + length
+
+
+def _sample_flaws(raw: RawSample, manifest: Manifest, check: Check) -> Iterator[_Found | None]:
+    has_picture = any(extension in raw.members for extension in IMAGE_EXTENSIONS)
+    checks = (
+        lambda: label_of(raw, manifest.classes, check.label_key),
+        lambda: caption_of(raw),
+        lambda: _check_picture(encoded_picture(raw), check.max_pixels) if has_picture else None,
+    )
+    seen: set[tuple[str, str]] = set()
+    for part in checks:
+        try:
+            part()
+        except SampleError as error:
+            if (error.cause, str(error)) not in seen:  # broken JSON is met as label and as caption
+                seen.add((error.cause, str(error)))
+                yield raw.key, error.cause, str(error)
+            has_picture = has_picture and part is not checks[2]
+    if has_picture:
+        yield None

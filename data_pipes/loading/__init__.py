@@ -1,0 +1,1 @@
+"""From positions to batches: data sets, workers, prefetching, bad samples."""

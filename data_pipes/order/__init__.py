@@ -1,0 +1,1 @@
+"""Which sample stands where: pure functions of the seed and the position."""

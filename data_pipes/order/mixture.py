@@ -1,0 +1,270 @@
+"""Training data from several sources in chosen shares, which may change at given samples of the run.
+
+Enters: the sources' counts, their weights over the run, the order's parameters. Leaves: for any positions, the places
+of their samples, as `Order` gives them for one source. Why it exists: so that a mixture resumes, scales and repeats as
+one source does: its state is one integer too, and each source is read in its own order without a gap or a repetition.
+
+Legend: P global position; g run; Q columns; D sources; S segments (times of equal weights).
+
+1. Rows of g neighbouring positions: row = P // g, column c = row mod Q, round i = row // Q. Q is the number of rows of
+   a batch at the run's start, so that a rank reads the same columns in every step; it is kept in the state.
+2. In each column the rounds are dealt to the sources by a tree of integer shares
+   (data_pipes.order.weighted_interleave). Each segment goes on counting from the ends of the earlier ones.
+3. The o-th row of a source in column c is row o * Q + c of the source's own order: its position = row * g + P mod g. As
+   a source's streams are a multiple of Q (where it is large enough), each of them belongs to one column.
+
+A source repeats when its samples are used up. The sources' seeds differ, or data sets of equal sizes would be shuffled
+alike; the first has the run's own, so that a mixture of one source is that source's plain order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from data_pipes.order.hashing import Int64s, hash64
+from data_pipes.order.mixture_config import MixtureConfig, SourceConfig, WeightChange
+from data_pipes.order.mixture_state import Segment, describe_mixture, differences
+from data_pipes.order.order import NEVER, ChunkUse, Located, Order, OrderConfig
+from data_pipes.order.weighted_interleave import TOTAL, Shares, integer_weights
+
+__all__ = ["MixtureConfig", "MixtureOrder", "SourceConfig", "SourceCounts", "WeightChange"]
+
+_SOURCE_SEED = 6
+
+
+class SourceCounts(NamedTuple):
+    """What the order needs to know of one source: [shards] counts, and the fingerprint of its manifest."""
+
+    samples_per_shard: ArrayLike
+    bytes_per_shard: ArrayLike
+    fingerprint: str
+
+
+class MixtureOrder:
+    """The order over several sources; shards and chunks are numbered over all of them in turn. As `Order`: cheap to
+    pickle, safe for threads.
+    """
+
+    def __init__(self, mixture: MixtureConfig, orders: Sequence[Order], config: OrderConfig, columns: int) -> None:
+        """orders: of the sources, with the seeds and streams of `create`. columns: Q. Raises ValueError when a change
+        of weights is nearer to the one before than a round of Q * g samples.
+        """
+        self.config, self.columns, self.orders = config, columns, tuple(orders)
+        self.names = tuple(mixture.names())
+        self.num_samples = sum(order.num_samples for order in orders)
+        self.num_chunks = sum(order.num_chunks for order in orders)
+        self._first_shard = _starts([order.num_shards for order in orders])
+        self._first_chunk = _starts([order.num_chunks for order in orders])
+        self.source_of_shard: Int64s = np.repeat(np.arange(len(orders)), [order.num_shards for order in orders])
+        self.segments = _segments(mixture, columns * config.run)
+        self._shares = [Shares(segment.weights, config.seed, columns) for segment in self.segments]
+        self._first_round = np.array([segment.from_sample // (columns * config.run) for segment in self.segments])
+        every = np.arange(columns)
+        self._dealt = [np.zeros((len(orders), columns), np.int64)]  # of each segment: [D, Q] rows at its start
+        for shares, rounds in zip(self._shares, np.diff(self._first_round), strict=False):
+            self._dealt.append(self._dealt[-1] + shares.counts(np.full(columns, rounds), every))
+
+    @classmethod
+    def create(
+        cls, mixture: MixtureConfig, sources: Sequence[SourceCounts], config: OrderConfig, global_batch: int
+    ) -> MixtureOrder:
+        """The order of a new run. sources: the counts of `mixture.sources`. Undecided streams are chosen per source."""
+        columns = max(1, global_batch // config.run)
+        return cls(mixture, _orders(sources, config, columns, [config.streams] * len(sources)), config, columns)
+
+    @classmethod
+    def from_state(
+        cls, state: Mapping[str, Any], mixture: MixtureConfig, sources: Sequence[SourceCounts], config: OrderConfig
+    ) -> MixtureOrder:
+        """The order that wrote `state`, perhaps with other weights from its position on. Raises ValueError as
+        `check_state`.
+        """
+        columns, written = state.get("columns"), state.get("sources")
+        known = [source.get("streams") for source in written] if isinstance(written, list) else []
+        if type(columns) is not int or not all(type(count) is int and count > 0 for count in [columns, *known]):
+            raise ValueError(
+                f"the data state has no valid numbers of columns and streams (found {columns!r} and {known}): it is "
+                "damaged, or not of a mixture; start a new run from the checkpoint's weights"
+            )
+        streams = [config.streams or count for count in known]
+        streams += [config.streams] * (len(sources) - len(streams))
+        order = cls(mixture, _orders(sources, config, columns, streams[: len(sources)]), config, columns)
+        order.check_state(state)
+        return order
+
+    def locate(self, positions: ArrayLike) -> Located:
+        """The places of positions [B] (int64, >= 0, in any order)."""
+        wanted = np.atleast_1d(np.asarray(positions, np.int64))
+        if wanted.size and wanted.min() < 0:
+            raise ValueError(f"data positions are 0 or more, found {int(wanted.min())}")
+        source, own_positions = self._own_positions(wanted)
+        found = Located(*(np.empty(len(wanted), np.int64) for _ in Located._fields))
+        for number in np.unique(source).tolist():
+            here = source == number
+            own = self.orders[number].locate(own_positions[here])
+            found.shard[here] = own.shard + self._first_shard[number]
+            found.sample[here] = own.sample
+            found.chunk[here] = own.chunk + self._first_chunk[number]
+            found.source[here] = number
+        return found
+
+    def substitute(self, position: int, attempt: int) -> tuple[int, int]:
+        """(shard, sample) that stands in for a bad sample, of the same source; see `Order.substitute`."""
+        source, own_position = self._own_positions(np.array([position], np.int64))
+        number = int(source[0])
+        shard, sample = self.orders[number].substitute(int(own_position[0]), attempt)
+        return shard + int(self._first_shard[number]), sample
+
+    def chunk_samples(self, chunk: int) -> tuple[int, int, int]:
+        """(shard, first sample, number of samples) of a chunk. Raises ValueError when there is no such chunk."""
+        source, own_chunk = self._source_of_chunk(chunk)
+        shard, first, size = self.orders[source].chunk_samples(own_chunk)
+        return shard + int(self._first_shard[source]), first, size
+
+    def pass_of(self, chunk: int, position: int) -> Int64s:
+        """The positions of a chunk's samples, sorted, in the earliest of the source's passes over it that is not over
+        at `position`; without those that the weights leave unused for ever. Empty when none is used any more.
+        """
+        source, own_chunk = self._source_of_chunk(chunk)
+        order = self.orders[source]
+        epoch = self._next_own_position(source, position) // order.num_samples
+        while epoch * order.num_samples < self._end_of_source(source):
+            found = self._global_positions(source, order.positions_of(own_chunk, epoch))
+            found = found[found != NEVER]
+            if found.size and found.max() >= position:
+                return np.sort(found)
+            epoch += 1
+        return np.empty(0, np.int64)
+
+    def uses(self, chunk: int, position: int) -> ChunkUse:
+        """The ends of `pass_of`; (NEVER, NEVER) when no sample of the chunk is used any more."""
+        found = self.pass_of(chunk, position)
+        return ChunkUse(int(found[0]), int(found[-1])) if found.size else ChunkUse(NEVER, NEVER)
+
+    def counts(self, position: int) -> Int64s:
+        """[D]: samples of each source in [0, position), exactly."""
+        run = self.config.run
+        found = run * self._rows_before(position).sum(1)
+        if position % run:
+            source, _ = self._own_positions(np.array([position], np.int64))
+            found[source] += position % run
+        return np.asarray(found, np.int64)
+
+    def wanted_shares(self, position: int) -> list[float]:
+        """[D]: the shares that hold at `position`; they add up to 1."""
+        segment = int(self._segment_of(np.array([position // (self.columns * self.config.run)]))[0])
+        return [weight / TOTAL for weight in self.segments[segment].weights]
+
+    def state(self, position: int) -> dict[str, Any]:
+        """All that is needed to go on from `position` (samples consumed by the trainer), as JSON."""
+        return describe_mixture(
+            self.config, self.columns, list(zip(self.names, self.orders, strict=True)), self.segments, position
+        )
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError, naming every field, when `state` was written under another order or other sources. Weights
+        may differ from the state's position on; sources may be added behind the others, if they have weight 0 before.
+        """
+        wrong = differences(state, self.state(0))
+        if wrong:
+            raise ValueError(
+                f"the data order cannot continue from this checkpoint: {'; '.join(wrong)}. Restore the sources, the "
+                "weights up to its position and data.order as they were (later weights may change), or start a new run "
+                "from the checkpoint's weights"
+            )
+
+    def _segment_of(self, rounds: Int64s) -> Int64s:
+        return np.searchsorted(self._first_round, rounds, side="right") - 1
+
+    def _own_positions(self, positions: Int64s) -> tuple[Int64s, Int64s]:
+        """Steps 1 to 3: (source, position in the source's own order), each [B]."""
+        rows = positions // self.config.run
+        rounds, column = rows // self.columns, rows % self.columns
+        segment = self._segment_of(rounds)
+        source, number = np.empty_like(rows), np.empty_like(rows)
+        for part in np.unique(segment).tolist():
+            here = segment == part
+            dealt, before = self._shares[part].locate(rounds[here] - self._first_round[part], column[here])
+            source[here], number[here] = dealt, before + self._dealt[part][dealt, column[here]]
+        return source, (number * self.columns + column) * self.config.run + positions % self.config.run
+
+    def _global_positions(self, source: int, own_positions: Int64s) -> Int64s:
+        """The inverse of `_own_positions`; NEVER where the weights end the source before."""
+        rows = own_positions // self.config.run
+        number, column = rows // self.columns, rows % self.columns
+        rounds, is_used = np.zeros_like(rows), np.zeros(len(rows), np.bool_)
+        for part, shares in enumerate(self._shares):
+            here = number >= self._dealt[part][source, column]
+            if part + 1 < len(self._shares):
+                here &= number < self._dealt[part + 1][source, column]
+            if here.any() and self.segments[part].weights[source]:
+                within = number[here] - self._dealt[part][source, column[here]]
+                rounds[here] = self._first_round[part] + shares.rows_of(source, within, column[here])
+                is_used |= here
+        found = (rounds * self.columns + column) * self.config.run + own_positions % self.config.run
+        return np.where(is_used, found, NEVER)
+
+    def _rows_before(self, position: int) -> Int64s:
+        """[D, Q]: whole rows of each source in each column in [0, position)."""
+        rounds, column = divmod(position // self.config.run, self.columns)
+        part = int(self._segment_of(np.array([rounds]))[0])
+        every = np.arange(self.columns)
+        rows = rounds - int(self._first_round[part]) + (every < column)
+        return self._dealt[part] + self._shares[part].counts(rows, every)
+
+    def _next_own_position(self, source: int, position: int) -> int:
+        """Every sample of the source before this own position is used before the global `position`."""
+        first_rows = self._rows_before(max(0, position))[source] * self.columns + np.arange(self.columns)
+        return int(first_rows.min()) * self.config.run
+
+    def _end_of_source(self, source: int) -> int:
+        """No sample of the source at or behind this own position is ever used."""
+        if self.segments[-1].weights[source]:
+            return NEVER
+        rows = self._dealt[-1][source]
+        return int(((rows - 1) * self.columns + np.arange(1, self.columns + 1)).max()) * self.config.run
+
+    def _source_of_chunk(self, chunk: int) -> tuple[int, int]:
+        if not 0 <= chunk < self.num_chunks:
+            raise ValueError(f"chunk {chunk} of {self.num_chunks}; expected 0 to {self.num_chunks - 1}")
+        source = int(np.searchsorted(self._first_chunk, chunk, side="right")) - 1
+        return source, chunk - int(self._first_chunk[source])
+
+
+def _orders(
+    sources: Sequence[SourceCounts], config: OrderConfig, columns: int, streams: Sequence[int | None]
+) -> list[Order]:
+    orders = []
+    for number, (source, count) in enumerate(zip(sources, streams, strict=True)):
+        samples = np.asarray(source.samples_per_shard, np.int64)
+        seed = hash64(config.seed, _SOURCE_SEED, number) >> 1 if number else config.seed
+        own = replace(config, seed=seed, streams=count).with_streams(int(samples.sum()), columns * config.run)
+        orders.append(Order(samples, source.bytes_per_shard, own, source.fingerprint))
+    return orders
+
+
+def _segments(mixture: MixtureConfig, round_samples: int) -> list[Segment]:
+    """The times of equal weights; a change is put off to the next whole round of Q * g samples."""
+    changes = [
+        (0, [source.weight for source in mixture.sources]),
+        *((change.at_sample, change.weights) for change in mixture.schedule),
+    ]
+    segments: list[Segment] = []
+    for at_sample, weights in changes:
+        from_sample = -(-at_sample // round_samples) * round_samples
+        if segments and from_sample == segments[-1].from_sample:
+            raise ValueError(
+                f"the weights change twice before sample {from_sample:,}: they can change every {round_samples:,} "
+                "samples (a global batch of the run's start); leave out one of the changes in data.mixture.schedule"
+            )
+        segments.append(Segment(from_sample, integer_weights(weights)))
+    return segments
+
+
+def _starts(counts: Sequence[int]) -> Int64s:
+    return np.asarray(np.cumsum(counts) - np.asarray(counts), np.int64)

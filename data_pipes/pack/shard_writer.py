@@ -1,0 +1,175 @@
+"""Writes one planned shard, its index and a note that it is done.
+
+Enters: a `ShardPlan` and the source. Leaves: `shard-000000.tar`, `shard-000000.tar.idx` and a `ShardResult`, kept as a
+small JSON file. Why it exists: the note is written last, so a shard is either finished, or is written again from the
+start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from data_pipes.errors import SampleError, ShardError
+from data_pipes.index.walk import index_shard
+from data_pipes.pack.listing import Entry
+from data_pipes.pack.reencode_picture import UnreadableFile
+from data_pipes.pack.sources import Source, SourceFile
+from data_pipes.shards.index_file import ShardIndex
+from data_pipes.shards.manifest import INDEX_SUFFIX
+from data_pipes.store.files import write_atomically
+
+Prepare = Callable[[bytes], tuple[bytes, str]]
+"""From the bytes of a file to those that are packed and their extension; raises where a file cannot be used."""
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Which files go into which shard, in order."""
+
+    folder: Path
+    # where the shard goes
+    notes: Path
+    # where the notes on finished shards go
+    split: str
+    number: int
+    entries: list[Entry]
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"shard-{self.number:06d}.tar"
+
+    @property
+    def note_path(self) -> Path:
+        return self.notes / f"{self.split}-{self.number:06d}.json"
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """A finished shard; one without samples (all its files unreadable) has no file."""
+
+    num_samples: int
+    size_bytes: int
+    index_sha256: str
+    skipped: list[dict[str, str]]
+    # unreadable files: {"split", "name", "cause", "error"}
+
+
+class Stopped(Exception):
+    """The shard was given up because another one failed."""
+
+
+def finished_shard(plan: ShardPlan) -> ShardResult | None:
+    """The result of an earlier run for this plan, if its shard and index are there and intact."""
+    try:
+        result = ShardResult(**json.loads(plan.note_path.read_text(encoding="utf-8")))
+        if result.num_samples:
+            index = ShardIndex.load(_index_path(plan.path), result.index_sha256)
+            if index.size_bytes != plan.path.stat().st_size:
+                return None
+    except (OSError, ShardError, ValueError, TypeError):
+        return None
+    return result
+
+
+def write_shard(
+    plan: ShardPlan,
+    source: Source,
+    prepare: Prepare,
+    skip_unreadable: bool,
+    stop: threading.Event,
+    on_sample: Callable[[int], None],
+) -> ShardResult:
+    """Writes the shard under a temporary name, walks it strictly, indexes it and renames it.
+
+    Raises UnreadableFile for one that cannot be read or decoded (unless `skip_unreadable`), OSError when the
+    shard cannot be written, Stopped when `stop` is set, which each failure does.
+    """
+    temporary = plan.path.with_name(f".{plan.path.name}.tmp")
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            num_samples, skipped = _write_samples(file, plan, source, prepare, skip_unreadable, stop, on_sample)
+            file.flush()
+            os.fsync(file.fileno())
+        result = ShardResult(0, 0, "", skipped)
+        if num_samples:
+            index = index_shard(temporary)
+            os.replace(temporary, plan.path)
+            result = ShardResult(num_samples, index.size_bytes, index.save(_index_path(plan.path)), skipped)
+        write_atomically(plan.note_path, json.dumps(asdict(result)).encode())
+    except BaseException as error:
+        stop.set()
+        if not isinstance(error, OSError):
+            raise
+        raise OSError(
+            f"{plan.path}: cannot be written ({error.strerror or error}); free or enlarge the space and repeat "
+            "the same command: finished shards are kept"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return result
+
+
+def _write_samples(
+    file: IO[bytes],
+    plan: ShardPlan,
+    source: Source,
+    prepare: Prepare,
+    skip_unreadable: bool,
+    stop: threading.Event,
+    on_sample: Callable[[int], None],
+) -> tuple[int, list[dict[str, str]]]:
+    from webdataset.writer import TarWriter  # imports torch, seconds
+
+    num_samples = 0
+    skipped: list[dict[str, str]] = []
+    # Fixed owner, mode and time: packing twice gives the same bytes.
+    with TarWriter(file, user="", group="", mode=0o444, mtime=0, encoder=False) as writer:
+        for entry in plan.entries:
+            if stop.is_set():
+                raise Stopped
+            try:
+                data, extension = _read(source, entry.file, prepare)
+            except UnreadableFile as error:
+                if not skip_unreadable:
+                    raise
+                skipped.append(
+                    {"split": plan.split, "name": entry.file.name, "cause": error.cause, "error": str(error)}
+                )
+            else:
+                sample = {"__key__": entry.key, extension: data}
+                if entry.label >= 0:
+                    sample["cls"] = b"%d" % entry.label
+                writer.write(sample)
+                num_samples += 1
+            on_sample(entry.file.size_bytes)
+    return num_samples, skipped
+
+
+def _read(source: Source, file: SourceFile, prepare: Prepare) -> tuple[bytes, str]:
+    """The bytes to pack and their extension; whatever fails names the file."""
+    try:
+        data = source.read(file.name)
+        if source.sizes_are_exact and len(data) != file.size_bytes:
+            raise UnreadableFile(f"it had {file.size_bytes:,} bytes when listed and has {len(data):,} now", "changed")
+        return prepare(data)
+    except ImportError:  # PyAV is missing: no fault of the file
+        raise
+    # A zip raises BadZipFile, zlib.error, RuntimeError (encrypted) or NotImplementedError (its compression).
+    except Exception as error:
+        cause = error.cause if isinstance(error, SampleError | UnreadableFile) else "unreadable"
+        raise UnreadableFile(
+            f"{source.title}: {file.name} cannot be packed ({error}); repair or remove it, or leave out and list such "
+            "files with --skip-unreadable",
+            cause,
+        ) from error
+
+
+def _index_path(shard: Path) -> Path:
+    return shard.with_name(shard.name + INDEX_SUFFIX)

@@ -1,0 +1,1 @@
+"""Each sample once, in the manifest's order: what evaluation reads."""

@@ -1,0 +1,134 @@
+"""Videos in the order of their manifest, each once, as the fixed views that are averaged over: what evaluation reads.
+
+Enters: a data set's folder. Leaves: (views, label) by index, for torch's DataLoader with any sampler. Why it exists: a
+video is tested on several clips at fixed times and several crops at fixed places ("5x3 views"), all from one decode; a
+bad sample is an error, as in `SequentialImages`.
+Legend: V views = clips * crops, T frames of a clip, C channels, H/W pixels.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from data_pipes.decode.limits import DEFAULT_MAX_PIXELS
+from data_pipes.decode.video import VIDEO_EXTENSIONS, Video
+from data_pipes.errors import SampleError
+from data_pipes.order.hashing import Int64s
+from data_pipes.sequential.pictures import Sequential
+from data_pipes.shards.manifest import Manifest
+from data_pipes.shards.reader import RawSample
+from data_pipes.store.transport import StorageConfig
+from data_pipes.transforms.clips import ClipSampling
+from data_pipes.transforms.recipe import encoded_video
+
+_MAX_ASPECT = 100
+# long side / short side of a frame
+_BELOW_ONE = 1 - 2**-53
+# the last of the uniform numbers: the end of a video
+
+
+class SequentialClips(Sequential):
+    """[i] -> (views uint8 [V, C, T, *size], label).
+
+    The views of the first clip come first, its crops from left to right (top to bottom).
+    """
+
+    def __init__(
+        self,
+        source: Manifest | str | os.PathLike[str],
+        sampling: ClipSampling,
+        size: tuple[int, int],
+        *,
+        channels: int = 3,
+        views: tuple[int, int] = (1, 1),
+        short_side: int | None = None,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        label_key: str | None = None,
+        storage: StorageConfig | None = None,
+    ) -> None:
+        """sampling: frames, stride and mode of a clip; `views` replaces its repeats. size: (height, width) of the
+        views, in pixels. channels: 3 (RGB) or 1 (luma). views: (clips, crops). short_side: of the resized frames, in
+        pixels; None: the smallest that `size` fits into. The others: see `Sequential`. Raises ValueError.
+        """
+        if min(views) < 1 or min(size) < 1:
+            raise ValueError(
+                f"views are {tuple(views)} and size {tuple(size)}; expected 1 or more clips, crops and pixels"
+            )
+        if short_side is not None and short_side < max(size):
+            raise ValueError(
+                f"views of {tuple(size)} do not fit into a short side of {short_side} pixels; expected at least "
+                f"{max(size)}"
+            )
+        if channels not in (1, 3):
+            raise ValueError(f"views of {channels} channels; expected 3 (RGB) or 1 (luma)")
+        super().__init__(source, VIDEO_EXTENSIONS, label_key=label_key, storage=storage)
+        self.sampling = replace(sampling, repeats=views[0], shared_window=False)
+        self.size, self.views, self.short_side = (size[0], size[1]), (views[0], views[1]), short_side
+        self.channels, self.max_pixels = channels, max_pixels
+
+    def decoded(self, raw: RawSample) -> Tensor:
+        with Video(encoded_video(raw), max_pixels=self.max_pixels) as video:
+            return self._views_of(video)
+
+    def _views_of(self, video: Video) -> Tensor:
+        """[V, C, T, *size]; all frames of all clips are decoded and resized once."""
+        clips, crops = self.views
+        windows = clip_windows(video, self.sampling)
+        wanted, places = np.unique(windows, return_inverse=True)
+        frames = torch.from_numpy(video.frames(wanted, self.channels)).permute(0, 3, 1, 2)  # [all, C, H, W]
+        resized = resized_size(frames.shape[2], frames.shape[3], self.size, self.short_side)
+        if tuple(frames.shape[2:]) != resized:
+            frames = functional.interpolate(frames, resized, mode="bilinear", antialias=True)
+        views = torch.empty((clips, crops, self.channels, windows.shape[1], *self.size), dtype=torch.uint8)
+        height, width = self.size
+        for crop, (top, left) in enumerate(crop_places(resized, self.size, crops)):
+            part = frames[:, :, top : top + height, left : left + width].transpose(0, 1)
+            for clip, rows in enumerate(places.reshape(windows.shape)):
+                views[clip, crop] = part[:, torch.from_numpy(rows)]
+        return views.flatten(0, 1)
+
+
+def clip_windows(video: Video, sampling: ClipSampling) -> Int64s:
+    """Frames [repeats, T] of clips at evenly spread times; a single one lies in the middle.
+
+    Dense: the first clip starts with the video and the last one ends with it. Segments: clip k of n takes the frame at
+    k/n of every segment, as VideoMAE tests on Something-Something.
+    """
+    count, dense = sampling.repeats, sampling.mode == "dense"
+    last = count - 1 if dense else count
+    times = [0.5] if count == 1 else [min(number / last, _BELOW_ONE) for number in range(count)]
+    return sampling.indices(video, np.repeat(times, 1 if dense else sampling.num_frames))
+
+
+def resized_size(height: int, width: int, size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
+    """(height, width) that frames are resized to before views of `size` are cut; frames of that very size stay.
+
+    Raises SampleError "aspect" for frames that are too thin.
+    """
+    if (height, width) == size:
+        return size
+    if max(height, width) > _MAX_ASPECT * min(height, width):
+        raise SampleError("aspect", f"frames of {height} x {width} pixels are too thin to resize their short side")
+    if short_side is None:
+        scale = max(size[0] / height, size[1] / width)
+        return max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    long_side = short_side * max(height, width) // min(height, width)
+    return (long_side, short_side) if height > width else (short_side, long_side)
+
+
+def crop_places(resized: tuple[int, int], size: tuple[int, int], crops: int) -> list[tuple[int, int]]:
+    """(top, left) of the views: spread from one end to the other where there is more room; a single one in the centre.
+
+    resized, size: (height, width) of the frames and of the views, in pixels.
+    """
+    room = resized[0] - size[0], resized[1] - size[1]
+    shares = [0.5] if crops == 1 else [number / (crops - 1) for number in range(crops)]
+    if room[0] > room[1]:
+        return [(round(room[0] * share), round(room[1] / 2)) for share in shares]
+    return [(round(room[0] / 2), round(room[1] * share)) for share in shares]

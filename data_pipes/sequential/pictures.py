@@ -1,0 +1,109 @@
+"""A data set in the order of its manifest, each sample once: what evaluation reads.
+
+Enters: a data set's folder. Leaves: (image, label) by index, for torch's DataLoader with any sampler. Why it exists:
+evaluation needs every sample exactly once and the same each time; a bad sample is an error there, as a replaced one
+would change the figure silently.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data_pipes.decode.limits import DEFAULT_MAX_PIXELS
+from data_pipes.errors import SampleError
+from data_pipes.shards.collection import Place
+from data_pipes.shards.manifest import Manifest
+from data_pipes.shards.members import IMAGE_EXTENSIONS, label_of, picture_of
+from data_pipes.shards.reader import RawSample, ShardReader
+from data_pipes.store.storage import Storage
+from data_pipes.store.transport import StorageConfig
+from data_pipes.transforms.image import EvalTransform
+
+
+class Sequential(Dataset[tuple[Tensor, int]], ABC):
+    """[i] -> (tensor, label; -1 where there is none), in the manifest's order. Cheap to pickle, safe for threads."""
+
+    def __init__(
+        self,
+        source: Manifest | str | os.PathLike[str],
+        extensions: Sequence[str],
+        *,
+        label_key: str | None,
+        storage: StorageConfig | None,
+    ) -> None:
+        """source: a data set's folder or URL, or its manifest. extensions: the members that are read beside the label.
+        label_key: see DataConfig. storage: how shards in a store are requested.
+        """
+        self.manifest = source if isinstance(source, Manifest) else Manifest.load(source, Storage(storage))
+        self.label_key = label_key
+        self._ends = np.cumsum([shard.num_samples for shard in self.manifest.shards])
+        members = (*extensions, "cls", *(() if label_key is None else ("json",)))
+        self._reader = ShardReader(self.manifest, members, Storage(storage))
+
+    @abstractmethod
+    def decoded(self, raw: RawSample) -> Tensor:
+        """What a sample becomes. Raises SampleError."""
+
+    def __len__(self) -> int:
+        return self.manifest.num_samples
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Raises SampleError for a bad sample, ShardError for a changed shard, both with their names."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """Several at once, as DataLoader asks for them: from a store they come in one round trip."""
+        places = [self._place(index) for index in indices]
+        raws = self._reader.read_many([Place(shard, sample) for shard, sample in places])
+        return [self._usable(shard, raw) for (shard, _), raw in zip(places, raws, strict=True)]
+
+    def key(self, index: int) -> str:
+        """The key of a sample."""
+        return self._reader.key(*self._place(index))
+
+    def _usable(self, shard: int, raw: RawSample) -> tuple[Tensor, int]:
+        try:
+            label = label_of(raw, self.manifest.classes, self.label_key or "")
+            return self.decoded(raw), label
+        except SampleError as error:
+            raise SampleError(
+                error.cause, f"{raw.key} in {self.manifest.shards[shard].url}: {error}; repair or remove the sample"
+            ) from error
+
+    def _place(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a data set of {len(self)}")
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, index - (int(self._ends[shard - 1]) if shard else 0)
+
+
+class SequentialImages(Sequential):
+    """[i] -> (image uint8 or uint16 [C, *size], label)."""
+
+    def __init__(
+        self,
+        source: Manifest | str | os.PathLike[str],
+        transform: EvalTransform,
+        *,
+        channels: int = 3,
+        bit_depth: int = 8,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        label_key: str | None = None,
+        storage: StorageConfig | None = None,
+    ) -> None:
+        """bit_depth: 8 or 16, of the pictures returned. The others: see `Sequential`."""
+        if bit_depth not in (8, 16):
+            raise ValueError(f"bit_depth is {bit_depth}; expected 8 or 16")
+        super().__init__(source, tuple(IMAGE_EXTENSIONS), label_key=label_key, storage=storage)
+        self.transform, self.channels, self.max_pixels = transform, channels, max_pixels
+        self._dtype = torch.uint8 if bit_depth == 8 else torch.uint16
+
+    def decoded(self, raw: RawSample) -> Tensor:
+        return self.transform(picture_of(raw, self.channels, self._dtype, self.max_pixels)).contiguous()

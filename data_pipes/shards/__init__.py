@@ -1,0 +1,1 @@
+"""What shards hold: tars, their indexes and manifests, a sample's bytes."""

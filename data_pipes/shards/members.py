@@ -1,0 +1,174 @@
+"""From the members of a sample, as they are stored, to its parts: picture, label, caption, metadata.
+
+Enters: a `RawSample`. Leaves: a tensor, a label, a text, an object. Why it exists: training, evaluation and the tools
+that look at data sets must agree on which member is what. Nothing here runs code that a member holds: there is no
+pickle, and a member of an unknown kind is left alone.
+
+JSON is read strictly, since two readers of a lenient dialect see two data sets: UTF-8, one object, no NaN or infinity,
+no key twice in an object, bounded in bytes and depth.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipes.decode.picture import decode_image
+from data_pipes.errors import SampleError
+from data_pipes.shards.reader import RawSample
+
+IMAGE_EXTENSIONS = (
+    "jpg jpeg png webp npy tif tiff bmp gif ppm pgm pbm pnm jp2 avif tga qoi".split()  # noqa: SIM905
+)
+"""Members that are pictures, in the order of preference where a sample has several."""
+LABEL_EXTENSIONS = ("cls", "json")
+"""Members that hold a label; the first that is there counts."""
+CAPTION_EXTENSIONS = ("txt", "caption", "json")
+"""Members that hold a caption; the first that is there counts."""
+
+MAX_METADATA_BYTES = 1 << 20
+MAX_METADATA_DEPTH = 32
+MAX_CAPTION_BYTES = 1 << 16
+
+
+def encoded_picture(raw: RawSample) -> bytes:
+    """The bytes of a sample's picture. Raises SampleError "no_image"."""
+    for extension in IMAGE_EXTENSIONS:
+        if extension in raw.members:
+            return raw.members[extension]
+    raise SampleError("no_image", f"no picture among the members {list(raw.found)}")
+
+
+def with_bit_depth(image: Tensor, dtype: torch.dtype) -> Tensor:
+    """A uint8 or uint16 picture as `dtype`; 8 bits are widened. Raises SampleError "bit_depth" rather than cut 16."""
+    if image.dtype == dtype:
+        return image
+    if dtype == torch.uint8:
+        raise SampleError("bit_depth", "16-bit picture in a data set of 8 bits; set data.bit_depth=16")
+    return (image.to(torch.int32) * 257).to(dtype)
+
+
+def picture_of(raw: RawSample, channels: int | None, dtype: torch.dtype, max_pixels: int) -> Tensor:
+    """The decoded picture [C, H, W] of a sample. Raises SampleError: "no_image", "bit_depth" and as decode_image."""
+    return with_bit_depth(decode_image(encoded_picture(raw), channels, max_pixels), dtype)
+
+
+def label_of(raw: RawSample, classes: Sequence[str] | int, label_key: str = "label") -> int:
+    """The class of a sample: from `cls` (an integer in ASCII digits), else from `json` under `label_key` (an integer,
+    or the name of a class); -1 where there is none.
+
+    classes: the names of the classes, or their number; empty or 0: unknown. Raises SampleError "label" for anything
+    else and for a label beyond the classes, "metadata" for unreadable JSON.
+    """
+    if "cls" in raw.members:
+        text = raw.members["cls"].strip()
+        number = int(text) if text.isdigit() and len(text) <= 9 else None
+        return _checked_label(number, text[:40], ".cls", classes)
+    value = (metadata_of(raw) or {}).get(label_key)
+    if value is None:
+        return -1
+    number = value if type(value) is int else None
+    if isinstance(value, str) and not isinstance(classes, int) and value in classes:
+        number = classes.index(value)  # 10 us among 1,000 names
+    found = value if isinstance(value, int) else value[:40] if isinstance(value, str) else type(value).__name__
+    return _checked_label(number, found, f".json, {label_key!r}", classes)
+
+
+def _checked_label(number: int | None, found: object, place: str, classes: Sequence[str] | int) -> int:
+    num_classes = classes if isinstance(classes, int) else len(classes)
+    if number is None or not 0 <= number < (num_classes or 10**9):
+        expected = f"0 to {num_classes - 1}" if num_classes else "an integer in ASCII digits"
+        if place != ".cls":
+            named = num_classes and not isinstance(classes, int)
+            expected += " or the name of a class" if named else "; the data set names no classes"
+        raise SampleError("label", f"the label ({place}) is {found!r}; expected {expected}")
+    return number
+
+
+def caption_of(raw: RawSample) -> str | None:
+    """The text of a sample without white space around it: from `txt`, `caption`, or `json` under "caption"; None where
+    there is none. Raises SampleError "caption" when it is no UTF-8 text of at most `MAX_CAPTION_BYTES`.
+    """
+    for extension in ("txt", "caption"):
+        if extension in raw.members:
+            data = raw.members[extension]
+            break
+    else:
+        value = (metadata_of(raw) or {}).get("caption")
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            raise SampleError("caption", f"the caption (.json) is a {type(value).__name__}; expected a text")
+        extension, data = "json", value.encode("utf-8", "surrogatepass")
+    if len(data) > MAX_CAPTION_BYTES:
+        raise SampleError(
+            "caption", f"the caption (.{extension}) has {len(data):,} bytes; expected at most {MAX_CAPTION_BYTES:,}"
+        )
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise SampleError(
+            "caption", f"the caption (.{extension}) is no UTF-8 ({error.reason} at byte {error.start})"
+        ) from error
+
+
+def metadata_of(raw: RawSample) -> dict[str, Any] | None:
+    """The object in the member `json`, None without one. Raises SampleError "metadata", see the module's head."""
+    data = raw.members.get("json")
+    if data is None:
+        return None
+    if len(data) > MAX_METADATA_BYTES:
+        raise _bad_metadata(f"it has {len(data):,} bytes; expected at most {MAX_METADATA_BYTES:,}")
+    try:
+        value = json.loads(
+            data.decode("utf-8-sig"),
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_without_repeats,
+        )
+    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, and integers of over 4,300 digits
+        raise _bad_metadata(f"{type(error).__name__}: {error}") from error
+    if not isinstance(value, dict):
+        raise _bad_metadata(f"it holds a {type(value).__name__}; expected an object")
+    if data.count(b"{") + data.count(b"[") > MAX_METADATA_DEPTH and _depth(value) > MAX_METADATA_DEPTH:
+        raise _bad_metadata(f"it is nested deeper than {MAX_METADATA_DEPTH} levels")
+    return value
+
+
+def _bad_metadata(found: str) -> SampleError:
+    return SampleError("metadata", f"the metadata (.json) cannot be used: {found[:400]}")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is beyond a 64-bit float")
+    return number
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen: set[str] = set()
+        repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {repeated[:40]!r} stands twice in one object")
+    return content
+
+
+def _depth(value: Any) -> int:
+    """Levels of objects and lists; without recursion, as a hostile member chooses the depth."""
+    depth, level = 0, [value]
+    while level:
+        level = [child for child in level if isinstance(child, dict | list)]
+        depth += bool(level)
+        level = [inner for child in level for inner in (child.values() if isinstance(child, dict) else child)]
+    return depth

@@ -1,0 +1,338 @@
+"""From a place (shard, sample) to the bytes of that sample's members.
+
+Enters: a manifest and its index files. Leaves: keys and members, each sample by one ranged read (about 10 us for a
+local file in the page cache, where walking the tar costs 120). Why it exists: random access to plain tars, on disk or
+in an object store, with a check that what was read is what was indexed.
+
+Objects in a store: a sample comes out of the node's chunk cache where the prefetcher has put its chunk, else by a
+request for exactly its bytes, many at once; so a miss costs one round trip for a whole batch and no needless byte.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Collection as Names
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from data_pipes.cache.cache import ChunkCache, chunk_key
+from data_pipes.errors import ShardError
+from data_pipes.shards.collection import Collection, Place
+from data_pipes.shards.index_file import ShardIndex
+from data_pipes.shards.manifest import Manifest
+from data_pipes.store.counters import Tally
+from data_pipes.store.files import LocalFile
+from data_pipes.store.storage import Storage
+from data_pipes.store.transport import ByteRange, StorageError
+from data_pipes.store.urls import is_remote, local_path
+
+_BLOCK = 512
+_OCTAL = re.compile(rb"[0-7]+")
+_MAX_OPEN_SHARDS = 256
+# file handles per reader; processes usually may have 1,024
+_MAX_INDEXED_SAMPLES = 1 << 20
+# samples of the loaded indexes of a reader: about 100 MB
+_MAX_INDEX_BYTES = 1 << 30
+# of one index file in a store
+_INDEX_KEPT_S = 600.0
+# for which an index in the cache counts as needed; then it makes room for chunks that are needed sooner
+
+
+class RawSample(NamedTuple):
+    """A sample as it is stored."""
+
+    key: str
+    members: dict[str, bytes]  # by extension, lower case, without the leading dot
+    found: tuple[str, ...]  # the extensions of all members, wanted or not
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What has to be read of one sample."""
+
+    place: Place
+    key: str
+    found: tuple[str, ...]
+    members: dict[str, tuple[int, int]]
+    # extension -> (offset of the data, size) in the shard
+    begin: int
+    # of the bytes to read: the first member's header
+    length: int
+    chunk_begin: int
+    chunk_length: int
+    # of the chunk around it; 0: not known
+
+
+class ShardReader:
+    """Reads samples of one or several data sets at random. Safe for threads; cheap to pickle: handles, connections and
+    indexes are opened again where it arrives.
+    """
+
+    def __init__(
+        self,
+        source: Manifest | Collection,
+        extensions: Names[str] | None = None,
+        storage: Storage | None = None,
+        cache: ChunkCache | None = None,
+    ) -> None:
+        """extensions: the members to read (None: all); the others are passed over where that saves reading. storage,
+        cache: for objects in a store.
+        """
+        self.collection = Collection.of(source)
+        self.storage, self.cache = storage or Storage(), cache
+        self.tally = Tally()
+        self._wanted = None if extensions is None else frozenset(extensions)
+        self._lock = threading.Lock()
+        self._files: OrderedDict[int, LocalFile] = OrderedDict()
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._parts: OrderedDict[tuple[int, int], ShardIndex] = OrderedDict()
+        self._num_indexed = self._num_in_parts = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "source": self.collection,
+            "extensions": self._wanted,
+            "storage": self.storage,
+            "cache": self.cache,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def key(self, shard: int, sample: int) -> str:
+        """The key of a sample, from the index alone."""
+        return self._index(shard).key(sample)
+
+    def read(self, shard: int, sample: int) -> RawSample:
+        """One sample. Raises ShardError, naming the shard, when the shard is missing, is not the one that was indexed,
+        or cannot be read; a training run must not go on with other data than it began with.
+        """
+        return next(self.read_many([Place(shard, sample)]))
+
+    def read_many(self, places: Sequence[Place]) -> Iterator[RawSample]:
+        """Samples in the order of `places`. Local ones are read when they are taken; those of a store are all under way
+        at once before the first is given out. Raises as `read`.
+        """
+        if not self.collection.is_remote:
+            for place in places:
+                wanted = self._look_up(place)
+                yield self._split(wanted, self._read_file(wanted) if wanted.members else b"")
+            return
+        under_way = [(wanted, self._start(wanted)) for wanted in map(self._look_up, places)]
+        try:
+            for wanted, answer in under_way:
+                data = answer if isinstance(answer, bytes) else _result(answer)
+                self.tally.add("bytes_used", len(data))
+                yield self._split(wanted, data)
+        finally:
+            for _, answer in under_way:
+                if not isinstance(answer, bytes):
+                    answer.cancel()
+
+    def chunk_range(self, place: Place) -> tuple[str, ByteRange]:
+        """(key in the cache, range of bytes) of the chunk around a place whose chunk is known."""
+        index = self._index_of(place)
+        begin, length = _chunk_bounds(index, place)
+        wanted = self._byte_range(place.shard, begin, length)
+        return chunk_key(wanted.url, wanted.etag, wanted.size_bytes, begin, length), wanted
+
+    def take_sums(self) -> dict[str, float]:
+        """What was counted here, in the storage and in the cache since the last call."""
+        total = Tally()
+        for tally in (self.tally, self.storage.tally, *([] if self.cache is None else [self.cache.tally])):
+            total.merge(tally.take())
+        return total.take()
+
+    def close(self) -> None:
+        """Forgets handles, connections and indexes; they are opened again when needed."""
+        with self._lock:
+            self._files.clear()
+            self._indexes.clear()
+            self._parts.clear()
+            self._num_indexed = self._num_in_parts = 0
+        self.storage.close()
+
+    def _look_up(self, place: Place) -> _Wanted:
+        index, sample = self._index_of(place), place.sample
+        if place.size and index.num_samples == place.size:  # a part begins at the chunk's first sample
+            sample -= place.first
+        key, places = index.key(sample), index.members(sample)
+        members = places if self._wanted is None else {name: places[name] for name in places if name in self._wanted}
+        if not members:
+            return _Wanted(place, key, tuple(places), {}, 0, 0, 0, 0)
+        begin = min(offset for offset, _ in members.values()) - _BLOCK
+        end = max(offset + size for offset, size in members.values())
+        bounds = _chunk_bounds(index, place) if place.size and self.cache is not None else (0, 0)
+        return _Wanted(place, key, tuple(places), members, begin, end - begin, *bounds)
+
+    def _split(self, wanted: _Wanted, data: bytes) -> RawSample:
+        members = {}
+        for extension, (offset, size) in wanted.members.items():
+            start = offset - wanted.begin
+            if not _is_header(data[start - _BLOCK : start], wanted.key, extension, size):
+                raise ShardError(
+                    f"{self.collection.shard_url(wanted.place.shard)}: no header of {wanted.key}.{extension} at byte "
+                    f"{offset - _BLOCK:,}; the shard was changed after it was indexed: restore it, or run "
+                    "`tessera index` and start anew"
+                )
+            members[extension] = data[start : start + size]
+        return RawSample(wanted.key, members, wanted.found)
+
+    def _start(self, wanted: _Wanted) -> bytes | Future[bytes]:
+        """The bytes of a sample where they are at hand, else a request that is under way."""
+        if not wanted.members:
+            return b""
+        url, entry = self.collection.shard_url(wanted.place.shard), self.collection.entry(wanted.place.shard)
+        if not is_remote(url):
+            return self._read_file(wanted)
+        if self.cache is not None and wanted.chunk_length:
+            key = chunk_key(url, entry.etag, entry.size_bytes, wanted.chunk_begin, wanted.chunk_length)
+            data = self.cache.read(key, wanted.begin - wanted.chunk_begin, wanted.length)
+            if data is not None:
+                return data
+            self.tally.add("cache_misses")
+        return self.storage.submit(self._byte_range(wanted.place.shard, wanted.begin, wanted.length))
+
+    def _byte_range(self, shard: int, offset: int, length: int) -> ByteRange:
+        entry = self.collection.entry(shard)
+        return ByteRange(self.collection.shard_url(shard), offset, length, entry.size_bytes, entry.etag)
+
+    def _read_file(self, wanted: _Wanted) -> bytes:
+        shard, offset, length = wanted.place.shard, wanted.begin, wanted.length
+        try:
+            data = self._file(shard).read(offset, length)
+        except OSError as error:
+            raise ShardError(
+                f"{self.collection.shard_url(shard)}: cannot be read at byte {offset:,} ({error.strerror or error}); "
+                "check the file and its storage"
+            ) from error
+        if len(data) != length:
+            raise ShardError(
+                f"{self.collection.shard_url(shard)}: it has {len(data):,} of the {length:,} bytes from byte "
+                f"{offset:,} on; the shard was cut while it was open: restore it"
+            )
+        self.tally.add("bytes_used", length)
+        return data
+
+    def _file(self, shard: int) -> LocalFile:
+        with self._lock:
+            if shard in self._files:
+                self._files.move_to_end(shard)
+                return self._files[shard]
+        path, expected = local_path(self.collection.shard_url(shard)), self.collection.entry(shard).size_bytes
+        file = LocalFile(path)
+        if file.size() != expected:
+            raise ShardError(
+                f"{path}: {file.size():,} bytes, the manifest says {expected:,}; the shard was cut or replaced: "
+                "restore it, or run `tessera index` and start anew"
+            )
+        with self._lock:
+            self._files[shard] = file
+            while len(self._files) > _MAX_OPEN_SHARDS:  # a file in use lives until its reader drops it
+                self._files.popitem(last=False)
+        return file
+
+    def _index_of(self, place: Place) -> ShardIndex:
+        """The shard's index, or the part of it that covers the place's chunk.
+
+        The windows of a large data set lie in chunks of thousands of shards, whose indexes together are far larger than
+        memory; the parts of the chunks in use are not.
+        """
+        if not place.size:
+            return self._index(place.shard)
+        name = place.shard, place.first
+        with self._lock:
+            if place.shard in self._indexes:
+                return self._indexes[place.shard]
+            if name in self._parts:
+                self._parts.move_to_end(name)
+                return self._parts[name]
+        part = self._index(place.shard).part(place.first, place.size)
+        with self._lock:
+            if name not in self._parts:
+                self._parts[name] = part
+                self._num_in_parts += part.num_samples
+            while self._num_in_parts > _MAX_INDEXED_SAMPLES and len(self._parts) > 1:
+                _, dropped = self._parts.popitem(last=False)
+                self._num_in_parts -= dropped.num_samples
+        return part
+
+    def _index(self, shard: int) -> ShardIndex:
+        with self._lock:
+            if shard in self._indexes:
+                self._indexes.move_to_end(shard)
+                return self._indexes[shard]
+        url, entry = self.collection.index_url(shard), self.collection.entry(shard)
+        index = ShardIndex.from_bytes(self._index_bytes(url, entry.index_sha256), url, entry.index_sha256)
+        if index.num_samples != entry.num_samples:
+            raise ShardError(
+                f"{url}: {index.num_samples} samples, the manifest says {entry.num_samples}; run `tessera index` again"
+            )
+        with self._lock:
+            if shard not in self._indexes:
+                self._indexes[shard] = index
+                self._num_indexed += index.num_samples
+            while self._num_indexed > _MAX_INDEXED_SAMPLES and len(self._indexes) > 1:
+                _, dropped = self._indexes.popitem(last=False)
+                self._num_indexed -= dropped.num_samples
+        return index
+
+    def _index_bytes(self, url: str, digest: str) -> bytes:
+        """An index file; those of a store stay in the cache, under a head that says their length."""
+        if not is_remote(url):
+            try:
+                return local_path(url).read_bytes()
+            except FileNotFoundError:
+                raise ShardError(f"{url}: no such index file; make it with `tessera index`") from None
+        key = chunk_key(url, digest, 0, 0, 0)
+        if self.cache is not None and (head := self.cache.read(key, 0, 8)) is not None:
+            data = self.cache.read(key, 8, int.from_bytes(head, "little"))
+            if data is not None:
+                return data
+        try:
+            data = self.storage.read_whole(url, _MAX_INDEX_BYTES)
+        except FileNotFoundError:
+            raise ShardError(f"{url}: no such index file; make it with `tessera index`") from None
+        except StorageError as error:
+            raise ShardError(str(error)) from error
+        if self.cache is not None:
+            self.cache.put(key, len(data).to_bytes(8, "little") + data, time.time() + _INDEX_KEPT_S)
+        return data
+
+
+def _result(answer: Future[bytes]) -> bytes:
+    try:
+        return answer.result()
+    except (StorageError, FileNotFoundError, PermissionError) as error:
+        raise ShardError(str(error)) from error
+
+
+def _chunk_bounds(index: ShardIndex, place: Place) -> tuple[int, int]:
+    """(first byte, length) of a place's chunk in its shard."""
+    first = 0 if index.num_samples == place.size else place.first
+    begin, last = int(index.sample_offset[first]), first + place.size - 1
+    return begin, int(index.sample_offset[last] + index.sample_size[last]) - begin
+
+
+def _is_header(block: bytes, key: str, extension: str, size: int) -> bool:
+    """Whether a tar header block belongs to the member KEY.EXTENSION of `size` bytes. Takes 1 us.
+
+    Names beyond ASCII or 100 bytes may stand in an extended header before this one; there the size alone is compared,
+    and sizes of 8 GiB and more are not.
+    """
+    digits = block[124:136].strip(b" \0")
+    known = size < 1 << 33 and not digits.startswith(b"\x80")
+    if known and (not _OCTAL.fullmatch(digits) or int(digits, 8) != size):
+        return False
+    expected = f"{key}.{extension}"
+    if len(expected) > 100 or not expected.isascii():
+        return True
+    name = block[:100].rstrip(b"\0").decode("ascii", "replace")
+    if name != expected and block[257:263] == b"ustar\0" and block[345]:
+        name = block[345:500].rstrip(b"\0").decode("ascii", "replace") + "/" + name
+    return name == expected or (name[: len(key)] == key and name[len(key) :].lower() == "." + extension)

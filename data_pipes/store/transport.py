@@ -1,0 +1,276 @@
+"""One attempt to get bytes from a store: what every kind of store has to offer, and what its answers mean.
+
+Enters: a `Piece` (one request's share of a range). Leaves: the piece with the bytes that arrived, a `TransientError`
+that says it is worth another attempt, or the error that ends the run. Why it exists: HTTP, S3 and the other file
+systems of fsspec fail in different words; retries, limits and messages are written once, in data_pipes.store.storage.
+Everything here runs on the event loop of one `Storage`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
+
+from data_pipes.errors import ShardError
+from data_pipes.store.counters import Tally
+
+if TYPE_CHECKING:
+    import aiohttp
+
+PROGRESS_BYTES = 1 << 16
+# an attempt that brought this much is progress: a server that drops every connection is slow, not broken
+_PACE_TIMEOUTS = 10
+# so many time-outs long a body may bring less than PROGRESS_BYTES; a trickle of single bytes never times out otherwise
+_MAX_RETRY_AFTER_S = 600.0
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)")
+_LOG = logging.getLogger(__name__)
+_MODIFIED = "modified "
+# begins an etag made from Last-Modified, for servers without ETag
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """Reading from stores; every process of a run does so by itself."""
+
+    requests: int = 16
+    # requests at once, per process
+    request_bytes: int = 4 << 20
+    # bytes of one request; larger reads are split
+    timeout_s: float = 30.0
+    # seconds of one request: connecting and every wait for bytes (gs, az and hf: the whole request)
+    retries: int = 8
+    # of one request without progress, before the run stops
+    backoff_s: float = 0.25
+    # seconds before the first retry; doubles, jittered, at most 30; a server's Retry-After wins
+
+    def __post_init__(self) -> None:
+        if self.requests < 1 or self.request_bytes < 1 or self.retries < 0:
+            raise ValueError(f"{self}: expected requests >= 1, request_bytes >= 1 and retries >= 0")
+        if not (self.timeout_s > 0 and self.backoff_s >= 0):
+            raise ValueError(f"{self}: expected timeout_s > 0 and backoff_s >= 0")
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a store says of one object."""
+
+    size_bytes: int
+    etag: str | None
+    # changes with the content; without quotes and weak prefix; None: the store does not say
+
+
+class ByteRange(NamedTuple):
+    """A part of an object, and which version of the object it belongs to."""
+
+    url: str
+    offset: int
+    length: int
+    size_bytes: int
+    # of the whole object
+    etag: str | None
+    # of the whole object; None: unknown
+
+
+class StorageError(OSError):
+    """A store cannot be used: which URL, what was tried, what it said, what to do."""
+
+
+class MissingObjectError(StorageError, FileNotFoundError):
+    """No such object."""
+
+
+class AccessDeniedError(StorageError, PermissionError):
+    """The store does not let these credentials, or none, read or write the object."""
+
+
+class TransientError(Exception):
+    """An attempt failed in a way that may pass."""
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None, cause: str = "failed") -> None:
+        super().__init__(message)
+        self.retry_after_s, self.cause = retry_after_s, cause
+        # cause: the name of the counter, "timeouts", "throttled" or "failed"
+
+
+@dataclass
+class Piece:
+    """One request's share of a range, and what of it has arrived. It outlives attempts: the next one resumes."""
+
+    url: str
+    offset: int
+    length: int
+    expected: ObjectInfo
+    parts: list[bytes] = field(default_factory=list)
+    num_received: int = 0
+
+    @property
+    def first_missing(self) -> int:
+        """The byte of the object at which the next attempt begins."""
+        return self.offset + self.num_received
+
+    @property
+    def num_missing(self) -> int:
+        return self.length - self.num_received
+
+    def add(self, data: bytes) -> None:
+        """Takes what arrived, without what was not asked for."""
+        data = data[: self.num_missing]
+        self.parts.append(data)
+        self.num_received += len(data)
+
+
+class Versions:
+    """Holds every object to one version: the manifest's, or else the first that was seen."""
+
+    def __init__(self) -> None:
+        self._first_seen: dict[str, str] = {}
+
+    def check(self, url: str, expected: ObjectInfo, size_bytes: int | None, etag: str | None) -> None:
+        """Raises ShardError when what the store says (None: nothing) is not what was expected."""
+        if size_bytes is not None and size_bytes != expected.size_bytes:
+            raise _changed(url, f"{size_bytes:,} bytes", f"{expected.size_bytes:,} bytes")
+        etag = normal_etag(etag)
+        if etag is None:
+            return
+        known = normal_etag(expected.etag)
+        if known is not None and known.startswith(_MODIFIED) == etag.startswith(_MODIFIED):
+            if known != etag:
+                raise _changed(url, f"etag {etag}", f"etag {known}")
+        elif self._first_seen.setdefault(url, etag) != etag:
+            raise _changed(url, f"etag {etag}", f"etag {self._first_seen[url]} when this process first read it")
+
+
+class Transport(ABC):
+    """One kind of store, in one process, on one event loop."""
+
+    def __init__(self, config: StorageConfig, tally: Tally, versions: Versions) -> None:
+        self.config, self.tally, self.versions = config, tally, versions
+        self._hosts_without_ranges: set[str] = set()
+
+    @abstractmethod
+    async def info(self, url: str) -> ObjectInfo:
+        """Asks the store, never a listing in memory."""
+
+    @abstractmethod
+    async def fetch(self, piece: Piece) -> None:
+        """One attempt to complete a piece; what arrived before a failure stays in it."""
+
+    @abstractmethod
+    async def write(self, url: str, data: bytes) -> None:
+        """Writes a whole object."""
+
+    @abstractmethod
+    async def list(self, url: str) -> list[str]:
+        """The objects directly in a folder, or those that a pattern with * names; full URLs, in any order."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Closes all connections."""
+
+    @abstractmethod
+    def explain(self, url: str, error: Exception) -> Exception:
+        """What an exception of the store's library means: a TransientError, or the error to end with."""
+
+    async def receive(self, body: aiohttp.StreamReader, piece: Piece, skip: int) -> None:
+        """Fills a piece from a body, after `skip` bytes; stops as soon as it is complete."""
+        window_start, window_bytes = time.monotonic(), 0
+        while piece.num_missing:
+            try:
+                data = await body.readany()
+            except Exception:
+                # what had arrived when the connection broke; the public methods only raise again
+                self._take(body._read_nowait(-1), piece, skip)
+                raise
+            if not data:
+                raise TransientError(f"the answer ended {piece.num_missing + skip:,} bytes early")
+            skip = self._take(data, piece, skip)
+            window_bytes += len(data)
+            if (elapsed_s := time.monotonic() - window_start) > _PACE_TIMEOUTS * self.config.timeout_s:
+                if window_bytes < PROGRESS_BYTES:
+                    raise TransientError(f"only {window_bytes:,} bytes in {elapsed_s:.0f} s", cause="timeouts")
+                window_start, window_bytes = time.monotonic(), 0
+
+    def _take(self, data: bytes, piece: Piece, skip: int) -> int:
+        """Puts what arrived into the piece; returns how many bytes there still are to skip."""
+        self.tally.add("bytes_fetched", len(data))
+        piece.add(data[skip:] if skip else data)
+        return max(0, skip - len(data))
+
+    def bytes_to_skip(self, piece: Piece, content_range: str | None) -> int:
+        """How many bytes of a body lie before the missing ones: none, or all where the server ignores Range."""
+        if content_range is not None:
+            if range_and_total(content_range)[0] != piece.first_missing:
+                raise TransientError(f"answered {content_range!r} instead of bytes from {piece.first_missing:,} on")
+            return 0
+        self.tally.add("range_ignored")
+        host = urlsplit(piece.url).netloc
+        if host not in self._hosts_without_ranges:
+            self._hosts_without_ranges.add(host)
+            _LOG.warning("%s ignores Range: every read passes over the bytes before it, which is slow", host)
+        return piece.first_missing
+
+
+def range_and_total(content_range: str) -> tuple[int | None, int | None]:
+    """(first byte, bytes of the whole object) of a Content-Range header; None: it does not say."""
+    found = _CONTENT_RANGE.match(content_range)
+    first, total = found.groups() if found else (None, None)
+    return int(first) if first else None, int(total) if total else None
+
+
+def normal_etag(etag: str | None) -> str | None:
+    """An etag without quotes and weak prefix, since stores and their libraries differ in keeping them."""
+    if not etag:
+        return None
+    return etag.strip().removeprefix("W/").strip('"') or None
+
+
+def etag_of(headers: Mapping[str, str], like: str | None = None) -> str | None:
+    """The etag of an HTTP answer; where there is none, or where `like` was made so, of its time of modification."""
+    etag, modified = headers.get("ETag"), headers.get("Last-Modified")
+    if modified and (not etag or (like or "").startswith(_MODIFIED)):
+        return _MODIFIED + modified
+    return etag
+
+
+def error_of_status(url: str, status: int, detail: str, retry_after: str | None = None) -> Exception:
+    """What an HTTP status of 400 and more means, in HTTP itself and under the other stores."""
+    if status in (404, 410):
+        return MissingObjectError(f"{url}: not there ({detail}); check the URL, and that the shards were copied")
+    if status in (401, 403):
+        return AccessDeniedError(
+            f"{url}: access denied ({detail}); check the store's own credentials (environment, ~/.aws, "
+            "fsspec's configuration) and their right to read this object"
+        )
+    if status in (429, 503):
+        return TransientError(detail, retry_after_s=_seconds(retry_after), cause="throttled")
+    if status in (408, 425) or status >= 500:
+        return TransientError(detail, retry_after_s=_seconds(retry_after))
+    return StorageError(f"{url}: the server refuses the request ({detail})")
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """A Retry-After header, which holds seconds or a date; capped, since a run must not sleep for a day."""
+    if not retry_after:
+        return None
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except ValueError:
+            return None
+    return min(max(seconds, 0.0), _MAX_RETRY_AFTER_S)
+
+
+def _changed(url: str, found: str, expected: str) -> ShardError:
+    return ShardError(
+        f"{url}: the object has changed: it has {found} now, expected {expected}; restore it, or run "
+        "`tessera index` again and start anew"
+    )

@@ -1,0 +1,173 @@
+"""The transforms of training and evaluation, on integers.
+
+Enters: a picture, decoded [C, H, W] uint8 or uint16 or as it is stored, and for training a fixed number of uniform
+numbers. Leaves: a picture of the model's size, same type; normalising is left to the device. Why it exists: antialiased
+bicubic resizing of uint8 takes a fifth of the time of the float32 recipe, a crop that is known before the picture is
+decoded saves a part of the decoding, and transforms driven by given numbers are a pure function of the sample's
+position. Sizes are (height, width) in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from data_pipes.decode import jpeg
+from data_pipes.decode.limits import DEFAULT_MAX_PIXELS, check_pixels
+from data_pipes.decode.picture import decode_image
+from data_pipes.errors import SampleError
+
+_TRIES = 10
+_MAX_ASPECT = 100
+# of the sides of a picture in evaluation: resizing the short side of a thinner one would fill the memory
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """A random part of the picture, resized; then maybe mirrored."""
+
+    size: tuple[int, int]
+    # (height, width) of the result
+    scale: tuple[float, float] = (0.2, 1.0)
+    # area of the part, as a fraction of the picture
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    # width / height of the part, log-uniform
+    flip: float = 0.5
+    # probability of a left-right flip
+    scaled_decode: bool = True
+    # of JPEGs, in `load`: decode a part that will shrink to a half or less at 1/2, 1/4 or 1/8, see there
+
+    num_uniforms = 2 * _TRIES + 3
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1:
+            raise ValueError(f"image size {self.size}; expected two positive numbers (height, width)")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"data.crop_scale is {self.scale}; expected 0 < low <= high <= 1 (fractions of the area)")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"data.crop_ratio is {self.ratio}; expected 0 < low <= high (width / height)")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"data.flip is {self.flip}; expected a probability, 0 to 1")
+
+    def __call__(self, image: Tensor, uniforms: NDArray[Any] | Sequence[float]) -> Tensor:
+        """image: [C, H, W]; uniforms: [num_uniforms] in [0, 1). Returns [C, *size]."""
+        top, left, height, width = self.crop_box(image.shape[1], image.shape[2], uniforms)
+        part = resize(image[:, top : top + height, left : left + width], self.size)
+        return part.flip(-1) if uniforms[2 * _TRIES + 2] < self.flip else part
+
+    def load(
+        self,
+        data: bytes,
+        uniforms: NDArray[Any] | Sequence[float],
+        *,
+        channels: int | None,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+    ) -> Tensor:
+        """From an encoded picture to [C, *size], the cheapest way. Raises DecodeError as decode_image does.
+
+        Equals `self(decode_image(data, channels, max_pixels), uniforms)` to the bit, unless a JPEG's part is decoded at
+        1 / n of its size: then the part's edges lie on the nearest multiples of n pixels, and the picture differs by
+        43 dB (median of 201 photographs; n = 2). To compare: bilinear for bicubic 40 dB, storing the result as a JPEG
+        of quality 95 36 dB.
+        """
+        header = jpeg.read_header(data) if data.startswith(jpeg.JPEG_MAGIC) and channels in (None, 1, 3) else None
+        if header is None:
+            return self(decode_image(data, channels, max_pixels), uniforms)
+        check_pixels(header.height, header.width, max_pixels)
+        top, left, height, width = self.crop_box(header.height, header.width, uniforms)
+        shrink = self._shrink(height, width) if self.scaled_decode else 1
+        grey = channels == 1 or (channels is None and header.grey)
+        pixels = jpeg.decode_top(data, header, 1 if grey else 3, top + height, shrink)
+        rows, columns = _nearest(top, height, shrink), _nearest(left, width, shrink)
+        part = resize(torch.from_numpy(pixels[rows, columns]).permute(2, 0, 1), self.size)
+        return part.flip(-1) if uniforms[2 * _TRIES + 2] < self.flip else part
+
+    def _shrink(self, height: int, width: int) -> int:
+        """The largest of 1, 2, 4 and 8 by which a part can be divided and still be as large as the result."""
+        most = min((height - 1) // self.size[0], (width - 1) // self.size[1])  # - 1: both edges are rounded
+        return 8 if most >= 8 else 4 if most >= 4 else 2 if most >= 2 else 1
+
+    def crop_box(self, height: int, width: int, uniforms: NDArray[Any] | Sequence[float]) -> tuple[int, int, int, int]:
+        """(top, left, height, width) as torchvision's RandomResizedCrop.get_params draws them: ten tries, then the
+        largest centred part of an allowed ratio.
+        """
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for attempt in range(_TRIES):
+            area = height * width * (self.scale[0] + uniforms[attempt] * (self.scale[1] - self.scale[0]))
+            ratio = math.exp(low + uniforms[_TRIES + attempt] * (high - low))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                top = int(uniforms[2 * _TRIES] * (height - h + 1))
+                left = int(uniforms[2 * _TRIES + 1] * (width - w + 1))
+                return top, left, h, w
+        w, h = width, height
+        if width / height < self.ratio[0]:
+            h = max(1, round(width / self.ratio[0]))
+        elif width / height > self.ratio[1]:
+            w = max(1, round(height * self.ratio[1]))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """The centre of the picture, after its short side was resized. A picture of the right size is left alone."""
+
+    size: tuple[int, int]
+    # (height, width) of the result
+    short_side: int | None = None
+    # in pixels, before the crop; None: the longer side of `size` / 0.875 (256 for 224)
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1 or self._short_side < max(self.size):
+            raise ValueError(
+                f"a centre crop of {self.size} does not fit into a short side of {self._short_side} pixels; expected "
+                "positive sizes and a short side of at least the crop's longer side"
+            )
+
+    @property
+    def _short_side(self) -> int:
+        return round(max(self.size) / 0.875) if self.short_side is None else self.short_side
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """image: [C, H, W]. Returns [C, *size]. Raises SampleError for a picture over 100 times as long as wide."""
+        height, width = image.shape[1:]
+        if (height, width) == self.size:
+            return image
+        short, long = min(height, width), max(height, width)
+        if long > _MAX_ASPECT * short:
+            raise SampleError(
+                "aspect", f"the picture of {height} x {width} pixels is too thin to resize its short side"
+            )
+        new_long = self._short_side * long // short
+        resized = (new_long, self._short_side) if height > width else (self._short_side, new_long)
+        image = resize(image, resized)
+        top, left = (round((full - crop) / 2) for full, crop in zip(resized, self.size, strict=True))
+        return image[:, top : top + self.size[0], left : left + self.size[1]]
+
+
+def _nearest(first: int, length: int, shrink: int) -> slice:
+    """The pixels [first, first + length) in a picture that was divided by `shrink`."""
+    return slice(round(first / shrink), round((first + length) / shrink))  # half to even: up and down alike
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bicubic with antialias, as torchvision's and PIL's. image: [C, H, W] uint8 or uint16. Returns [C, *size].
+
+    [C, H, W] memory takes twice as long as [H, W, C]. The result of 3 or 4 channels of uint8 lies in memory as
+    [H, W, C] too: torch would need 0.06 ms for the other order, a quarter of the whole at 224.
+    """
+    if tuple(image.shape[1:]) == size:
+        return image
+    if image.dtype == torch.uint8:
+        pixels = image.permute(1, 2, 0)
+        pixels = pixels.contiguous() if image.shape[0] in (3, 4) else pixels
+        return functional.interpolate(pixels[None].permute(0, 3, 1, 2), size, mode="bicubic", antialias=True)[0]
+    values = functional.interpolate(image[None].to(torch.float32), size, mode="bicubic", antialias=True)[0]
+    return values.clamp_(0, 65535).round_().to(image.dtype)

@@ -1,0 +1,1 @@
+"""Checkpoints: written beside training, complete or not there, read without running anything."""

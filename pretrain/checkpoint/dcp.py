@@ -1,0 +1,177 @@
+"""Reading torch.distributed.checkpoint folders without running anything that they hold.
+
+DCP's `.metadata` is a pickle, and its non-tensor entries are unpickled on load. Tessera saves tensors only, so this
+reader admits the few classes that describe tensors and refuses everything else by name. It reads local folders and
+object stores alike, and into plain tensors, DTensors and objects of DCP's checkpointable protocol.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.utils import find_tensor_shard
+
+from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.store import Place, store_of
+
+_ALLOWED = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+        "ChunkStorageMetadata",
+        "MetadataIndex",
+        "StorageMeta",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+}
+
+
+class _TensorsOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        raise CheckpointError(f"it refers to {module}.{name}, which no description of tensors needs")
+
+
+class _FilesOf(FileSystemBase):
+    """One checkpoint's files for DCP's reader, which only opens them; a path is a file's name."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Generator[io.IOBase, None, None]:
+        with store_of(self._place).open(self._place, str(path)) as file:
+            yield cast(io.IOBase, file)
+
+    def concat_path(self, path: Any, suffix: str) -> str:
+        return suffix
+
+    def init_path(self, path: Any) -> Any:
+        return path
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        raise NotImplementedError("this reader writes nothing")
+
+    def mkdir(self, path: Any) -> None:
+        raise NotImplementedError("this reader writes nothing")
+
+    def rm_file(self, path: Any) -> None:
+        raise NotImplementedError("this reader writes nothing")
+
+    def exists(self, path: Any) -> bool:
+        return str(path) in store_of(self._place).files(self._place)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+
+class TensorReader(FileSystemReader):
+    """A FileSystemReader whose metadata may only describe tensors that lie inside the checkpoint's folder."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(str(place))
+        self._place = place
+        self.fs = _FilesOf(place)  # type: ignore[assignment]
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        where = f"{self._place}/.metadata"
+        try:
+            metadata = _TensorsOnly(io.BytesIO(store_of(self._place).read(self._place, ".metadata"))).load()
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self._place} is no checkpoint: it has no .metadata file") from error
+        except Exception as error:  # a corrupt pickle can raise nearly anything
+            raise CheckpointError(
+                f"{where} was not read: {error}. Only tensors are loaded from a checkpoint, and nothing was executed; "
+                "use another checkpoint, or one that Tessera wrote"
+            ) from error
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError(f"{where} holds {type(metadata).__name__}; expected DCP metadata")
+        for info in metadata.storage_data.values():
+            relative = Path(str(info.relative_path))
+            if relative.is_absolute() or ".." in relative.parts:
+                raise CheckpointError(f"{where} points to {relative}, outside the checkpoint; it was not read")
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Planner(DefaultLoadPlanner):
+    """Finds where what was saved belongs in plain tensors, DTensors and objects of DCP's checkpointable protocol. DCP's
+    own turns a value that is no tensor into None, and refuses to look into it.
+    """
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.state_dict = self.original_state_dict = state_dict
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return find_tensor_shard(self.state_dict[index.fqn], index)
+
+
+def tensor_shapes(checkpoint: Place) -> dict[str, TensorStorageMetadata]:
+    """The flat names of the tensors in a checkpoint, with their shapes and dtypes. Raises CheckpointError."""
+    entries = TensorReader(checkpoint).read_metadata().state_dict_metadata
+    others = sorted(name for name, entry in entries.items() if not isinstance(entry, TensorStorageMetadata))
+    if others:
+        raise CheckpointError(f"{checkpoint} holds entries that are no tensors: {', '.join(others[:5])}")
+    return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def read_into(checkpoint: Place, tensors: dict[str, Any], group: ProcessGroup | None) -> None:
+    """Reads a checkpoint into tensors by their flat names, in place. A collective of `group`, if there is one.
+
+    Raises CheckpointError; DCP's own exception is no `Exception` and would pass by every handler.
+    """
+    planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is meant
+            load(
+                dict(tensors),
+                storage_reader=TensorReader(checkpoint),
+                planner=planner,
+                process_group=group,
+                no_dist=group is None,
+            )
+    except CheckpointException as error:
+        causes = "; ".join(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values())
+        raise CheckpointError(
+            f"{checkpoint} was not read: {causes}. Only tensors are loaded; use another checkpoint"
+        ) from error
+
+
+def read_tensors(checkpoint: Place, prefix: str) -> dict[str, Tensor]:
+    """The full tensors below `prefix`, on the CPU, with the prefix removed; needs no process group."""
+    wanted = {name: entry for name, entry in tensor_shapes(checkpoint).items() if name.startswith(prefix)}
+    tensors: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in wanted.items()
+    }
+    if tensors:
+        read_into(checkpoint, tensors, None)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

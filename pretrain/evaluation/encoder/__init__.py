@@ -1,0 +1,1 @@
+"""Protocols and the suite of encoders."""

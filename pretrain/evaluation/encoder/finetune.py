@@ -1,0 +1,276 @@
+"""Fine-tuning of the whole encoder with MAE's and VideoMAE's recipes, and testing on several views.
+
+In: a subject; its backbone is copied and stays as it is. Out: an `Outcome`. It exists because masked autoencoders are
+made for it: their features are less linear than those of contrastive methods, and their papers report this figure.
+Nothing is chosen on the test set: the figure is that of the weights after the last step.
+
+Differs from the originals: warm-up begins at 0, and nothing is erased at random.
+Runs alone or under torchrun; the same samples and learning rates whatever the number of processes.
+
+Legend: B samples, R repeats of each, C channels, T frames, H/W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sized
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from data_pipes.batch import Batch, BatchPlan
+from data_pipes.config import DataConfig
+from data_pipes.loader import open_loader
+from data_pipes.order.order import OrderConfig
+from data_pipes.sequential.clips import SequentialClips
+from pretrain.evaluation.encoder.augment import Mix, RandAugment, seed_of
+from pretrain.evaluation.encoder.classifier import Classifier, layer_decay_groups
+from pretrain.evaluation.encoder.datasets import loading_config
+from pretrain.evaluation.encoder.features import Indexed, num_views
+from pretrain.evaluation.encoder.subject import Subject
+from pretrain.evaluation.encoder.views import vote
+from pretrain.evaluation.outcome import Outcome, percentage_correct
+from pretrain.models.video_vit import VideoViT
+from pretrain.optim import scheduled_lr
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Settings of the protocol `finetune_videomae`; the defaults are those of ViT-B on Kinetics-400."""
+
+    epochs: float = 75.0
+    """passes over the training samples; repeats of a sample count once"""
+    warmup_epochs: float = 5.0
+    """linear warm-up from 0"""
+    batch: int = 384
+    """training samples per step, over all processes; repeats come on top"""
+    micro_batch: int | None = None
+    """training samples per process and pass; null = batch / processes, the rest is gradient accumulation"""
+    learning_rate: float = 5e-4
+    """of the head, per 256 samples: the peak is learning_rate * batch / 256"""
+    min_learning_rate: float = 1e-6
+    """of the head at the end of the half cosine"""
+    layer_decay: float = 0.75
+    """learning rate of a layer / that of the next one"""
+    weight_decay: float = 0.05
+    """of AdamW with betas 0.9 and 0.999; not on biases, norms, positions and class tokens"""
+    drop_path: float = 0.1
+    """probability that the last block is left out; it grows linearly from 0 at the first"""
+    clip_norm: float | None = None
+    """largest global gradient norm; null = no clipping"""
+    label_smoothing: float = 0.1
+    """share of a label that goes to all classes"""
+    mixup: float = 0.8
+    """alpha of mixup; 0 = never"""
+    cutmix: float = 1.0
+    """alpha of cutmix; 0 = never. With both, each batch gets one of them"""
+    rand_augment_ops: int = 4
+    """operations of RandAugment per sample; 0 = none"""
+    rand_augment_magnitude: int = 21
+    """from 0 to 30; 21 is the m7 of timm's names"""
+    repeats: int = 2
+    """repeated augmentation (arXiv 1901.09335): clips of each decoded video; 1 for images"""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """area of the random crop, as a fraction of the frame"""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """width / height of the random crop"""
+    flip: float = 0.5
+    """probability of a left-right flip; 0 where left and right are classes (Something-Something, motion)"""
+    seed: int = 0
+    """of the head, the order of the samples and all augmentation"""
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0 or self.warmup_epochs < 0 or self.batch < 1 or self.repeats < 1:
+            raise ValueError(
+                f"epochs={self.epochs}, warmup_epochs={self.warmup_epochs}, batch={self.batch}, repeats={self.repeats}:"
+                " expected more than 0, at least 0, 1 and 1"
+            )
+        if self.epochs <= self.warmup_epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}")
+        for name, highest in (("layer_decay", 1.0), ("drop_path", 1.0), ("label_smoothing", 1.0)):
+            if not 0.0 <= getattr(self, name) <= highest:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a share from 0 to {highest:g}")
+
+
+@dataclass(frozen=True)
+class ImageFinetuneConfig(FinetuneConfig):
+    """Settings of the protocol `finetune_mae`; the defaults are those of ViT-B on ImageNet-1k."""
+
+    epochs: float = 100.0
+    batch: int = 1024
+    layer_decay: float = 0.65
+    rand_augment_ops: int = 2
+    rand_augment_magnitude: int = 27
+    repeats: int = 1
+
+
+def check_finetune(subject: Subject, config: FinetuneConfig, where: str) -> None:
+    """Raises ValueError for what cannot run."""
+    model, processes = subject.backbone.model, subject.accelerator.num_processes
+    wanted = "finetune_mae" if isinstance(config, ImageFinetuneConfig) else "finetune_videomae"
+    fitting = "finetune_videomae" if isinstance(model, VideoViT) else "finetune_mae"
+    if wanted != fitting:
+        raise ValueError(f"{where}: {wanted} does not fit a {type(model).__name__}, name the protocol {fitting}")
+    if config.repeats > 1 and not isinstance(model, VideoViT):
+        raise ValueError(f"{where}.repeats is {config.repeats}: images come once, set it to 1")
+    plan = _plan(subject, config)
+    if (config.mixup > 0 or config.cutmix > 0) and plan.micro_batch * config.repeats % 2:
+        raise ValueError(
+            f"{where}: mixup and cutmix pair the samples of a pass, and {plan.micro_batch} samples (per process, with "
+            f"{processes} of them) x {config.repeats} repeats are an odd number: change batch or micro_batch"
+        )
+    if config.rand_augment_ops and model.config.in_channels not in (1, 3):
+        raise ValueError(f"{where}.rand_augment_ops: RandAugment is for 1 or 3 channels, set it to 0")
+
+
+def evaluate_finetuned(subject: Subject, config: FinetuneConfig) -> Outcome | None:
+    """Fine-tunes a copy of the backbone and reports its accuracy on the test set; a collective, None off the main
+    process. Metrics: `top1`, and `top5` where there are more than five classes.
+
+    Raises ValueError: a sample without label, or losses that are not finite.
+    """
+    model = fine_tune(subject, config)
+    metrics = multi_view_accuracies(subject, model)
+    if not subject.accelerator.is_main_process:
+        return None
+    selection: dict[str, object] = {"by": "last step", "steps": _num_steps(subject, config)}
+    sizes = (len(cast(Sized, dataset)) for dataset in (subject.data.train, subject.data.test))
+    num_train, num_test = sizes
+    return Outcome(metrics, selection, num_train=num_train, num_test=num_test)
+
+
+def fine_tune(subject: Subject, config: FinetuneConfig) -> nn.Module:
+    """Trains a classifier on the training set; a collective."""
+    accelerator, device, plan = subject.accelerator, subject.device, _plan(subject, config)
+    loader = open_loader(
+        _data_config(subject, config),
+        plan,
+        image_size=subject.backbone.model.config.image_size,
+        channels=subject.backbone.model.config.in_channels,
+        state=None,
+    )
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        classifier = Classifier(subject.backbone.model, subject.data.num_classes, config.drop_path).to(device)
+        groups = layer_decay_groups(classifier, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
+        optimizer = torch.optim.AdamW(cast(list[dict[str, Any]], groups), lr=0.0, betas=(0.9, 0.999), fused=True)
+        model: nn.Module = accelerator.prepare_model(classifier).train()
+        torch.manual_seed(seed_of(config.seed, plan.rank))  # of drop path
+        batches, num_steps = loader.batches(0), _num_steps(subject, config)
+        try:
+            for step in range(num_steps):
+                rate = _learning_rate(subject, config, step * config.batch)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group["lr_scale"]
+                _accumulate(subject, config, model, batches, plan.accumulate)
+                if config.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                subject.say("fine-tuning, steps", step + 1, num_steps)
+        finally:
+            loader.close()
+    return model
+
+
+def _accumulate(
+    subject: Subject, config: FinetuneConfig, model: nn.Module, batches: Iterator[Batch], passes: int
+) -> None:
+    """The gradients of one step."""
+    augment = RandAugment(config.rand_augment_ops, config.rand_augment_magnitude) if config.rand_augment_ops else None
+    mix = Mix(config.mixup, config.cutmix, config.label_smoothing, subject.data.num_classes)
+    for number in range(passes):
+        batch = next(batches)
+        if int(batch.labels.min()) < 0:
+            raise ValueError("a training sample has no label: fine-tuning needs a dataset packed from class folders")
+        seed = seed_of(config.seed, int(batch.positions[0]))
+        stored = batch.images if augment is None else augment(batch.images, seed)
+        inputs = subject.prepare(stored.to(subject.device))
+        labels = batch.labels.to(subject.device).repeat_interleave(len(inputs) // len(batch.labels))
+        inputs, targets = mix(inputs, labels, seed)
+        is_last = number == passes - 1
+        with contextlib.nullcontext() if is_last else subject.accelerator.no_sync(model):
+            with subject.accelerator.autocast():
+                logits = model(inputs)
+            loss = F.cross_entropy(logits.float(), targets)
+            if not bool(loss.isfinite()):
+                raise ValueError(
+                    f"the loss of fine-tuning is {float(loss.detach())}: lower learning_rate or set clip_norm"
+                )
+            (loss / passes).backward()
+
+
+@torch.no_grad()
+def multi_view_accuracies(subject: Subject, model: nn.Module) -> dict[str, float]:
+    """`top1` (and `top5`) in percent by the mean softmax of each sample's views; a collective."""
+    dataset, accelerator, batch_size = subject.data.test, subject.accelerator, subject.loading.batch_size
+    views, model = num_views(dataset), model.eval()
+    samples_per_batch = max(1, batch_size // views)
+    loader = DataLoader(Indexed(dataset), batch_size=samples_per_batch, num_workers=subject.loading.workers)
+    ranks = []
+    for stored, labels, _ in accelerator.prepare_data_loader(loader):
+        if int(labels.min()) < 0:
+            raise ValueError("a test sample has no label: accuracies need a dataset packed from class folders")
+        with accelerator.autocast():
+            logits = torch.cat([model(inputs) for inputs in subject.prepare(stored).split(batch_size)])
+        ranks.append(accelerator.gather_for_metrics(rank_of(vote(logits.float(), views), labels)).cpu())
+    found = torch.cat(ranks)
+    if len(found) != len(cast(Sized, dataset)):
+        raise RuntimeError(f"{len(found)} results for {len(cast(Sized, dataset))} samples: no figure is computed")
+    highest = {"top1": 1} if subject.data.num_classes <= 5 else {"top1": 1, "top5": 5}
+    return {name: percentage_correct(int((found < count).sum()), len(found)) for name, count in highest.items()}
+
+
+def rank_of(scores: Tensor, labels: Tensor) -> Tensor:
+    """How many classes score at least as high as the label's, itself apart: int64 [B], 0 = right. Not finite: K."""
+    own = scores.gather(1, labels[:, None])
+    ranks = (scores >= own).sum(dim=1) - 1
+    return torch.where(scores.isfinite().all(dim=1), ranks, scores.shape[1])
+
+
+def _plan(subject: Subject, config: FinetuneConfig) -> BatchPlan:
+    """Raises ValueError for a batch that the processes cannot share."""
+    world, rank = subject.accelerator.num_processes, subject.accelerator.process_index
+    return BatchPlan(config.batch, config.micro_batch or max(1, config.batch // world), rank, world)
+
+
+def _num_steps(subject: Subject, config: FinetuneConfig) -> int:
+    return max(1, round(config.epochs * len(cast(Sized, subject.data.train)) / config.batch))
+
+
+def _learning_rate(subject: Subject, config: FinetuneConfig, position: int) -> float:
+    """Of the head, for the step that begins at sample `position`."""
+    return scheduled_lr(
+        position,
+        peak=config.learning_rate * config.batch / 256,
+        total=_num_steps(subject, config) * config.batch,
+        warmup=config.warmup_epochs * len(cast(Sized, subject.data.train)),
+        minimum=config.min_learning_rate,
+        schedule="cosine",
+    )
+
+
+def _data_config(subject: Subject, config: FinetuneConfig) -> DataConfig:
+    """The training set with random crops, read as the backbone's run reads its own."""
+    dataset, video = subject.data.train, None
+    if isinstance(dataset, SequentialClips):
+        video = replace(dataset.sampling, repeats=config.repeats, shared_window=False)
+    return replace(
+        loading_config(subject.backbone),
+        train=subject.data.train_folder,
+        mixture=None,
+        unindexed=None,
+        val=None,
+        workers=subject.loading.workers,
+        order=OrderConfig(seed=config.seed),
+        crop_scale=config.crop_scale,
+        crop_ratio=config.crop_ratio,
+        flip=config.flip,
+        video=video,
+        captions=False,
+        metadata=False,
+    )

@@ -1,0 +1,102 @@
+"""Several views of a video, and how they count as one: clips at several times by crops at several places.
+
+In: the suite's choices, stored clips, scores of views. Out: the model's input, one score per sample. It exists so that
+all protocols cut, normalise and average views in the same way.
+
+Legend: n or B samples, V views of each, K classes, C channels, T frames, H/W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from data_pipes.transforms.clips import ClipSampling
+from pretrain.models.normalise import Normalise
+from pretrain.models.video_vit import VideoViT
+from pretrain.objectives.clip_target import normalise_clips
+from pretrain.weights.backbone import Backbone
+
+Frames = Literal["all", "single"]
+Prepare = Callable[[Tensor], Tensor]
+"""Stored images [B, C, H, W], or views [B, V, C, T, H, W] -> the model's input, one row per view."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """Views of a video: their number is clips * crops."""
+
+    clips: int = 1
+    """at evenly spread times, from the start of the video to its end; 1: in the middle"""
+    crops: int = 1
+    """of each clip: left to right, or top to bottom in an upright video; 1: in the centre"""
+
+    def __post_init__(self) -> None:
+        if min(self.clips, self.crops) < 1:
+            raise ValueError(f"clips={self.clips}, crops={self.crops}: expected at least one of each")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a task sees of a test video."""
+
+    frames: Frames
+    views: Views
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """How a suite looks at videos; encoders of images do not read it."""
+
+    views: Views = field(default_factory=Views)
+    """of a test video; published: 5 x 3 (VideoMAE) and 8 x 3 (V-JEPA 2) on Kinetics, 2 x 3 on Something-Something"""
+    train_views: Views = field(default_factory=Views)
+    """of a training video whose features are computed once"""
+    short_side: int | None = None
+    """of the resized frames, in pixels; null = the smallest that the crop fits into"""
+    sampling: ClipSampling | None = None
+    """frames, stride and mode of a clip; null = those of the run (`data.video`), or every fourth frame"""
+
+
+def make_prepare(backbone: Backbone, frames: Frames) -> Prepare:
+    """What turns stored pixels into the backbone's input.
+
+    frames: `single` shows the clip's middle frame in place of every other, so that nothing moves: what a model gains
+    from motion is the rest. Raises ValueError for `single` and an encoder of images.
+    """
+    normalise = Normalise(backbone.mean, backbone.std)
+    if not isinstance(backbone.model, VideoViT):
+        if frames == "single":
+            raise ValueError("frames=single is for encoders of clips; this one takes images: set it to all")
+        return normalise
+
+    def prepare(views: Tensor) -> Tensor:
+        clips = views.flatten(0, 1)
+        return normalise_clips(normalise, still(clips) if frames == "single" else clips)
+
+    return prepare
+
+
+def still(clips: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> the same shape, a view in which every frame is frame T // 2."""
+    middle = clips.shape[2] // 2
+    return clips[:, :, middle : middle + 1].expand_as(clips)
+
+
+def vote(logits: Tensor, views: int) -> Tensor:
+    """[B * V, ..., K] -> scores [B, ..., K]: the mean softmax of each sample's V views, which are adjacent rows.
+
+    One view keeps its logits, which rank the classes in the same way.
+    """
+    if views == 1:
+        return logits
+    scores: Tensor = logits.softmax(dim=-1).unflatten(0, (-1, views)).mean(dim=1)
+    return scores
+
+
+def view_ratio(image_size: tuple[int, int]) -> float:
+    """Short side / crop of the usual evaluation view: 256/224, and 1 for small inputs, whose borders count."""
+    return 1.0 if max(image_size) <= 64 else 256 / 224

@@ -1,0 +1,310 @@
+"""A suite of evaluations of a tokenizer from one YAML: each picture is encoded and decoded once for all tasks.
+
+In: a loaded tokenizer and a `TokenizerSuiteConfig`. Out: one result record per task, of the shape that
+evaluation/suite.py writes. A record says which protocol with which settings, crop, resize and rounding on how many
+pictures gave which figures, and which weights (by digest) it is about.
+
+Over several processes each one takes every N-th picture, without padding: no picture is counted twice, and the
+processes meet only at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import MISSING
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from data_pipes.sequential.pictures import SequentialImages
+from pretrain.config import load_typed, nearest
+from pretrain.evaluation.encoder.features import extract
+from pretrain.evaluation.encoder.linear import evaluate_linear
+from pretrain.evaluation.outcome import Outcome
+from pretrain.evaluation.settings import typed_settings
+from pretrain.evaluation.tokenizer.data import TokenizerView, labelled_train, open_view
+from pretrain.evaluation.tokenizer.latent_metrics import (
+    LatentMeter,
+    LatentProbeConfig,
+    LatentStatisticsConfig,
+    PooledLatents,
+)
+from pretrain.evaluation.tokenizer.reconstruction_metrics import (
+    FrechetMeter,
+    LPIPSConfig,
+    PSNRConfig,
+    ReconstructionMeter,
+    RFIDConfig,
+    SSIMConfig,
+    load_inception,
+    make_lpips,
+    make_psnr,
+    make_ssim,
+)
+from pretrain.latents.coder import PictureCoder, Precision
+from pretrain.models.normalise import Normalise
+from pretrain.weights.tokenizer import LoadedTokenizer
+
+Report = Callable[[str, int, int], None]  # (what is being done, done, in all)
+
+PROTOCOLS: dict[str, type[Any]] = {
+    "psnr_uint8": PSNRConfig,
+    "ssim_uint8": SSIMConfig,
+    "lpips": LPIPSConfig,
+    "rfid_inception": RFIDConfig,
+    "latent_statistics": LatentStatisticsConfig,
+    "latent_linear": LatentProbeConfig,
+}
+"""Name in `tasks.<task>.protocol` -> dataclass of its settings."""
+
+
+@dataclass(frozen=True)
+class TokenizerTaskConfig:
+    """One task of a suite."""
+
+    protocol: str = MISSING
+    """a key of PROTOCOLS"""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """fields of that protocol's config; the others keep their defaults"""
+
+
+@dataclass(frozen=True)
+class TokenizerSuiteConfig:
+    """What is evaluated on which pictures."""
+
+    test: str | None = None
+    """data set of the pictures; null = the run's `data.val`"""
+    train: str | None = None
+    """labelled data set that the latents' probe is trained on; null = the run's `data.train`"""
+    size: tuple[int, int] | None = None
+    """(height, width) of the centre crop in pixels; null = the run's image_size"""
+    short_side: int | None = None
+    """of the resized picture before the crop (bicubic, antialias); null = the crop's longer side"""
+    num_samples: int | None = None
+    """first so many pictures of the test set; null = all. The probe takes all"""
+    batch_size: int = 32
+    """pictures per process and forward pass"""
+    workers: int = 0
+    """decoding processes per process; 0 decodes in the process itself"""
+    precision: Precision = "fp32"
+    """of the tokenizer's forward pass"""
+    channels: tuple[int, ...] = ()
+    """the 3 channels that LPIPS and Inception see as red, green and blue; empty: the first 3, or 1 three times"""
+    skip: tuple[str, ...] = ()
+    """names of tasks to leave out, e.g. those whose networks cannot be had"""
+    tasks: dict[str, TokenizerTaskConfig] = field(default_factory=dict)
+    """name -> task"""
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.skip if name not in self.tasks]
+        if unknown:
+            raise ValueError(f"skip names {unknown[0]!r}; the suite's tasks are {', '.join(self.tasks)}")
+        if len(set(self.skip)) == len(self.tasks):
+            raise ValueError("no task is left: add for example tasks.psnr.protocol: psnr_uint8")
+        if self.batch_size < 1 or self.workers < 0 or (self.num_samples or 1) < 1 or len(self.channels) not in (0, 3):
+            raise ValueError(
+                f"batch_size={self.batch_size}, workers={self.workers}, num_samples={self.num_samples}, "
+                f"channels={list(self.channels)}: expected at least 1, 0 and 1, and 3 channels or none"
+            )
+        for name, task in self.tasks.items():
+            if task.protocol not in PROTOCOLS:
+                raise ValueError(
+                    f"tasks.{name}.protocol is {task.protocol!r}; known protocols of tokenizers: "
+                    f"{', '.join(PROTOCOLS)}" + nearest(task.protocol, list(PROTOCOLS))
+                )
+            self.task_settings(name)
+
+    def task_settings(self, name: str) -> Any:
+        """The typed settings of a task."""
+        task = self.tasks[name]
+        return typed_settings(PROTOCOLS[task.protocol], task.settings, f"tasks.{name}.settings")
+
+
+def load_tokenizer_suite(path: Path, overrides: Sequence[str] = ()) -> TokenizerSuiteConfig:
+    """Reads a suite's YAML and applies `key.path=value` overrides.
+
+    Raises:
+        ValueError: no such file, an unknown key or protocol, or a value of another type.
+    """
+    return load_typed(TokenizerSuiteConfig, path, overrides)
+
+
+def evaluate_tokenizer(
+    tokenizer: LoadedTokenizer, suite: TokenizerSuiteConfig, accelerator: Any, *, report: Report | None = None
+) -> list[dict[str, Any]]:
+    """Every task of the suite: result records on the main process, an empty list on the others.
+
+    Args:
+        tokenizer: on the CPU; it is moved to the accelerator's device.
+        suite: what to evaluate.
+        accelerator: of `features.make_accelerator`; all its processes call this.
+        report: called now and then with (what is being done, done, in all).
+
+    Raises:
+        ValueError: data sets that are missing, unlabelled, or labelled with other classes; settings that do not apply;
+            weights of metrics that cannot be had.
+    """
+    say = report or (lambda what, done, total: None)
+    view = open_view(tokenizer, test=suite.test, train=suite.train, size=suite.size, short_side=suite.short_side)
+    settings = {name: suite.task_settings(name) for name in suite.tasks if name not in suite.skip}
+    probes = {name: s for name, s in settings.items() if isinstance(s, LatentProbeConfig)}
+    train = labelled_train(view) if probes else None
+    meters = {
+        name: _make_meter(s, tokenizer, suite, view, accelerator.device)
+        for name, s in settings.items()
+        if name not in probes
+    }
+    records, started_s = {}, time.perf_counter()
+    num_samples = len(view.test) if suite.num_samples is None else min(suite.num_samples, len(view.test))
+    if meters:
+        _measure(tokenizer, suite, view, num_samples, meters.values(), accelerator, say)
+    pass_s = time.perf_counter() - started_s
+    for name, meter in meters.items():
+        metrics = meter.finish(lambda value: _gather(value, accelerator))
+        outcome = Outcome(metrics, {"by": "nothing was chosen"}, num_train=0, num_test=num_samples)
+        records[name] = _record(tokenizer, suite, view, name, settings[name], outcome, meter.details, pass_s)
+    for name, config in probes.items():
+        assert train is not None
+        started_s = time.perf_counter()
+        found = _probe(tokenizer, suite, view, train, config, accelerator, say)
+        if found is not None:
+            seconds = time.perf_counter() - started_s
+            details: dict[str, object] = {"train_fingerprint": train.manifest.fingerprint}
+            records[name] = _record(tokenizer, suite, view, name, config, found, details, seconds)
+    return [records[name] for name in settings] if accelerator.is_main_process else []
+
+
+def _make_meter(
+    settings: Any, tokenizer: LoadedTokenizer, suite: TokenizerSuiteConfig, view: TokenizerView, device: torch.device
+) -> ReconstructionMeter:
+    size, channels = view.transform.size, tokenizer.model.config.in_channels
+    show = _rgb(suite.channels, channels)
+    if isinstance(settings, SSIMConfig):
+        return make_ssim(size)
+    if isinstance(settings, LPIPSConfig):
+        return make_lpips(settings, size, show, device)
+    if isinstance(settings, RFIDConfig):
+        return FrechetMeter(load_inception(settings), show, device)
+    if isinstance(settings, LatentStatisticsConfig):
+        return LatentMeter(settings, tokenizer.model.config.latent_channels, device)
+    assert isinstance(settings, PSNRConfig)
+    return make_psnr()
+
+
+def _rgb(channels: tuple[int, ...], in_channels: int) -> Callable[[Tensor], Tensor]:
+    """[B, C, H, W] -> [B, 3, H, W]. Raises ValueError for channels that are not there."""
+    shown = channels or ((0, 1, 2) if in_channels >= 3 else (0, 0, 0))
+    if max(shown) >= in_channels:
+        raise ValueError(f"channels is {list(shown)} and the pictures have {in_channels} channels, from 0")
+    return lambda pictures: pictures[:, list(shown)]
+
+
+def _measure(
+    tokenizer: LoadedTokenizer,
+    suite: TokenizerSuiteConfig,
+    view: TokenizerView,
+    num_samples: int,
+    meters: Any,
+    accelerator: Any,
+    say: Report,
+) -> None:
+    """Encodes and decodes this process's share of the pictures."""
+    coder = PictureCoder(tokenizer, accelerator.device, precision=suite.precision)
+    own = range(accelerator.process_index, num_samples, accelerator.num_processes)
+    loader = DataLoader(Subset(view.test, own), batch_size=suite.batch_size, num_workers=suite.workers)
+    done = 0
+    for stored, _ in loader:
+        pictures = coder.to_uint8(stored)
+        latents = coder.encode(stored)
+        reconstructions = coder.decode(latents, view.transform.size)
+        for meter in meters:
+            meter.update(pictures, reconstructions, latents)
+        done += len(stored)
+        say(f"{tokenizer.label}: reconstructions", min(done * accelerator.num_processes, num_samples), num_samples)
+    counts = _gather(done, accelerator)
+    if sum(counts) != num_samples:
+        raise RuntimeError(f"{sum(counts)} of {num_samples} pictures were measured: no figure is computed from this")
+
+
+def _gather(value: Any, accelerator: Any) -> list[Any]:
+    """Every process's value."""
+    from accelerate.utils import gather_object
+
+    gathered: list[Any] = gather_object([value]) if accelerator.num_processes > 1 else [value]
+    return gathered
+
+
+def _probe(
+    tokenizer: LoadedTokenizer,
+    suite: TokenizerSuiteConfig,
+    view: TokenizerView,
+    train: SequentialImages,
+    config: LatentProbeConfig,
+    accelerator: Any,
+    say: Report,
+) -> Outcome | None:
+    """The linear probe on pooled latents; None off the main process."""
+    sides = [
+        extract(
+            PooledLatents(tokenizer.model, config.grid),
+            dataset,
+            accelerator,
+            normalise=Normalise(tokenizer.mean, tokenizer.std),
+            num_blocks=1,
+            batch_size=suite.batch_size,
+            workers=suite.workers,
+            progress=lambda done, total, name=name: say(f"{tokenizer.label}: {name} latents", done, total),  # type: ignore[misc]
+        )
+        for name, dataset in (("train", train), ("test", view.test))
+    ]
+    if sides[0] is None or sides[1] is None:
+        return None
+    num_classes = len(train.manifest.classes)
+    return evaluate_linear(sides[0], sides[1], config.linear(), num_classes=num_classes, device=accelerator.device)
+
+
+def _record(
+    tokenizer: LoadedTokenizer,
+    suite: TokenizerSuiteConfig,
+    view: TokenizerView,
+    name: str,
+    settings: Any,
+    outcome: Outcome,
+    details: Mapping[str, object],
+    seconds: float,
+) -> dict[str, Any]:
+    """One result, with everything that the figure depends on."""
+    return {
+        "protocol": suite.tasks[name].protocol,
+        "task": name,
+        "model": tokenizer.label,
+        "model_digest": tokenizer.digest,
+        "step": tokenizer.step,
+        "weights": tokenizer.weights,
+        "run_uid": (tokenizer.complete or {}).get("run_uid"),
+        "num_train": outcome.num_train,
+        "num_test": outcome.num_test,
+        "test_fingerprint": view.test.manifest.fingerprint,
+        "view": {
+            "image_size": list(view.transform.size),
+            "short_side": view.short_side,
+            "resize": "bicubic, antialias; a picture of the crop's size is left alone",
+            "crop": "centre, the same for pictures and reconstructions",
+            "rounding": "both uint8, clipped to 0..255",
+            "mean": list(tokenizer.mean),
+            "std": list(tokenizer.std),
+            "precision": suite.precision,
+        },
+        "settings": dataclasses.asdict(settings),
+        "selection": outcome.selection,
+        "metrics": outcome.metrics,
+        "details": dict(details),
+        "seconds": {"protocol": round(seconds, 2)},
+        "time_ms": time.time_ns() // 1_000_000,
+    }

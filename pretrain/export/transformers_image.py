@@ -1,0 +1,238 @@
+"""Writes an image model as transformers' `ViTModel` or `ViTMAEForPreTraining`, and compares before it publishes.
+
+In: a `Backbone` of images; for pretraining, the checkpoint that it was read from. Out: a folder with config.json,
+model.safetensors, preprocessor_config.json and README.md that `from_pretrained` of transformers 4 and 5 loads
+completely. It exists for the same users as the export of video models, beside it.
+
+Legend: B batch, N patches, D width, C channels, H/W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint.read import load_weights
+from pretrain.export.card import provenance
+from pretrain.export.publish import check_error, compose_card, new_folder, numbers, relative_error, table
+from pretrain.export.transformers_video import PREPROCESSOR, TOLERANCE, load_strictly, write_model
+from pretrain.models.mae import MAE, MAEConfig
+from pretrain.models.vit import LAYER_NORM_EPS, ViT, ViTConfig
+from pretrain.weights.backbone import Backbone
+from pretrain.weights.video_names import side_or_sides
+
+CANNOT = "This model cannot become a transformers ViT"
+_ENCODER = {  # ours -> theirs
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
+    "blocks.": "encoder.layer.",
+    "norm.": "layernorm.",
+}
+_DECODER = {
+    "mask_token": "decoder.mask_token",
+    "pos_embed": "decoder.decoder_pos_embed",
+    "embed.": "decoder.decoder_embed.",
+    "blocks.": "decoder.decoder_layers.",
+    "norm.": "decoder.decoder_norm.",
+    "pred.": "decoder.decoder_pred.",
+}
+_LAYER = {
+    "norm1.": "layernorm_before.",
+    "norm2.": "layernorm_after.",
+    "attn.proj.": "attention.output.dense.",
+    "mlp.fc1.": "intermediate.dense.",
+    "mlp.fc2.": "output.dense.",
+}
+
+
+@dataclass(frozen=True)
+class ViTExport:
+    """What was published."""
+
+    folder: Path
+    architecture: str
+    """transformers' class: ViTModel or ViTMAEForPreTraining"""
+    errors: dict[str, float]
+    """|theirs - ours| / |ours| of the "features" of all tokens; with the decoder of "predictions" and "loss" """
+    digest: str
+    """`weights_digest` of the backbone"""
+
+
+def export_vit(source: Backbone, out: Path, *, pretraining: bool = False, tolerance: float = TOLERANCE) -> ViTExport:
+    """Exports an image backbone into the new folder `out`. Arguments and errors as for `export_videomae`."""
+    refusal = why_not(source, pretraining=pretraining)
+    if refusal is not None:
+        raise ValueError(f"{CANNOT}: {refusal}")
+    encoder = source.model
+    assert isinstance(encoder, ViT)
+    whole = _whole_model(source) if pretraining else None
+    with new_folder(out) as partial:
+        if whole is None:
+            architecture, kind, described = "ViTModel", "vit", encoder_arguments(encoder.config)
+            state = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+            names = {name.removeprefix("vit."): tensor for name, tensor in to_transformers_vit(state).items()}
+        else:
+            architecture, kind, described = "ViTMAEForPreTraining", "vit_mae", autoencoder_arguments(whole.config)
+            names = to_transformers_vit(whole.state_dict())
+        write_model(partial, architecture, described | {"model_type": kind}, names)
+        (partial / PREPROCESSOR).write_text(json.dumps(preprocessor(source), indent=2) + "\n")
+        if whole is None:
+            errors = compare(encoder, load_strictly(partial, architecture, described, add_pooling_layer=False))
+        else:
+            errors = compare_pretraining(whole, load_strictly(partial, architecture, described))
+        for what, error in errors.items():
+            check_error(what, error, tolerance)
+        exported = ViTExport(out, architecture, errors, source.digest)
+        (partial / "README.md").write_text(_card(source, encoder, exported, tolerance))
+    return exported
+
+
+def why_not(source: Backbone, *, pretraining: bool = False) -> str | None:
+    """Why transformers' ViT (ViTMAE, with the decoder) cannot express this model, or None."""
+    model = source.model
+    if type(model) is not ViT:
+        return f"it is a {type(model).__name__}, and only encoders of images have a counterpart"
+    if not pretraining:
+        return None
+    config = None if source.config is None else source.config.objective.model
+    if source.complete is None or source.weights == "untrained" or not isinstance(config, MAEConfig):
+        return f"{source.label} ({source.weights}) has no decoder beside it; only a checkpoint of image_mae does"
+    sides = (*model.config.image_size, *model.config.patch_size)
+    if sides[0] != sides[1] or sides[2] != sides[3]:
+        return (
+            f"its images are {sides[0]} x {sides[1]} and its patches {sides[2]} x {sides[3]} pixels; there images and "
+            "patches with a decoder are square. The encoder alone can be exported"
+        )
+    return None
+
+
+def encoder_arguments(config: ViTConfig) -> dict[str, Any]:
+    """What `transformers.ViTConfig` needs to build this encoder."""
+    return {
+        "image_size": side_or_sides(config.image_size),
+        "patch_size": side_or_sides(config.patch_size),
+        "num_channels": config.in_channels,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "intermediate_size": int(config.width * config.mlp_ratio),
+        "layer_norm_eps": LAYER_NORM_EPS,  # the default there is 1e-12
+        "qkv_bias": True,
+    }
+
+
+def autoencoder_arguments(config: MAEConfig) -> dict[str, Any]:
+    """What `transformers.ViTMAEConfig` needs to build this model."""
+    return encoder_arguments(config.encoder) | {
+        "decoder_hidden_size": config.decoder_width,
+        "decoder_num_hidden_layers": config.decoder_depth,
+        "decoder_num_attention_heads": config.decoder_heads,
+        "decoder_intermediate_size": int(config.decoder_width * config.encoder.mlp_ratio),
+        "mask_ratio": config.mask_ratio,
+        "norm_pix_loss": config.norm_pixels,
+    }
+
+
+def to_transformers_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our MAE (or its encoder alone) under the names of transformers 4's ViTMAE; version 5 renames them as it loads."""
+    result = {}
+    for name, tensor in state.items():
+        part, rest = name.split(".", 1)
+        table_of_part = _ENCODER if part == "encoder" else _DECODER
+        root = next(root for root in table_of_part if rest == root or (root.endswith(".") and rest.startswith(root)))
+        theirs = ("vit." if part == "encoder" else "") + table_of_part[root] + rest.removeprefix(root)
+        layer = re.fullmatch(r"(.*\.\d+\.)(.*)", theirs) if root == "blocks." else None
+        if layer is None:
+            result[theirs] = tensor
+        elif layer[2].startswith("attn.qkv."):
+            for which, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                result[f"{layer[1]}attention.attention.{which}.{layer[2].removeprefix('attn.qkv.')}"] = third
+        else:
+            own = next(own for own in _LAYER if layer[2].startswith(own))
+            result[layer[1] + _LAYER[own] + layer[2].removeprefix(own)] = tensor
+    return result
+
+
+@torch.no_grad()
+def compare(encoder: ViT, theirs: Any) -> dict[str, float]:
+    """The relative error of their `last_hidden_state` [B, 1 + N, D] on random images."""
+    images = _images(encoder.config)
+    return {"features": relative_error("features", theirs(images).last_hidden_state, encoder.eval()(images))}
+
+
+@torch.no_grad()
+def compare_pretraining(whole: MAE, theirs: Any) -> dict[str, float]:
+    """Relative errors on random images, masked by the same noise; features are those of the visible patches."""
+    images = _images(whole.config.encoder)
+    noise = torch.rand(len(images), whole.config.encoder.num_patches, generator=torch.Generator().manual_seed(1))
+    ours, output = whole.eval()(images, noise), theirs(images, noise=noise)
+    ascending = torch.arange(noise.shape[1]).expand_as(noise)  # else their encoder shuffles what it sees
+    kept = ascending[:, : whole.config.num_kept]
+    features = theirs.vit(images, noise=ascending.float()).last_hidden_state
+    return {
+        "features": relative_error("features", features, whole.encoder(images, kept)),
+        "predictions": relative_error("predictions", output.logits, ours.prediction),
+        "loss": relative_error("loss", output.loss, ours.loss),
+    }
+
+
+def preprocessor(source: Backbone) -> dict[str, Any]:
+    """The contents of preprocessor_config.json: resized to the input's size, bicubic, and the statistics."""
+    height, width = source.model.config.image_size
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(source.mean),
+        "image_std": list(source.std),
+    }
+
+
+def _images(config: ViTConfig) -> Tensor:
+    return torch.randn(2, config.in_channels, *config.image_size, generator=torch.Generator().manual_seed(0))
+
+
+def _whole_model(source: Backbone) -> MAE:
+    """The model of the backbone's checkpoint with the same weights, decoder included."""
+    assert source.config is not None
+    model = MAE(source.config.objective.model)
+    model.load_state_dict(load_weights(source.source, "model", ema=source.weights == "ema"))
+    return model.eval()
+
+
+def _card(source: Backbone, encoder: ViT, exported: ViTExport, tolerance: float) -> str:
+    config, name = encoder.config, exported.folder.name
+    num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    summary = (
+        f"A vision transformer (MAE, arXiv 2111.06377): width {config.width}, depth {config.depth}, {config.heads} "
+        f"heads, patches of {config.patch_size[0]} x {config.patch_size[1]} pixels, {num_parameters / 1e6:.2f} M "
+        f"parameters in the encoder. Input: {config.in_channels} channels of {config.image_size[0]} x "
+        f"{config.image_size[1]} pixels, in [0, 1], then normalised with mean {numbers(source.mean)} and std "
+        f"{numbers(source.std)}."
+    )
+    more = ", add_pooling_layer=False" if exported.architecture == "ViTModel" else ""
+    use = (
+        f"```python\nfrom transformers import {exported.architecture}\n\n"
+        f'model = {exported.architecture}.from_pretrained("{name}"{more}).eval()\n```'
+    )
+    if more:
+        use += "\n\nWith a pooling layer, which the model does not have, transformers would make a random one."
+    measured = ", ".join(f"of {what}: {error:.3g}" for what, error in exported.errors.items())
+    reproduction = (
+        "Reloaded with transformers before publication, every tensor and setting accounted for. Relative error, in "
+        f"fp32 and on fixed random images, {measured}; allowed: {tolerance:.3g}."
+    )
+    sections = {"Use": use, "Provenance": table(provenance(source)), "Reproduction": reproduction}
+    return compose_card(name, ("transformers", "vit", "masked-autoencoder"), summary, sections)

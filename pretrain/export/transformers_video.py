@@ -1,0 +1,240 @@
+"""Writes a video model as transformers' `VideoMAEModel` or `VideoMAEForPreTraining`, and compares before it publishes.
+
+In: a `Backbone` of a run on clips; for pretraining, the checkpoint that it was read from. Out: a folder with
+config.json, model.safetensors, preprocessor_config.json and README.md that `from_pretrained` of transformers 4 and 5
+loads completely. It exists because fine-tuning scripts for video look for backbones there, and because there a wrong
+name or a setting left at its default (an eps of 1e-12, a mean pooling that drops the norm) only warns or is silent.
+
+Legend: B batch, N tokens, M hidden tokens, D width, C channels, T frames, H/W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint.read import load_weights
+from pretrain.export.publish import (
+    ExportError,
+    PretrainingErrors,
+    VideoMAEExport,
+    check_error,
+    new_folder,
+    numbers,
+    relative_error,
+)
+from pretrain.export.transformers_video_card import video_card
+from pretrain.losses.clips import tubelets
+from pretrain.models.normalise import IMAGENET_MEAN, IMAGENET_STD, Normalise
+from pretrain.models.video_masking import tube_masks
+from pretrain.models.video_vit import VideoViT, VideoViTConfig
+from pretrain.objectives.clip_mae import ClipMAEObjective
+from pretrain.objectives.clip_target import channel_target, normalise_clips
+from pretrain.weights.backbone import EXPORT_CONFIG, Backbone
+from pretrain.weights.files import EXPORT_WEIGHTS
+from pretrain.weights.video_names import CANNOT, to_transformers, transformers_arguments, transformers_encoder_arguments
+
+PREPROCESSOR = "preprocessor_config.json"
+TOLERANCE = 1e-5
+EPS_TOLERANCE = 1e-2
+_PROCESSED_CHANNELS = (1, 3)
+
+
+def export_videomae(
+    source: Backbone, out: Path, *, pretraining: bool = False, tolerance: float = TOLERANCE
+) -> VideoMAEExport:
+    """Exports a video backbone into the new folder `out`.
+
+    Args:
+        source: what to export; `weights` says which of the checkpoint's weights (trained, moving average) it has.
+        out: must not exist; it appears when everything has been compared, and not otherwise.
+        pretraining: with the decoder, read from the checkpoint `source.source`, as `VideoMAEForPreTraining`.
+        tolerance: largest allowed relative error of features, predictions and loss.
+
+    Raises:
+        FileExistsError: something is at `out`.
+        ImportError: transformers is not installed.
+        ValueError: transformers cannot express this model, or there is no decoder to export.
+        ExportError: transformers does not load it completely, or computes something else.
+    """
+    refusal = why_not(source, pretraining=pretraining)
+    if refusal is not None:
+        raise ValueError(f"{CANNOT}: {refusal}")
+    encoder = source.model
+    assert isinstance(encoder, VideoViT)
+    objective = _whole_model(source) if pretraining else None
+    architecture = "VideoMAEModel" if objective is None else "VideoMAEForPreTraining"
+    with new_folder(out) as partial:
+        if objective is None:
+            described, state = transformers_encoder_arguments(encoder.config), _encoder_state(encoder)
+        else:
+            described = transformers_arguments(objective.config.model, objective.config.norm_pixels)
+            state = to_transformers(objective.model.state_dict(), major=4)
+        write_model(partial, architecture, described | {"model_type": "videomae"}, state)
+        theirs = load_strictly(partial, architecture, described)
+        feature_error, errors = compare_features(encoder, theirs), None
+        check_error("features", feature_error, tolerance)
+        if objective is not None:
+            errors = compare_pretraining(objective, theirs)
+            check_error("predictions", errors.predictions, tolerance)
+            check_error("loss", errors.loss, tolerance)
+            check_error("predictions (the decoder norm's eps is 1e-5 there)", errors.eps_effect, EPS_TOLERANCE)
+        has_processor = encoder.config.in_channels in _PROCESSED_CHANNELS
+        if has_processor:
+            (partial / PREPROCESSOR).write_text(json.dumps(preprocessor(source), indent=2) + "\n")
+            check_error("preprocessed pixels", compare_pixels(source, encoder.config, partial), tolerance)
+        exported = VideoMAEExport(out, architecture, feature_error, errors, has_processor, source.digest)
+        (partial / "README.md").write_text(video_card(source, encoder, exported, tolerance))
+    return exported
+
+
+def why_not(source: Backbone, *, pretraining: bool = False) -> str | None:
+    """Why transformers' VideoMAE cannot express this model, or None."""
+    model = source.model
+    if type(model) is not VideoViT:
+        return f"it is a {type(model).__name__}, and only encoders of clips have a counterpart"
+    try:
+        transformers_encoder_arguments(model.config)
+        if not pretraining:
+            return None
+        if source.config is None or source.complete is None or source.weights == "untrained":
+            return f"{source.label} ({source.weights}) has no decoder beside it; only a run's checkpoint does"
+        objective = source.config.build_objective()
+        if not isinstance(objective, ClipMAEObjective):
+            return f"its objective is {source.config.objective_name}, which has no decoder for clips"
+        norm_pixels = objective.config.norm_pixels
+        transformers_arguments(objective.config.model, norm_pixels)
+    except ValueError as error:
+        return str(error).removeprefix(f"{CANNOT}: ")
+    statistics = (tuple(source.mean), tuple(source.std))
+    if not norm_pixels and statistics != (IMAGENET_MEAN, IMAGENET_STD):
+        return (
+            f"it predicts raw pixels and sees them with mean {numbers(source.mean)} and std {numbers(source.std)}; the "
+            "loss there takes ImageNet's to get back to raw pixels. The encoder alone can be exported"
+        )
+    return None
+
+
+def load_strictly(folder: Path, architecture: str, described: dict[str, Any], **arguments: bool) -> Any:
+    """The model of a folder, on the CPU in evaluation mode. arguments: of the class's constructor.
+
+    Raises ExportError where a tensor is missing, left over or of another shape, or a setting differs from `described`.
+    """
+    theirs = getattr(transformers_library(), architecture)
+    model, info = theirs.from_pretrained(str(folder), local_files_only=True, output_loading_info=True, **arguments)
+    problems = {kind: found for kind, found in info.items() if found}
+    if problems:
+        raise ExportError(f"transformers did not load the export completely: {problems}")
+    for name, value in described.items():
+        loaded = getattr(model.config, name, None)
+        if (list(loaded) if isinstance(loaded, tuple) else loaded) != value:
+            raise ExportError(f"transformers reads {name} as {loaded!r}; {value!r} was written")
+    return model.eval()
+
+
+@torch.no_grad()
+def compare_features(encoder: VideoViT, theirs: Any) -> float:
+    """The relative error of their `last_hidden_state` [B, N, D] on random clips."""
+    config = encoder.config
+    clips = torch.randn(2, config.in_channels, *config.clip_size, generator=torch.Generator().manual_seed(0))
+    backbone = getattr(theirs, "videomae", theirs)
+    hidden = backbone(clips.transpose(1, 2)).last_hidden_state
+    return relative_error("features", hidden, encoder.eval()(clips))
+
+
+@torch.no_grad()
+def compare_pretraining(objective: ClipMAEObjective, theirs: Any) -> PretrainingErrors:
+    """Predictions and loss on stored clips under tube masks of the run's ratio; all hidden tokens are predicted."""
+    autoencoder, config = objective.model, objective.config
+    encoder = config.model.encoder
+    shape = (2, encoder.in_channels, *encoder.clip_size)
+    stored = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    mask = tube_masks(torch.arange(2), 1, encoder.grid_size, config.mask_ratio, seed=0)
+    values = tubelets(stored, config.model.target_size)
+    values = values.gather(1, mask.predict_ids[..., None, None].expand(-1, -1, *values.shape[2:]))
+    target = channel_target(encoder.in_channels, config.norm_pixels)(values)
+    clips = normalise_clips(objective.normalise, stored)
+    norm = autoencoder.decoder.norm
+    own_eps = norm.eps
+    as_trained = autoencoder(clips, mask, target)
+    norm.eps = theirs.decoder.norm.eps
+    ours = autoencoder(clips, mask, target)
+    norm.eps = own_eps
+    output = theirs(clips.transpose(1, 2), bool_masked_pos=mask.hidden(encoder.num_tokens))
+    return PretrainingErrors(
+        predictions=relative_error("predictions", output.logits, ours.prediction),
+        loss=relative_error("loss", output.loss, ours.loss),
+        eps_effect=relative_error("predictions", output.logits, as_trained.prediction),
+    )
+
+
+@torch.no_grad()
+def compare_pixels(source: Backbone, config: VideoViTConfig, folder: Path) -> float:
+    """The relative error of what `VideoMAEImageProcessor` makes of stored frames that it need not resize."""
+    processor = transformers_library().VideoMAEImageProcessor.from_pretrained(str(folder), local_files_only=True)
+    (height, width), side = config.image_size, max(config.image_size)
+    shape = (config.num_frames, config.in_channels, side, side)
+    frames = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    processed = processor([list(frames.numpy())], input_data_format="channels_first", return_tensors="pt").pixel_values
+    top, left = (side - height) // 2, (side - width) // 2
+    cropped = frames[:, :, top : top + height, left : left + width]
+    return relative_error("pixels", processed[0], Normalise(source.mean, source.std)(cropped))
+
+
+def transformers_library() -> Any:
+    """The package; raises ImportError, with what to do, where it is not installed."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "exporting to transformers needs that package: pip install 'tessera-pretrain[export]'"
+        ) from error
+    return transformers
+
+
+def _whole_model(source: Backbone) -> ClipMAEObjective:
+    """The objective of the backbone's checkpoint with the same weights, decoder included, in `objective.model`."""
+    assert source.config is not None
+    objective = source.config.build_objective()
+    assert isinstance(objective, ClipMAEObjective)
+    weights = load_weights(source.source, objective.backbone_player, ema=source.weights == "ema")
+    objective.model.load_state_dict(weights)
+    objective.model.eval()
+    return objective
+
+
+def _encoder_state(encoder: VideoViT) -> dict[str, Tensor]:
+    """As `VideoMAEModel` itself saves it: without the prefix of the models around it."""
+    state = to_transformers({f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}, major=4)
+    return {name.removeprefix("videomae."): tensor for name, tensor in state.items()}
+
+
+def write_model(folder: Path, architecture: str, described: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """config.json and model.safetensors. state: under the names of transformers 4."""
+    from safetensors.torch import save_file
+
+    (folder / EXPORT_CONFIG).write_text(json.dumps({"architectures": [architecture], **described}, indent=2) + "\n")
+    tensors = {name: tensor.detach().float().contiguous().clone() for name, tensor in state.items()}
+    save_file(tensors, folder / EXPORT_WEIGHTS, metadata={"format": "pt"})
+
+
+def preprocessor(source: Backbone) -> dict[str, Any]:
+    """The contents of preprocessor_config.json: short side to the longer side of the crop, centre crop, statistics."""
+    height, width = source.model.config.image_size
+    return {
+        "image_processor_type": "VideoMAEImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": max(height, width)},
+        "resample": 2,  # bilinear
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(source.mean),
+        "image_std": list(source.std),
+    }

@@ -1,0 +1,108 @@
+"""The model card (README.md) of a video model that was exported to transformers.
+
+In: a `Backbone`, what was exported and how closely it was reproduced. Out: Markdown. It says what users of that library
+trip over: there is no class token, and a classifier with mean pooling has a norm of its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pretrain.export.card import provenance, read_results
+from pretrain.export.publish import compose_card, numbers, table
+from pretrain.models.video_vit import VideoViT
+from pretrain.weights.backbone import Backbone
+
+if TYPE_CHECKING:
+    from pretrain.export.publish import VideoMAEExport
+
+_TAGS = ("transformers", "videomae", "video-feature-extraction")
+_FINE_TUNING = (
+    "For fine-tuning, `VideoMAEForVideoClassification.from_pretrained(..., use_mean_pooling=True, num_labels=...)` "
+    "averages the tokens and puts a new norm (`fc_norm`) after that; the encoder's own norm is then left out, and "
+    "transformers says so. Without `use_mean_pooling=True` it would read the first token, which stands for a corner of "
+    "the first frames."
+)
+
+
+def video_card(source: Backbone, encoder: VideoViT, exported: VideoMAEExport, tolerance: float) -> str:
+    """The README.md of an exported folder. tolerance: the relative errors that were allowed."""
+    sections = {
+        "Use": f"```python\n{_code(exported)}\n```\n\n{_FINE_TUNING}",
+        "Provenance": table(provenance(source) | {"frames": _frames(source)}),
+        "Reproduction": _reproduction(exported, tolerance),
+        "Evaluation": _evaluation(source),
+    }
+    return compose_card(exported.folder.name, _TAGS, _summary(source, encoder, exported), sections)
+
+
+def _summary(source: Backbone, encoder: VideoViT, exported: VideoMAEExport) -> str:
+    config = encoder.config
+    num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    tubelet = " x ".join(str(side) for side in config.token_size)
+    return (
+        f"A video transformer (VideoMAE, arXiv 2203.12602){' with its decoder' if exported.pretraining else ''}: width "
+        f"{config.width}, depth {config.depth}, {config.heads} heads, tubelets of {tubelet} (frames, height, width), "
+        f"{num_parameters / 1e6:.2f} M parameters in the encoder. Input: {config.num_frames} frames of "
+        f"{config.in_channels} channel{'s' if config.in_channels > 1 else ''} and {config.image_size[0]} x "
+        f"{config.image_size[1]} pixels, in [0, 1], then normalised with mean {numbers(source.mean)} and std "
+        f"{numbers(source.std)}. There is no class token: the feature of a clip is the mean of its tokens."
+    )
+
+
+def _frames(source: Backbone) -> str:
+    video = None if source.config is None else source.config.data.video
+    if video is None:
+        return "not recorded"
+    if video.mode == "segments":
+        return f"one of each of {video.num_frames} equal parts of a video"
+    rate = "" if video.fps is None else f" at {video.fps:g} frames per second"
+    return f"{video.num_frames} of a video{rate}, {video.stride} from one to the next"
+
+
+def _code(exported: VideoMAEExport) -> str:
+    name, architecture = exported.folder.name, exported.architecture
+    model = f'model = {architecture}.from_pretrained("{name}").eval()'
+    lines = [f"from transformers import {architecture}", "", f"{model}  # clips: [batch, frames, channels, H, W]"]
+    if exported.pretraining is None:
+        lines += ["tokens = model(clips).last_hidden_state", "features = tokens.mean(dim=1)"]
+    else:
+        lines += [
+            "loss = model(clips, bool_masked_pos=hidden).loss  # hidden: bool [batch, tokens]",
+            "tokens = model.videomae(clips).last_hidden_state",
+        ]
+    if exported.has_processor:
+        lines = [
+            "from transformers import VideoMAEImageProcessor",
+            "",
+            f'processor = VideoMAEImageProcessor.from_pretrained("{name}")',
+            'clips = processor(frames, return_tensors="pt").pixel_values  # frames: a list of uint8 [H, W, channels]',
+            *lines,
+        ]
+    return "\n".join(lines)
+
+
+def _reproduction(exported: VideoMAEExport, tolerance: float) -> str:
+    text = (
+        "Reloaded with transformers before publication, every tensor and setting accounted for. Relative error, in "
+        f"fp32 and on fixed random clips, of the features of all tokens: {exported.feature_error:.3g}"
+    )
+    errors = exported.pretraining
+    if errors is None:
+        return f"{text}; allowed: {tolerance:.3g}."
+    return (
+        f"{text}, of the predictions: {errors.predictions:.3g}, of the loss: {errors.loss:.3g}; allowed: "
+        f"{tolerance:.3g}. Predictions and loss were compared with transformers' eps of the norm after the decoder, "
+        "which is fixed there to 1e-5; the model was trained with 1e-6, which changes the predictions by "
+        f"{errors.eps_effect:.3g} of their size. The loss there counts all hidden tokens."
+    )
+
+
+def _evaluation(source: Backbone) -> str:
+    results = read_results(source.run_dir, source.label) if source.run_dir is not None else []
+    rows = {
+        f"{result['task']}, `{result['protocol']}`": f"top-1 {result['metrics']['top1']:.2f} %"
+        for result in results
+        if "top1" in result.get("metrics", {}) and result.get("model_digest") == source.digest
+    }
+    return table(rows) if rows else "No results of these weights were recorded when they were exported."

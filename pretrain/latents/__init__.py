@@ -1,0 +1,1 @@
+"""Latents of tokenizers: data sets of them, and pictures from them."""

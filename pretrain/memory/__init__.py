@@ -1,0 +1,1 @@
+"""Bytes per rank before a run starts."""

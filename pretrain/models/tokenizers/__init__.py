@@ -1,0 +1,1 @@
+"""Tokenizers: encoder, bottleneck, decoder, and the discriminator that plays against them."""

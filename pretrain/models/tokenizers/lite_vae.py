@@ -1,0 +1,180 @@
+"""LiteVAE (arXiv 2405.14477): an encoder that starts from wavelet coefficients instead of pixels, and a usual decoder.
+
+Enters: normalised images of any size. Leaves: reconstructions of the same size, and latents. A Haar transform halves
+the picture as often as the latent needs; a small network looks at each level's coefficients, and one more at all of
+them together at the latent's size. No convolution ever runs at full resolution, which is where other encoders spend
+most of their time. The decoder is DC-AE's.
+Legend: B batch, C image channels, L latent channels, H/W pixels, h/w latent pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.models.norms import RMSNorm
+from pretrain.models.tokenizers.autoencoder import Autoencoder, Half
+from pretrain.models.tokenizers.bottlenecks import direct_or_gaussian
+from pretrain.models.tokenizers.dc_ae import Decoder
+from pretrain.models.tokenizers.dc_ae_blocks import ResBlock, init_module
+from pretrain.models.tokenizers.dc_ae_config import DCAEConfig
+
+
+@dataclass(frozen=True)
+class LiteVAEConfig:
+    """A wavelet encoder and DC-AE's decoder. The defaults are f8, 12 channels and an encoder of 0.9M parameters."""
+
+    in_channels: int = 3
+    """Channels of the images."""
+    latent_channels: int = 12
+    """Channels of the latent."""
+    gaussian: bool = False
+    """The encoder predicts a mean and a log-variance per latent value (the paper's); false: the latent itself."""
+    level_width: int = 32
+    """Channels of the network of each wavelet level."""
+    level_depth: int = 3
+    """Residual blocks of the network of each wavelet level."""
+    width: int = 96
+    """Channels of the network that joins the levels."""
+    depth: int = 4
+    """Residual blocks of the network that joins the levels."""
+    decoder_widths: tuple[int, ...] = (128, 256, 512, 512)
+    """Channels per stage of the decoder, from full resolution; each but the first halves it: 4 stages for 3 levels."""
+    decoder_depths: tuple[int, ...] = (2, 2, 2, 2)
+    """Blocks per stage of the decoder; the first may be 0 as in DC-AE."""
+    decoder_blocks: tuple[str, ...] = ("res", "res", "res", "res")
+    """Per stage of the decoder: "res", "attention", "multiscale", as in DC-AE."""
+    decoder_norms: tuple[str, ...] = ("rms", "rms", "rms", "rms")
+    """Per stage of the decoder: "rms" or, for "res" blocks, "batch"."""
+
+    def __post_init__(self) -> None:
+        for name in ("decoder_widths", "decoder_depths", "decoder_blocks", "decoder_norms"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("in_channels", "latent_channels", "level_width", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if self.level_depth < 1 or self.depth < 1:
+            raise ValueError(f"level_depth is {self.level_depth} and depth {self.depth}; expected at least 1 of each.")
+        try:
+            self.decoder_shape()
+        except ValueError as error:
+            raise ValueError(f"The decoder of this LiteVAE cannot be built: {error}") from error
+
+    @property
+    def levels(self) -> int:
+        """Wavelet levels."""
+        return len(self.decoder_widths) - 1
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the image per pixel of the latent, in each direction."""
+        return 1 << self.levels
+
+    @property
+    def stage_names(self) -> dict[str, str]:
+        """Prefixes of parameter names by place; see `AutoencoderConfig`."""
+        return {"encoder_deepest": f"joined.{self.depth - 1}", **self._decoder_stages()}
+
+    def decoder_shape(self) -> DCAEConfig:
+        """A DC-AE with this decoder."""
+        return DCAEConfig(
+            in_channels=self.in_channels,
+            latent_channels=self.latent_channels,
+            widths=self.decoder_widths,
+            encoder_depths=self.decoder_depths[:1] + (1,) * self.levels,
+            decoder_depths=self.decoder_depths,
+            blocks=self.decoder_blocks,
+            decoder_norms=self.decoder_norms,
+            latent_shortcuts=False,
+        )
+
+    def _decoder_stages(self) -> dict[str, str]:
+        return {name: stage for name, stage in self.decoder_shape().stage_names.items() if name.startswith("decoder")}
+
+
+class LiteVAE(Autoencoder):
+    """Wavelet encoder, DC-AE's decoder."""
+
+    config: LiteVAEConfig
+
+    def __init__(self, config: LiteVAEConfig) -> None:
+        bottleneck = direct_or_gaussian(config.gaussian)
+        super().__init__(config, WaveletEncoder(config), bottleneck, Decoder(config.decoder_shape()))
+
+
+class WaveletEncoder(Half):
+    """Image -> latent (or its mean and log-variance)."""
+
+    def __init__(self, config: LiteVAEConfig) -> None:
+        super().__init__()
+        self.project_in = WaveletLevels(config)
+        self.joined = nn.Sequential(*(ResBlock(config.width, "rms") for _ in range(config.depth)))
+        self.project_out = NormedConv(config.width, config.latent_channels * (2 if config.gaussian else 1))
+
+    def blocks(self) -> list[nn.Module]:
+        levels = [block for level in self.project_in.levels for block in list(level.children())[1:]]
+        return [*levels, *self.joined.children()]
+
+    def steps(self) -> list[nn.Module]:
+        return [self.project_in, *self.joined.children(), self.project_out]
+
+    def init_weights(self) -> None:
+        self.apply(init_module)
+
+
+class WaveletLevels(nn.Module):
+    """[B, C, H, W] -> [B, width, h, w]: each level's coefficients through a network of its own, then joined.
+
+    A level's features come to the latent's size by pixel unshuffle, which loses nothing, and a 1 x 1 convolution.
+    """
+
+    def __init__(self, config: LiteVAEConfig) -> None:
+        super().__init__()
+        inputs, width, levels = 4 * config.in_channels, config.level_width, config.levels
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(inputs, width, 3, padding=1), *(ResBlock(width, "rms") for _ in range(config.level_depth))
+            )
+            for _ in range(levels)
+        )
+        self.factors = [1 << (levels - level) for level in range(1, levels + 1)]
+        """By which each level is larger than the latent."""
+        self.join = nn.Conv2d(sum(width * factor**2 for factor in self.factors), config.width, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features, average = [], images
+        for level, (network, factor) in enumerate(zip(self.levels, self.factors, strict=True), 1):
+            coefficients = haar(average)
+            average = coefficients[:, : images.shape[1]]
+            # An orthonormal transform doubles averages per level; a network sees them on the images' scale.
+            features.append(F.pixel_unshuffle(network(coefficients * 0.5**level), factor))
+        joined: Tensor = self.join(torch.cat(features, dim=1))
+        return joined
+
+
+class NormedConv(nn.Module):
+    """Norm, SiLU, and the convolution to the latent."""
+
+    def __init__(self, width: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.conv = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.silu(self.norm(x)))
+        return out
+
+
+def haar(x: Tensor) -> Tensor:
+    """One level of the orthonormal Haar transform: [B, C, H, W], sides even -> [B, 4 C, H / 2, W / 2].
+
+    First all channels' averages, then their differences between columns, between rows, and diagonally. The sum of
+    squares stays the same.
+    """
+    top_left, top_right, bottom_left, bottom_right = (x[..., row::2, column::2] for row in (0, 1) for column in (0, 1))
+    top, top_change = top_left + top_right, top_left - top_right
+    bottom, bottom_change = bottom_left + bottom_right, bottom_left - bottom_right
+    return 0.5 * torch.cat([top + bottom, top_change + bottom_change, top - bottom, top_change - bottom_change], dim=1)

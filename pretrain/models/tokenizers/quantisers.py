@@ -1,0 +1,201 @@
+"""Bottlenecks with a codebook, of the package vector-quantize-pytorch: SimVQ (arXiv 2411.02038), FSQ (2309.15505).
+
+Enters: an encoder's feature map. Leaves: the codes' values for the decoder, the loss that trains a codebook, and how
+often each code occurred. Both are set up without random numbers in training, so that a resume is equal to the bit.
+Legend: B batch, L latent channels, h/w latent pixels, K codes, G groups of channels that are quantised on their own.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.losses.reconstruction import at_least_float32
+from pretrain.models.precision import without_autocast
+from pretrain.models.tokenizers.bottlenecks import Bottleneck, Latent
+
+
+@dataclass(frozen=True)
+class QuantiserConfig:
+    """A codebook."""
+
+    kind: Literal["sim_vq", "fsq"] = "sim_vq"
+    """sim_vq: a frozen gaussian codebook times a trained matrix; fsq: rounding to a grid, nothing to train."""
+    num_codes: int = 16384
+    """Codes of sim_vq."""
+    commitment_weight: float = 1.0
+    """Of sim_vq's loss (mean squared distance of codes and features, per value) beside the reconstruction's."""
+    commitment_share: float = 0.25
+    """Within that loss, how much the encoder is pulled to the codes; the codes are pulled to the encoder by 1."""
+    rotation_trick: bool = False
+    """sim_vq's gradient to the encoder: rotated with the code (arXiv 2410.06424), or copied (the paper)."""
+    levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
+    """fsq's values per channel, each at least 3; a code spans that many channels."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+        if self.num_codes < 2 or self.commitment_weight < 0.0 or self.commitment_share < 0.0:
+            raise ValueError(
+                f"num_codes is {self.num_codes}, commitment_weight {self.commitment_weight} and commitment_share "
+                f"{self.commitment_share}; expected at least 2 codes, and 0 or more."
+            )
+        if not self.levels or min(self.levels) < 3:
+            raise ValueError(f"levels is {list(self.levels)}; expected at least 3 per channel.")
+
+    def check(self, latent_channels: int) -> None:
+        """Raises ValueError for a latent that does not fall into whole codes."""
+        if self.kind == "fsq" and latent_channels % len(self.levels):
+            raise ValueError(
+                f"The latent has {latent_channels} channels and levels has {len(self.levels)} values; expected a "
+                "number of channels that is a multiple of it, as each code spans one channel per level."
+            )
+
+    @property
+    def codebook_size(self) -> int:
+        """K."""
+        return self.num_codes if self.kind == "sim_vq" else math.prod(self.levels)
+
+
+class Quantiser(Bottleneck):
+    """A bottleneck that also maps to and from the numbers of its codes."""
+
+    @abstractmethod
+    def to_codes(self, encoded: Tensor) -> Tensor:
+        """[B, L, h, w] -> int64 [B, G, h, w], in [0, K)."""
+
+    @abstractmethod
+    def from_codes(self, codes: Tensor) -> Tensor:
+        """int64 [B, G, h, w] -> what `forward` gives for them, float32 [B, L, h, w]."""
+
+
+class SimVQ(Quantiser):
+    """Nearest code of an implicit codebook `frozen gaussian @ trained matrix`; G is 1."""
+
+    def __init__(self, config: QuantiserConfig, latent_channels: int) -> None:
+        super().__init__()
+        self.num_codes = config.num_codes
+        self.codebook = _package().SimVQ(
+            latent_channels,
+            config.num_codes,
+            codebook_transform=CodebookTransform(latent_channels),
+            channel_first=True,
+            rotation_trick=config.rotation_trick,
+            input_to_quantize_commit_loss_weight=config.commitment_share,
+            commitment_weight=config.commitment_weight,
+        )
+
+    def forward(self, encoded: Tensor, noise: Tensor | None) -> Latent:
+        with without_autocast(encoded.device):
+            values, codes, commitment = self.codebook(at_least_float32(encoded))
+        return Latent(values.to(encoded.dtype), None, commitment, count_codes(codes, self.num_codes))
+
+    def to_codes(self, encoded: Tensor) -> Tensor:
+        with without_autocast(encoded.device):
+            codes: Tensor = self.codebook(at_least_float32(encoded))[1]
+        return codes[:, None]
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        with without_autocast(codes.device):
+            values: Tensor = self.codebook.indices_to_codes(codes[:, 0])
+        return values
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """The codebook N(0, 1 / L), the matrix as torch initialises a linear layer."""
+        frozen = self.codebook.frozen_codebook
+        nn.init.normal_(frozen, std=frozen.shape[1] ** -0.5)
+        self.codebook.code_transform.reset_parameters()
+
+
+class CodebookTransform(nn.Linear):
+    """A square matrix, applied in float32 even where a strategy hands out its weights in bfloat16: the nearest of
+    thousands of codes is a matter of small differences."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, bias=False)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return F.linear(at_least_float32(codes), at_least_float32(self.weight))
+
+
+class FSQ(Quantiser):
+    """Each channel bounded and rounded to one of its levels; consecutive channels form a code. Has no weights."""
+
+    def __init__(self, config: QuantiserConfig, latent_channels: int) -> None:
+        super().__init__()
+        self.levels, self.num_codes = config.levels, config.codebook_size
+        # Of the package's forward pass only the rounding is used: its tables of codes cannot be made on meta.
+        self.grid = _package().FSQ(list(config.levels), return_indices=False)
+        # Made part of the state dict, which is how a sharded model gets what it is not built with.
+        for name in ("_levels", "_basis"):
+            self.grid.register_buffer(name, getattr(self.grid, name), persistent=True)
+
+    def forward(self, encoded: Tensor, noise: Tensor | None) -> Latent:
+        values = self._round(encoded)
+        codes = self.grid.codes_to_indices(values.detach())
+        return Latent(self._to_map(values).to(encoded.dtype), code_counts=count_codes(codes, self.num_codes))
+
+    def to_codes(self, encoded: Tensor) -> Tensor:
+        codes: Tensor = self.grid.codes_to_indices(self._round(encoded))  # [B, h, w, G]
+        return codes.permute(0, 3, 1, 2).long()
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        return self._to_map(self.grid._indices_to_codes(codes.permute(0, 2, 3, 1)).float())
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """The grid's two constants."""
+        levels = torch.tensor(self.levels)
+        self.grid._levels.copy_(levels)
+        self.grid._basis.copy_(torch.cat([levels.new_ones(1), levels.cumprod(0)[:-1]]))
+
+    def _round(self, encoded: Tensor) -> Tensor:
+        """[B, L, h, w] -> [B, h, w, G, levels], with the gradient of the bound and not of the rounding."""
+        with without_autocast(encoded.device):
+            places = at_least_float32(encoded).permute(0, 2, 3, 1).unflatten(3, (-1, len(self.levels)))
+            rounded: Tensor = self.grid.quantize(places)
+        return rounded
+
+    @staticmethod
+    def _to_map(values: Tensor) -> Tensor:
+        """[B, h, w, G, levels] -> [B, L, h, w]."""
+        return values.flatten(3).permute(0, 3, 1, 2)
+
+
+def build_quantiser(config: QuantiserConfig, latent_channels: int) -> Quantiser:
+    return SimVQ(config, latent_channels) if config.kind == "sim_vq" else FSQ(config, latent_channels)
+
+
+def _package() -> Any:
+    """vector-quantize-pytorch, whose import takes seconds. Raises ImportError with what to install."""
+    try:
+        import vector_quantize_pytorch
+    except ImportError as error:
+        raise ImportError(
+            "a quantised latent needs vector-quantize-pytorch, which is not installed: pip install "
+            "'tessera-pretrain[quantised]'"
+        ) from error
+    return vector_quantize_pytorch
+
+
+def count_codes(codes: Tensor, num_codes: int) -> Tensor:
+    """How often each code occurs: integers of any shape -> float32 [num_codes]. Sums of ones are exact in any order."""
+    flat = codes.flatten().long()
+    counts = torch.zeros(num_codes, device=codes.device)
+    return counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype))
+
+
+def code_metrics(counts: Tensor) -> dict[str, Tensor]:
+    """Share of the codes that occur, and perplexity: as many equally frequent codes would be as hard to guess. 0-d.
+
+    counts: [K], see `count_codes`. Of one batch: neither exceeds what its number of places allows.
+    """
+    share = counts / counts.sum()
+    entropy = -(share * share.clamp_min(1e-12).log()).sum()
+    return {"code_usage": (counts > 0).float().mean(), "code_perplexity": entropy.exp()}

@@ -1,0 +1,153 @@
+"""An objective's pictures as one labelled PNG, its films as one GIF: what the model saw, what was hidden, what it made
+of it.
+
+In: name -> uint8 [B, C, H, W] (B samples, C channels, H x W pixels), or [B, T, C, H, W] of T frames. Out: a strip with
+one row per name, one column per sample; a film is a strip that moves. The label of `oracle_denormalised` says what it
+is: patches that were predicted normalised are shown with the mean and deviation of the true patch, which the model does
+not know. Without that label the picture looks better than the model is.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageSequence
+from torch import Tensor
+
+from data_pipes.store.files import write_atomically
+
+LABELS = {
+    "input": "input",
+    "masked": "masked: what the encoder sees",
+    "prediction": "prediction",
+    "oracle_denormalised": (
+        "oracle-denormalised: with the true mean and deviation of each patch, which the model does not know"
+    ),
+}
+MIN_TILE_PIXELS = 96  # smaller images are enlarged by a whole factor, so that their pixels stay visible
+PADDING_PIXELS = 2
+LABEL_PIXELS = 18
+LABEL_FONT_PIXELS = 12
+MAX_EMBEDDED_BYTES = 150_000  # a larger strip goes into a page as JPEG, at most MAX_EMBEDDED_WIDTH pixels wide
+MAX_EMBEDDED_WIDTH = 1200
+MIN_WIDTH_PIXELS = 620  # the longest label fits
+FRAME_MS = 200  # a frame of a film is shown for
+MAX_EMBEDDED_FILM_BYTES = 500_000  # a larger film goes into a page as WebP, of the largest of these widths that fits
+EMBEDDED_FILM_WIDTHS = (900, 600, 400)
+
+
+def picture_strip(pictures: Mapping[str, Tensor], max_samples: int = 8) -> Image.Image:
+    """Tile pictures into one RGB image: a labelled row per name in the given order, the same samples in every row.
+
+    pictures: name -> uint8 [B, C, H, W]; names share B, sizes and channels may differ. One channel is shown grey,
+    three as RGB; of two the first is shown and of more than three the first three, and the label says so. Raises
+    ValueError when there is nothing to show or a tensor has another shape or dtype.
+    """
+    if not pictures:
+        raise ValueError("no pictures: expected at least one uint8 tensor [B, C, H, W]")
+    rows = [(_label(name, images), _tile_row(name, images, max_samples)) for name, images in pictures.items()]
+    width = max(MIN_WIDTH_PIXELS, *(row.width for _, row in rows))
+    strip = Image.new("RGB", (width, sum(LABEL_PIXELS + row.height for _, row in rows)), "white")
+    draw, font, top = ImageDraw.Draw(strip), ImageFont.load_default(size=LABEL_FONT_PIXELS), 0
+    for label, row in rows:
+        draw.text((PADDING_PIXELS, top + 2), label, fill="black", font=font)
+        strip.paste(row, (0, top + LABEL_PIXELS))
+        top += LABEL_PIXELS + row.height
+    return strip
+
+
+def save_pictures(pictures: Mapping[str, Tensor], path: Path, max_samples: int = 8) -> Path:
+    """Write `picture_strip(pictures)` as a PNG, complete or not at all; returns `path`."""
+    buffer = io.BytesIO()
+    picture_strip(pictures, max_samples).save(buffer, format="PNG", optimize=True)
+    write_atomically(path, buffer.getvalue())
+    return path
+
+
+def save_films(films: Mapping[str, Tensor], path: Path, max_samples: int = 4) -> Path:
+    """Write films as an endless GIF whose frames are the `picture_strip`s of theirs; returns `path`.
+
+    films: name -> uint8 [B, T, C, H, W]; names share B and T. A frame that equals the one before is not stored again,
+    but shown for twice the time. The file is complete or not there. Raises ValueError for other tensors, and when films
+    are of different lengths.
+    """
+    lengths = {name: film.shape[1] for name, film in films.items() if film.ndim == 5}
+    if len(lengths) < len(films) or len(set(lengths.values())) != 1:
+        shapes = ", ".join(f"{name} {list(film.shape)}" for name, film in films.items()) or "none"
+        raise ValueError(f"expected films [B, T, C, H, W] of one length T, found {shapes}")
+    frames = [
+        picture_strip({name: film[:, time] for name, film in films.items()}, max_samples)
+        for time in range(next(iter(lengths.values())))
+    ]
+    write_atomically(path, _animation(frames, "GIF", [FRAME_MS] * len(frames)))
+    return path
+
+
+def _animation(frames: Sequence[Image.Image], kind: str, durations_ms: Sequence[int], **options: int) -> bytes:
+    buffer, (first, *others) = io.BytesIO(), frames
+    first.save(buffer, format=kind, save_all=True, append_images=others, duration=list(durations_ms), loop=0, **options)
+    return buffer.getvalue()
+
+
+def _label(name: str, images: Tensor) -> str:
+    label = LABELS.get(name, name.replace("_", " "))
+    if images.ndim == 4 and images.shape[1] not in (1, 3):
+        shown = "channel 0" if images.shape[1] == 2 else "channels 0-2"
+        label += f" ({shown} of {images.shape[1]})"
+    return label
+
+
+def _tile_row(name: str, images: Tensor, max_samples: int) -> Image.Image:
+    """[B, C, H, W] uint8 -> one row of at most `max_samples` tiles."""
+    if images.ndim != 4 or images.dtype != torch.uint8 or 0 in images.shape:
+        raise ValueError(
+            f"picture {name!r}: expected a non-empty uint8 tensor [B, C, H, W], "
+            f"found {images.dtype} {list(images.shape)}"
+        )
+    from torchvision.utils import make_grid
+
+    images = images[:max_samples].cpu()
+    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1]
+    factor = -(-MIN_TILE_PIXELS // min(images.shape[-2:]))
+    images = images.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
+    grid = make_grid(images, nrow=len(images), padding=PADDING_PIXELS, pad_value=255)
+    return Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy())
+
+
+def picture_uri(path: Path) -> str:
+    """A picture as a data URI of modest size; empty when the file is no readable picture."""
+    try:
+        data, kind = path.read_bytes(), "png"
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.load()
+            if len(data) > MAX_EMBEDDED_BYTES:
+                picture = opened.convert("RGB")
+                picture.thumbnail((MAX_EMBEDDED_WIDTH, 100 * MAX_EMBEDDED_WIDTH))
+                buffer = io.BytesIO()
+                picture.save(buffer, format="JPEG", quality=85, optimize=True)
+                data, kind = buffer.getvalue(), "jpeg"
+    except (OSError, SyntaxError, ValueError):  # what PIL raises for files that are torn or no pictures
+        return ""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def film_uri(path: Path) -> str:
+    """A film as a data URI of modest size; empty when the file is no readable film, or none of the sizes is modest."""
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as opened:
+            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)]
+            durations_ms = [int(frame.info.get("duration", FRAME_MS)) for frame in ImageSequence.Iterator(opened)]
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    if len(data) <= MAX_EMBEDDED_FILM_BYTES:
+        return f"data:image/gif;base64,{base64.b64encode(data).decode()}"
+    for width in EMBEDDED_FILM_WIDTHS:
+        for frame in frames:
+            frame.thumbnail((width, 100 * width))
+        data = _animation(frames, "WEBP", durations_ms, quality=60)
+        if len(data) <= MAX_EMBEDDED_FILM_BYTES:
+            return f"data:image/webp;base64,{base64.b64encode(data).decode()}"
+    return ""

@@ -1,0 +1,1 @@
+"""Finds and loads trained weights, whoever trained them."""

@@ -1,0 +1,103 @@
+"""Where a run's starting weights come from: the seed, an earlier run, or somebody else's file.
+
+Enters: an objective on the CPU, and what `objective.init_from` names. Leaves: the same objective with weights. Why it
+exists: phases of a training chain, fine-tuning on one's own pictures and published weights all begin here, and a file
+that fits half is an error with names rather than a model that is half random.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pretrain.checkpoint.dcp import read_tensors
+from pretrain.checkpoint.read import checkpoint_of, find_damage
+from pretrain.checkpoint.store import Place, RemoteFolder, place_of
+from pretrain.models.mae import MAE
+from pretrain.models.tokenizers.dc_ae import DCAE
+from pretrain.models.video_mae import VideoMAE
+from pretrain.objectives.base import Objective
+
+
+def initialize(objective: Objective, seed: int, init_from: str | None) -> None:
+    """Fills all players with their starting values from `seed`, then with what `init_from` holds.
+
+    init_from: a run (its newest complete checkpoint), a checkpoint, an exported folder, or a weights file; runs and
+    checkpoints may lie in an object store. None: only the seed counts. From a checkpoint of the same model every player
+    that is in it is taken over, by its moving average where it has one.
+    Raises ValueError where there is nothing, or names or shapes do not fit.
+    """
+    objective.start(seed)
+    if init_from is None:
+        return
+    checkpoint = checkpoint_at(init_from)
+    if checkpoint is not None and _take_players(objective, checkpoint):
+        return
+    _take_backbone(objective.players[objective.backbone_player], init_from)
+
+
+def checkpoint_at(where: str) -> Place | None:
+    """The checkpoint that `where` is, or the newest complete one of the run that it is; None: it is neither.
+
+    Raises ValueError where there is nothing at all, or a damaged checkpoint.
+    """
+    place = place_of(where)
+    if isinstance(place, Path) and not place.exists():
+        raise ValueError(
+            f"objective.init_from is {where}, and nothing is there; give a run, a checkpoint or a weights file"
+        )
+    checkpoint = checkpoint_of(place)
+    if checkpoint is None:
+        if isinstance(place, RemoteFolder) or (place / "run.json").is_file():
+            raise ValueError(f"objective.init_from is {where}, which holds no complete checkpoint")
+        return None
+    damage = find_damage(checkpoint, hashes=False)
+    if damage is not None:
+        raise ValueError(f"objective.init_from: {checkpoint} is damaged ({damage}); use another checkpoint of the run")
+    return checkpoint
+
+
+def _take_players(objective: Objective, checkpoint: Place) -> bool:
+    """Loads every player that the checkpoint holds. False, with nothing loaded: its main player is another model."""
+    found = {player: _saved(checkpoint, player) for player in objective.players}
+    main = objective.backbone_player
+    if not _fits(found[main], objective.players[main]):
+        return False
+    for player, module in objective.players.items():
+        if _fits(found[player], module):
+            module.load_state_dict(found[player])
+    return True
+
+
+def _saved(checkpoint: Place, player: str) -> dict[str, Tensor]:
+    """A player's weights; the moving average where there is one; empty where the checkpoint has no such player."""
+    return read_tensors(checkpoint, f"ema.{player}.") or read_tensors(checkpoint, f"model.{player}.")
+
+
+def _fits(state: dict[str, Tensor], module: nn.Module) -> bool:
+    return {name: tensor.shape for name, tensor in state.items()} == {
+        name: tensor.shape for name, tensor in module.state_dict().items()
+    }
+
+
+def _take_backbone(module: nn.Module, where: str) -> None:
+    """Loads the layouts of others, and of our own models of another kind or size."""
+    path = Path(where)
+    if isinstance(module, MAE):
+        from pretrain.weights.files import load_initial_weights
+
+        load_initial_weights(path, module)
+    elif isinstance(module, VideoMAE):
+        from pretrain.weights.video import load_video_weights
+
+        load_video_weights(path, module)
+    elif isinstance(module, DCAE):
+        from pretrain.weights.dc_ae import load_dc_ae_weights
+
+        load_dc_ae_weights(path, module)
+    else:
+        raise ValueError(
+            f"objective.init_from is {where}, which does not fit the model ({type(module).__name__}); for this model "
+            "only checkpoints of the same configuration can be taken over"
+        )

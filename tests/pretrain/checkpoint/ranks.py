@@ -1,0 +1,57 @@
+"""Two ranks save together, and one of them has a fault in the second save: for test_checkpoint_faults."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import pretrain.checkpoint.write as write_module
+from pretrain.checkpoint.checkpointer import Checkpointer
+from pretrain.checkpoint.config import CheckpointConfig
+from pretrain.parallel.world import World
+
+
+def main(run_dir: Path, fault: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    control = dist.new_group(backend="gloo")
+    saving = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=3))
+    world = World(rank, 2, rank, torch.device("cpu"), control, saving)  # type: ignore[arg-type]
+    checkpointer = Checkpointer(run_dir, CheckpointConfig(busy_wait_s=30), world)
+    write_pieces = write_module._write_pieces
+
+    def broken(job: write_module.Job, rank: int) -> Any:
+        if rank == 1 and job.target.name == "step-00000002":
+            if fault == "disk":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            time.sleep(6)  # longer than the group's time-out
+        return write_pieces(job, rank)
+
+    write_module._write_pieces = broken
+    weights = {f"layer{index}.weight": torch.full((1000,), float(index)) for index in range(20)}
+    for step in (1, 2, 3):
+        checkpointer.save(step, {"model.model": weights}, {"position": step}, "name: run\n")
+        checkpointer.settle()
+    said = {
+        "failed": checkpointer.stats()["checkpoint/failed"],
+        "events": checkpointer.take_events(),
+        "staged_bytes": checkpointer._saver._buffer.size_bytes,
+        "state_bytes": sum(weight.nbytes for weight in weights.values()),
+    }
+    (run_dir / f"rank{rank}.json").write_text(json.dumps(said))
+    dist.barrier()
+    os._exit(0)  # the group that timed out cannot be left in order
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,110 @@
+"""LiteVAE: the Haar transform against its definition, levels, any size, cost."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.models.tokenizers.autoencoder_flops import training_flops
+from pretrain.models.tokenizers.lite_vae import LiteVAE, LiteVAEConfig, haar
+
+TINY = {
+    "latent_channels": 4,
+    "level_width": 6,
+    "level_depth": 1,
+    "width": 8,
+    "depth": 1,
+    "decoder_widths": (8, 16, 16, 32),
+    "decoder_depths": (0, 1, 1, 1),
+    "decoder_blocks": ("res", "res", "res", "attention"),
+}
+
+
+def make(**changes: object) -> LiteVAE:
+    torch.manual_seed(0)
+    return LiteVAE(LiteVAEConfig(**{**TINY, **changes}))
+
+
+def test_haar_is_a_product_with_its_matrix() -> None:
+    """Averages and differences of neighbours, over sqrt(2), along both axes."""
+    x = torch.randn(2, 3, 4, 6)
+    low, high = ([np.kron(np.eye(size // 2), [[1, sign]]) / 2**0.5 for size in (4, 6)] for sign in (1, -1))
+    bands = [(low[0], low[1]), (low[0], high[1]), (high[0], low[1]), (high[0], high[1])]
+    expected = [torch.from_numpy(rows).float() @ x @ torch.from_numpy(columns).float().T for rows, columns in bands]
+    actual = haar(x)
+    torch.testing.assert_close(actual, torch.cat(expected, dim=1))
+    torch.testing.assert_close(actual.square().sum(), x.square().sum())
+
+
+def test_networks_see_every_level_on_the_scale_of_the_image() -> None:
+    model = make()
+    seen: list[torch.Tensor] = []
+    for network in model.encoder.project_in.levels:
+        network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = torch.randn(1, 3, 32, 24)
+    joined = model.encoder.project_in(images)
+    assert [x.shape[2:] for x in seen] == [(16, 12), (8, 6), (4, 3)]
+    assert joined.shape == (1, 8, 4, 3)
+    for level, coefficients in enumerate(seen, 1):
+        means = torch.nn.functional.avg_pool2d(images, 2**level)
+        torch.testing.assert_close(coefficients[:, :3], means)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("size", [(1, 1), (24, 16), (13, 30)])
+def test_any_size_and_number_of_channels(channels: int, size: tuple[int, int]) -> None:
+    model, images = make(in_channels=channels), torch.randn(2, channels, *size)
+    output = model(images)
+    assert output.reconstruction.shape == images.shape
+    assert output.latent.shape == (2, 4, -(-size[0] // 8), -(-size[1] // 8))
+    torch.testing.assert_close(model.decode(model.encode(images), size), output.reconstruction)
+
+
+def test_gradients_reach_every_parameter_and_stop_at_frozen_steps() -> None:
+    model, images = make(gaussian=True), torch.randn(2, 3, 16, 16)
+    output = model(images, torch.randn(2, 4, 2, 2))
+    (output.reconstruction.square().mean() + output.kl.mean()).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    model.train_only([r"decoder\..*"])
+    assert model.num_frozen_steps == len(model.encoder.steps())
+    assert not model(images).latent.requires_grad
+
+
+def test_a_start_from_meta_follows_the_seed_alone() -> None:
+    expected = make()
+    with torch.device("meta"):
+        other = LiteVAE(LiteVAEConfig(**TINY))
+    other.to_empty(device="cpu")
+    for parameter in other.parameters():
+        parameter.detach().fill_(float("nan"))
+    for model in (expected, other):
+        torch.manual_seed(1)
+        model.init_weights()
+    images = torch.randn(1, 3, 16, 16)
+    assert torch.equal(expected(images).reconstruction, other(images).reconstruction)
+    assert len(other.blocks()) == 3 + 1 + 5  # levels, joined, decoder: 3 and 2 between its stages
+
+
+def test_flops_are_those_counted() -> None:
+    model = make()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(1, 3, 16, 24))
+    build = partial(LiteVAE, model.config)
+    assert training_flops(build, (16, 24), [".*"]) == 3 * counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"level_width": 0}, "level_width is 0"),
+        ({"depth": 0}, "depth 0"),
+        ({"decoder_depths": (1, 1)}, "decoder of this LiteVAE cannot be built: decoder_depths has 2 values"),
+    ],
+)
+def test_impossible_shapes_are_refused(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LiteVAEConfig(**{**TINY, **fields})
