@@ -13,12 +13,13 @@ help:
 	@echo "make bench  install, then the benchmarks of the loader and of the training step"
 	@echo "make bench-peers   the loader beside litdata and mosaicml-streaming, in an environment of their own"
 
-# One environment for all targets; made again when the dependencies change.
+# One environment for all targets; made again when the dependencies change. Bytecode is compiled once, here: where
+# PYTHONDONTWRITEBYTECODE is set, every process would compile torch anew, which takes longer than most tests.
 $(BIN)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(BIN)/.installed

@@ -16,6 +16,7 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `tessera train` and `python -m pretrain` take."""
     parser.add_argument("config", type=Path, help="a run's or pipeline's YAML file, e.g. configs/demo/digits.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=100 optim.clip_norm=1.0")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print memory per rank, start nothing")
@@ -24,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains, or plans with --dry-run; returns the summary. Raises ValueError for the user's mistakes."""
+    """Trains, or plans with --dry-run; returns the summary.
+
+    Raises:
+        ValueError: a mistake of the user's.
+    """
     from pretrain.config import load_config
     from pretrain.memory.dry_run import dry_run
     from pretrain.pipeline import dry_run_pipeline, is_pipeline, run_pipeline
@@ -46,6 +51,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """One rank of a run; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m pretrain", description=__doc__)
     add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")

@@ -109,6 +109,7 @@ class RunConfig:
         return plain
 
     def to_yaml(self) -> str:
+        """What `load_config` reads, as text."""
         return OmegaConf.to_yaml(OmegaConf.create(self.as_dict()))
 
     def digest(self) -> str:
@@ -117,7 +118,11 @@ class RunConfig:
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a run's YAML file and applies `key.path=value` overrides. Raises ConfigError."""
+    """Reads a run's YAML file and applies `key.path=value` overrides.
+
+    Raises:
+        ConfigError: an unknown key (the message has the nearest known one), a value of another type, a missing one.
+    """
     path = Path(path)
     given = _read(path, overrides)
     name = OmegaConf.select(given, "objective.name")
@@ -136,7 +141,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_typed(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
-    """Reads a YAML file into the dataclass `schema` and applies `key.path=value` overrides. Raises ConfigError."""
+    """Reads a YAML file into the dataclass `schema` and applies `key.path=value` overrides.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
     path = Path(path)
     given = _read(path, overrides)
     return _merge_typed(schema, OmegaConf.structured(schema), given, path)
@@ -211,8 +220,6 @@ def _plain(value: Any) -> Any:
 
 def load_run_config(where: Place | str) -> RunConfig:
     """The resolved configuration of a checkpoint or run folder."""
-    from pretrain.config import load_config
-
     place = place_of(where)
     if isinstance(place, Path):
         return load_config(place / "config.yaml")

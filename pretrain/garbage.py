@@ -18,7 +18,15 @@ class ScheduledGC:
     """
 
     def __init__(self, every_steps: int) -> None:
-        """every_steps: between collections; the same on all ranks. 0 leaves Python's automatic collection on."""
+        """Collects nothing yet.
+
+        Args:
+            every_steps: optimizer steps between collections, the same on all ranks; 0 leaves Python's automatic
+                collection on.
+
+        Raises:
+            ValueError: `every_steps` is negative.
+        """
         if every_steps < 0:
             raise ValueError(f"the steps between garbage collections are {every_steps}; expected 0 (automatic) or more")
         self.every_steps = every_steps
@@ -32,7 +40,11 @@ class ScheduledGC:
         return self
 
     def after_step(self, step: int) -> None:
-        """step: optimizer steps since the run's start, so that ranks agree; called once after each."""
+        """Collects where it is due; called once after each optimizer step.
+
+        Args:
+            step: optimizer steps since the run's start, so that ranks agree.
+        """
         if not self.every_steps:
             return
         self._num_steps += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -56,6 +57,21 @@ def peak_flops(device: torch.device, *, bf16: bool) -> PeakFlops:
 
 
 @dataclass
+class StepResult:
+    """What one optimizer step computed on this rank. Tensors lie on the device; nothing here waits for it."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    """0-d, detached: the backbone player's loss of each micro-batch."""
+    grad_norms: dict[str, Tensor] = field(default_factory=dict)
+    """0-d, over all ranks: of each player that moved."""
+    turns: list[Mapping[str, Tensor]] = field(default_factory=list)
+    """The metrics of each turn of each micro-batch."""
+    num_micro_batches: int = 0
+    wait_s: float = 0.0
+    """For data, of all micro-batches."""
+
+
+@dataclass
 class Interval:
     """Sums since the last log point, on one rank."""
 
@@ -72,25 +88,25 @@ class Interval:
     sums: dict[str, Tensor] = field(default_factory=dict)
     grad_norm_sums: dict[str, Tensor] = field(default_factory=dict)
     """By player; a norm that is not finite makes the mean so too."""
+    grad_norm_counts: Counter[str] = field(default_factory=Counter)
+    """Steps in which a player moved."""
 
-    def add_turn(self, metrics: dict[str, Tensor]) -> None:
-        for name, value in metrics.items():
-            known = self.sums.get(name)
-            self.sums[name] = value.float() if known is None else known + value.float()
-
-    def add_step(self, num_samples: int, grad_norms: Mapping[str, Tensor], wait_s: float) -> None:
-        """grad_norms: by player, 0-d; not read here. wait_s: for data, of all the step's micro-batches."""
+    def add(self, result: StepResult, num_samples: int) -> None:
+        """Takes in a step of `num_samples` samples over all ranks; no number is read from the device here."""
         self.num_steps += 1
-        self.waits_s.append(wait_s)
         self.num_samples += num_samples
-        for player, norm in grad_norms.items():
-            known = self.grad_norm_sums.get(player)
-            self.grad_norm_sums[player] = norm if known is None else known + norm
+        self.num_micro_batches += result.num_micro_batches
+        self.waits_s.append(result.wait_s)
+        for metrics in result.turns:
+            _add_to(self.sums, {name: value.float() for name, value in metrics.items()})
+        _add_to(self.grad_norm_sums, result.grad_norms)
+        self.grad_norm_counts.update(result.grad_norms.keys())
 
     def report(self, num_bad: int) -> dict[str, float]:
         """The interval's metrics by name, over all ranks; then starts a new interval. A collective.
 
-        num_bad: bad samples that this rank met since the run's start.
+        Args:
+            num_bad: bad samples that this rank met since the run's start.
         """
         wall_s = time.perf_counter() - self.begin_s
         names = sorted(self.sums)
@@ -118,7 +134,7 @@ class Interval:
         return result
 
     def _grad_norms(self) -> dict[str, float]:
-        means = {player: float(total) / max(1, self.num_steps) for player, total in self.grad_norm_sums.items()}
+        means = {player: float(total) / self.grad_norm_counts[player] for player, total in self.grad_norm_sums.items()}
         if len(means) == 1:
             return {"train/grad_norm": next(iter(means.values()))}
         return {f"train/grad_norm_{player}": mean for player, mean in means.items()}
@@ -128,7 +144,13 @@ class Interval:
         self.begin_s = time.perf_counter()
         self.num_steps = self.num_samples = self.num_micro_batches = 0
         self.waits_s = []
-        self.sums, self.grad_norm_sums = {}, {}
+        self.sums, self.grad_norm_sums, self.grad_norm_counts = {}, {}, Counter()
+
+
+def _add_to(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        known = sums.get(name)
+        sums[name] = value if known is None else known + value
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -23,8 +23,8 @@ from pretrain.checkpoint.store import store_of
 from pretrain.config import ConfigError, RunConfig, load_config, load_typed
 from pretrain.memory.dry_run import dry_run
 from pretrain.parallel.world import Launch, World, join_world, leave_world
-from pretrain.preflight import check, steps_left, total_samples
-from pretrain.run_state import SkippedSamples
+from pretrain.preflight import check, total_samples
+from pretrain.run_state import RunState
 from pretrain.train import train
 
 
@@ -127,7 +127,5 @@ def is_finished(config: RunConfig, num_samples: int) -> bool:
     checkpoint = newest_complete(config.run_dir)
     if checkpoint is None:
         return False
-    state = json.loads(store_of(checkpoint).read(checkpoint, "state.json"))
-    skipped = SkippedSamples(tuple((int(begin), int(end)) for begin, end in state.get("skipped", ())))
-    total = total_samples(config, num_samples)
-    return steps_left(total, int(state["position"]), skipped, config.train.global_batch) == 0
+    state = RunState.from_dict(json.loads(store_of(checkpoint).read(checkpoint, "state.json")))
+    return state.steps_left(total_samples(config, num_samples), config.train.global_batch) == 0

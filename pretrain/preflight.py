@@ -21,7 +21,6 @@ from pretrain.config import ConfigError, RunConfig, TrainConfig
 from pretrain.parallel.batches import fit_micro_batch
 from pretrain.parallel.choose import check_strategy
 from pretrain.parallel.world import Launch, pick_device
-from pretrain.run_state import SkippedSamples
 from pretrain.weights.starting import checkpoint_at
 
 
@@ -36,13 +35,17 @@ class TrainingData:
     """Of an epoch; 0 where nobody knows."""
 
     @property
-    def looked_at(self) -> Manifest | None:
-        """Where validation and pictures come from."""
+    def preview(self) -> Manifest | None:
+        """Where validation and pictures come from: the validation data, else the training data's first source."""
         return self.val or (None if self.collection is None else self.collection.manifests[0])
 
 
 def open_data(data: DataConfig) -> TrainingData:
-    """The manifests that a configuration names. Raises ValueError for what is missing or malformed."""
+    """The manifests that a configuration names.
+
+    Raises:
+        ValueError: one is missing or malformed.
+    """
     collection = None if data.unindexed is not None else open_collection(data)
     val = None if data.val is None else Manifest.load(data.val, Storage(data.storage))
     num_samples = collection.num_samples if collection is not None else 0
@@ -50,7 +53,18 @@ def open_data(data: DataConfig) -> TrainingData:
 
 
 def check(config: RunConfig, launch: Launch) -> tuple[BatchPlan, TrainingData]:
-    """Finds the user's mistakes that can be found without a device: data, batch accounting, length, engine, model."""
+    """Finds the user's mistakes that can be found without a device: data, batch accounting, length, engine, model.
+
+    Args:
+        config: resolved.
+        launch: what the launcher told this process.
+
+    Returns:
+        How a step's samples are divided, and the opened data sets.
+
+    Raises:
+        ValueError: a mistake; the message says what was found, what was expected, and what to do.
+    """
     data = open_data(config.data)
     plan = plan_batches(config.train, launch)
     check_length(config, data.num_samples)
@@ -66,7 +80,11 @@ def check(config: RunConfig, launch: Launch) -> tuple[BatchPlan, TrainingData]:
 
 
 def plan_batches(train: TrainConfig, launch: Launch) -> BatchPlan:
-    """The division of the global batch. Raises ValueError where this number of processes cannot share it."""
+    """The division of the global batch.
+
+    Raises:
+        ValueError: this number of processes cannot share it.
+    """
     return BatchPlan(
         global_batch=train.global_batch,
         micro_batch=fit_micro_batch(train.global_batch, launch.size, train.micro_batch),
@@ -77,7 +95,15 @@ def plan_batches(train: TrainConfig, launch: Launch) -> BatchPlan:
 
 
 def check_length(config: RunConfig, num_samples: int) -> None:
-    """Raises ConfigError unless the run has exactly one length, of at least one step. num_samples: 0: nobody knows."""
+    """Looks whether the run has exactly one length, of at least one step.
+
+    Args:
+        config: resolved.
+        num_samples: of an epoch; 0: nobody knows.
+
+    Raises:
+        ConfigError: it has not.
+    """
     if (config.train.epochs is None) == (config.train.steps is None):
         raise ConfigError(
             f"train.epochs is {config.train.epochs} and train.steps is {config.train.steps}; give exactly one"
@@ -103,13 +129,12 @@ def total_samples(config: RunConfig, num_samples: int) -> int:
     return round(config.train.epochs * num_samples)
 
 
-def steps_left(total: int, position: int, skipped: SkippedSamples, global_batch: int) -> int:
-    """Optimizer steps of a run of `total` samples from `position` on."""
-    return max(0, total - position - skipped.count_from(position)) // global_batch
-
-
 def check_objective(config: RunConfig) -> None:
-    """Builds the objective on the meta device. Raises ValueError where it cannot be, or expects other data."""
+    """Builds the objective on the meta device.
+
+    Raises:
+        ValueError: it cannot be built, or expects other data.
+    """
     init_from = config.objective.init_from
     if init_from is not None and newest_complete(config.run_dir) is None:  # a run that goes on has its own weights
         checkpoint_at(init_from)

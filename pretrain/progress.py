@@ -15,9 +15,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 class ProgressLine:
     """A context manager; only the main rank shows anything."""
 
-    def __init__(self, name: str, total_steps: int, *, enabled: bool) -> None:
+    def __init__(self, name: str, *, enabled: bool) -> None:
         self.name = name
-        self.total_steps = total_steps
+        self.total_steps: int | None = None
+        """Optimizer steps of the whole run."""
         self.enabled = enabled
         self.console = Console(stderr=True)
         self._live: Progress | None = None
@@ -28,7 +29,7 @@ class ProgressLine:
                 TextColumn("{task.completed}/{task.total}  {task.fields[text]}"),
                 console=self.console,
             )
-            self._task = self._live.add_task(name, total=total_steps, text="")
+            self._task = self._live.add_task(name, total=None, text="")
 
     def __enter__(self) -> ProgressLine:
         if self._live is not None:
@@ -51,7 +52,7 @@ class ProgressLine:
             f"MFU {100 * metrics['throughput/mfu']:.1f}%  {_duration(seconds_left)} left"
         )
         if self._live is not None:
-            self._live.update(self._task, completed=step, text=text)
+            self._live.update(self._task, total=self.total_steps, completed=step, text=text)
         else:
             print(f"{self.name}  {step}/{self.total_steps}  {text}", file=sys.stderr, flush=True)
 

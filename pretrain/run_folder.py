@@ -21,17 +21,49 @@ from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.read import folder_of_run, list_checkpoints, list_folder
 from pretrain.checkpoint.store import Place, store_of
 from pretrain.config import ConfigError, RunConfig
+from pretrain.parallel.world import World
 from pretrain.tracking.environment import environment, redact_argument
 from pretrain.tracking.journal import now_ms
+
+
+def enter_run_folder(config: RunConfig, *, config_path: Path, overrides: Sequence[str], world: World) -> dict[str, Any]:
+    """`open_run_folder` on the main rank, and what it gave on all of them. A collective.
+
+    Raises:
+        ValueError: what the main rank raised, on every rank.
+    """
+    identity: dict[str, Any] | None = None
+    refusal: ValueError | None = None
+    if world.is_main:
+        try:
+            identity = open_run_folder(config, config_path=config_path, overrides=overrides, world_size=world.size)
+        except ValueError as error:
+            refusal = error
+    identity, refusal = world.broadcast((identity, refusal))
+    if refusal is not None:
+        raise refusal
+    assert identity is not None
+    return identity
 
 
 def open_run_folder(
     config: RunConfig, *, config_path: Path, overrides: Sequence[str], world_size: int
 ) -> dict[str, Any]:
-    """Makes the run's folder, or checks that the one there may be continued; returns its `run.json`. Main rank only.
+    """Makes the run's folder, or checks that the one there may be continued. Main rank only.
 
-    Raises ConfigError when the folder holds checkpoints of another objective or seed, or when `checkpoint.resume` is
-    never and there are checkpoints.
+    Args:
+        config: resolved.
+        config_path: the YAML file that was given.
+        overrides: the `key=value` arguments that were given.
+        world_size: number of processes over all nodes.
+
+    Returns:
+        The run's identity, the content of its `run.json`.
+
+    Raises:
+        ConfigError: the folder holds checkpoints of another objective or seed, or `checkpoint.resume` is never and
+            there are checkpoints.
+        CheckpointError: `run.json` is not readable.
     """
     run_dir = config.run_dir
     run_file = run_dir / "run.json"

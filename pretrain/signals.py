@@ -31,7 +31,10 @@ import socket
 import threading
 import time
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pretrain.parallel.world import World
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _SAME_KEYPRESS_S = 2.0
@@ -70,6 +73,15 @@ class StopRequest:
             for end in self._sockets:
                 end.close()
             self._sockets = None
+
+    @property
+    def name(self) -> str:
+        """Of the signal, for people."""
+        return self.received.name if self.received is not None else "a signal to another rank"
+
+    def on_any_rank(self, world: World) -> bool:
+        """Whether any rank was asked to stop. A collective."""
+        return world.any(self.received is not None)
 
     def arrived_s(self) -> float | None:
         """When (time.monotonic) a caller of this method first saw a stop signal, or None. For one other thread.

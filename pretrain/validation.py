@@ -9,21 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data_pipes.batch import Batch
+from data_pipes.batch import Batch, BatchPlan
 from data_pipes.config import DataConfig
 from data_pipes.sequential.clips import SequentialClips
 from data_pipes.sequential.pictures import SequentialImages
 from data_pipes.shards.manifest import Manifest
 from data_pipes.transforms.image import EvalTransform
+from pretrain.config import RunConfig
 from pretrain.objectives.base import Objective
 from pretrain.parallel.strategy import Strategy
 from pretrain.parallel.world import World
+from pretrain.preflight import TrainingData
 from pretrain.report.picture_strips import save_films, save_pictures
+from pretrain.signals import StopRequest
+from pretrain.watchdog.watchdog import Watchdog
 
 
 def open_samples(config: DataConfig, manifest: Manifest, objective: Objective) -> SequentialImages | SequentialClips:
@@ -49,6 +55,29 @@ def open_samples(config: DataConfig, manifest: Manifest, objective: Objective) -
     )
 
 
+def open_validator(
+    config: RunConfig, data: TrainingData, plan: BatchPlan, objective: Objective, world: World
+) -> Validator | None:
+    """What looks at the run's validation data, or draws training data where there is none; None where neither has a
+    fixed order.
+    """
+    if data.preview is None:
+        return None
+    samples, train = open_samples(config.data, data.preview, objective), config.train
+    num_measured = 0 if data.val is None else min(train.val_samples or len(samples), len(samples))
+    return Validator(samples, num_measured, plan.micro_batch, train.num_pictures, world)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a look at the validation data found."""
+
+    metrics: dict[str, float]
+    """By name, `val/<name>`."""
+    files: list[Path]
+    """Pictures and films that rank 0 wrote; the folder of each is that of its artifact, too."""
+
+
 class Validator:
     """Runs an objective's `validate` and `pictures` on fixed samples."""
 
@@ -60,20 +89,57 @@ class Validator:
         num_pictures: int,
         world: World,
     ) -> None:
-        """num_samples: from the start of `samples`; 0 = all. micro_batch: samples per rank and pass."""
+        """Loads nothing yet.
+
+        Args:
+            samples: in a fixed order.
+            num_samples: how many of them are measured, from the first on; 0: none.
+            micro_batch: samples per rank and pass.
+            num_pictures: how many of them are drawn, from the first on; 0: none.
+            world: the processes.
+        """
         self.samples = samples
-        self.num_samples = min(num_samples or len(samples), len(samples))
+        self.num_samples = min(num_samples, len(samples))
         self.micro_batch = micro_batch
         self.num_pictures = min(num_pictures, len(samples))
         self.world = world
         self._pictures: Batch | None = None
 
+    def look(
+        self, objective: Objective, strategy: Strategy, run_dir: Path, step: int, stop: StopRequest, watchdog: Watchdog
+    ) -> Preview | None:
+        """Measures and draws. A collective.
+
+        Args:
+            objective: prepared by `strategy`.
+            strategy: gives the precision of forward passes.
+            run_dir: gets the pictures.
+            step: optimizer steps done.
+            stop: a signal ends it between two batches.
+            watchdog: is told of each batch.
+
+        Returns:
+            What was found; None: a rank got a signal.
+        """
+        should_stop = partial(_asked_to_stop, self.world, step, stop, watchdog)
+        metrics = self.run(objective, strategy, step, should_stop) if self.num_samples else {}
+        if should_stop():
+            return None
+        return Preview(metrics, self.draw(objective, strategy, run_dir, step))
+
     def run(
         self, objective: Objective, strategy: Strategy, step: int, should_stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float]:
-        """`val/<name>`: means over the validation samples. A collective.
+        """Means over the validation samples. A collective.
 
-        should_stop: asked before each batch, with the same answer on every rank; True ends without a result.
+        Args:
+            objective: prepared by `strategy`.
+            strategy: gives the precision of forward passes.
+            step: optimizer steps done.
+            should_stop: asked before each batch, with the same answer on every rank.
+
+        Returns:
+            Metrics by name, `val/<name>`; empty where it was asked to stop.
         """
         sums: dict[str, Tensor] = {}
         with evaluating(objective), torch.no_grad():
@@ -125,6 +191,11 @@ class Validator:
             keys=[str(index) for index in indices],
         )
         return batch.to(self.world.device)
+
+
+def _asked_to_stop(world: World, step: int, stop: StopRequest, watchdog: Watchdog) -> bool:
+    watchdog.beat("validate", step)
+    return stop.on_any_rank(world)
 
 
 @contextmanager

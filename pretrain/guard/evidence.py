@@ -1,4 +1,8 @@
-"""Files about bad steps: which samples they held, their losses, and the images of the worst."""
+"""Files about bad steps: which samples they held, their losses, and the images of the worst.
+
+Enters: a bad step, as all ranks see it. Leaves: `RUN/guard/step-00001200/`, and an event for the journal. Why it
+exists: whoever looks into a spoiled run wants to see the pictures that spoiled it.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +21,36 @@ from pretrain.guard.guard import Observation, worst_micro_batches
 from pretrain.parallel.world import World
 
 _MAX_NAMED = 64
-# samples that an event of the journal names; the files name all
+"""Samples that an event of the journal names; the files name all."""
 _MAX_DUMPS = 16
-# bad steps per start whose images are written
+"""Bad steps per start whose images are written."""
 
 
 class Evidence:
     """Files about bad steps, in a folder of the run: which samples, their losses, and the images of the worst."""
 
     def __init__(self, folder: Path, world: World, plan: BatchPlan, dataset: SampleDataset | None, dump: bool) -> None:
-        """dataset: None: samples that have no positions cannot be found again."""
+        """Writes nothing yet.
+
+        Args:
+            folder: gets a folder for each bad step.
+            world: the processes.
+            plan: how a step's samples are divided.
+            dataset: loads the samples again; None: they have no positions, so they cannot be found again.
+            dump: whether files are written at all.
+        """
         self.folder, self.world, self.plan, self.dataset, self.dump = folder, world, plan, dataset, dump
         self._num_dumps = 0
 
     def collect(self, seen: Observation, losses: list[float]) -> dict[str, Any]:
-        """Writes this rank's part of a bad step; returns what the journal shall say, on rank 0. A collective.
+        """Writes this rank's part of a bad step. A collective.
 
-        losses: of this rank's micro-batches.
+        Args:
+            seen: the step.
+            losses: of this rank's micro-batches.
+
+        Returns:
+            What the journal shall say, on rank 0; empty on the others.
         """
         dumped = self.dump and self._num_dumps < _MAX_DUMPS
         self._num_dumps += 1

@@ -66,7 +66,16 @@ class JournalWriter:
             self._unwritten = b"\n"
 
     def append(self, record_type: str, fields: Mapping[str, object], time_ms: int | None = None) -> None:
-        """Write one record; `time_ms` is the clock's now unless given. Raises ValueError after `close`."""
+        """Write one record.
+
+        Args:
+            record_type: see the table above.
+            fields: of the record, JSON-able.
+            time_ms: Unix time; None is the clock's now.
+
+        Raises:
+            ValueError: the journal was closed.
+        """
         record = {"time_ms": now_ms() if time_ms is None else time_ms, "type": record_type, **fields}
         line = encode_record(record)
         with self._lock:
@@ -81,7 +90,11 @@ class JournalWriter:
                 self._warned = True
 
     def flush_to_disk(self) -> None:
-        """Wait until every record so far is on the disk (fsync). Raises OSError when the disk refuses."""
+        """Wait until every record so far is on the disk (fsync).
+
+        Raises:
+            OSError: the disk refuses.
+        """
         with self._lock:
             self._write_out()
             os.fsync(self._open_descriptor())
@@ -89,7 +102,8 @@ class JournalWriter:
     def close(self) -> None:
         """Write what waits in memory and close the file; closing twice is allowed.
 
-        Raises OSError when the disk refuses.
+        Raises:
+            OSError: the disk refuses.
         """
         with self._lock:
             if self._descriptor is None:

@@ -119,11 +119,20 @@ class Shipper:
     def ship(
         self, wait_lock_s: float = 0.0, thorough: bool = False, should_stop: Callable[[], bool] = lambda: False
     ) -> int:
-        """Send what MLflow does not have yet, until the journal's end or `should_stop`; returns the number of lines.
+        """Send what MLflow does not have yet, until the journal's end or `should_stop`.
 
-        thorough: also make sure that the run still exists, and try the artifacts again that were refused before.
-        Raises LockedError when another process still ships after `wait_lock_s`, ShippingError when the run was
-        deleted on the server, and whatever MLflow raises. What was sent before is remembered in either case.
+        Args:
+            wait_lock_s: seconds to wait for another process that ships.
+            thorough: also make sure that the run still exists, and try the artifacts again that were refused before.
+            should_stop: asked between two batches.
+
+        Returns:
+            The number of journal lines that went over.
+
+        Raises:
+            LockedError: another process still ships after `wait_lock_s`.
+            ShippingError: the run was deleted on the server.
+            Exception: whatever MLflow raises; what was sent before is remembered.
         """
         journal, num_sent = self.run_dir / JOURNAL_NAME, 0
         with exclusive(self.run_dir / LOCK_NAME, wait_lock_s):
@@ -308,9 +317,11 @@ class Shipper:
 def exclusive(path: Path, wait_s: float) -> Iterator[None]:
     """Hold an advisory lock on `path`, which the system drops when the process dies.
 
-    Raises LockedError when another process holds it for longer than `wait_s` seconds.
     On a file system without locks the body runs unlocked: two shippers at once then only send some points twice,
     which MLflow merges.
+
+    Raises:
+        LockedError: another process holds it for longer than `wait_s` seconds.
     """
     deadline = time.monotonic() + wait_s
     with path.open("a") as file:

@@ -58,7 +58,11 @@ class TrackingConfig:
 
 
 def check_uri(uri: str) -> None:
-    """Raises ValueError for a tracking URI that MLflow 3 does not serve, or with a password that files would show."""
+    """Looks whether a tracking URI can be used.
+
+    Raises:
+        ValueError: MLflow 3 does not serve it, or it has a password that files would show.
+    """
     if urlsplit(uri).scheme in ("", "file") and not uri.startswith("databricks"):
         raise ValueError(
             f"tracking URI {uri!r}: MLflow no longer writes plain folders; "
@@ -78,13 +82,20 @@ def default_uri(run_dir: Path) -> str:
 
 
 class Tracker:
-    """Logs one run; constructed on rank 0 only. All methods may be called from any thread; none waits for a server.
-
-    resume: True when the run goes on from a checkpoint, whose step `start` (or `log_resume`) then says. With False,
-    points that an earlier start left in the same folder (it died before its first checkpoint) are superseded.
-    """
+    """Logs one run; constructed on rank 0 only. All methods may be called from any thread; none waits for a server."""
 
     def __init__(self, run_dir: Path, config: TrackingConfig, run_name: str, run_uid: str, resume: bool) -> None:
+        """Opens the journal, and starts the thread that sends it.
+
+        Args:
+            run_dir: the run's folder.
+            config: where the run is tracked.
+            run_name: for people.
+            run_uid: by which the tracker's run is found again.
+            resume: whether the run goes on from a checkpoint, whose step `start` (or `log_resume`) then says. If not,
+                points that an earlier start left in the same folder (it died before its first checkpoint) are
+                superseded.
+        """
         self._run_dir = Path(run_dir)
         self._config = config
         journal = self._run_dir / JOURNAL_NAME
@@ -103,7 +114,7 @@ class Tracker:
         self._shipper = Shipper(self._run_dir, destination, state_path(self._run_dir, uri, home_uri=uri))
         self._thread: _ShipperThread | None = None
         if config.ship:
-            tame_mlflow()
+            limit_mlflow()
             self._thread = _ShipperThread(self._shipper, config.interval_s)
             self._thread.start()
 
@@ -115,8 +126,10 @@ class Tracker:
     def start(self, config: Mapping[str, object], identity: Mapping[str, Any], step: int) -> None:
         """Log what a start of the run begins with: its settings, environment and files, and where it resumes.
 
-        config: the resolved configuration as nested plain containers. identity: the content of `run.json`.
-        step: optimizer steps that the weights have seen; 0 for a fresh run.
+        Args:
+            config: the resolved configuration as nested plain containers.
+            identity: the content of `run.json`.
+            step: optimizer steps that the weights have seen; 0 for a fresh run.
         """
         if step > 0:
             self.log_resume(step)
@@ -164,7 +177,8 @@ class Tracker:
     def flush_to_disk(self) -> None:
         """Wait until everything logged is on the disk (fsync); called with each checkpoint.
 
-        Raises OSError when it fails.
+        Raises:
+            OSError: the disk refuses it.
         """
         self._journal.flush_to_disk()
 
@@ -184,6 +198,30 @@ class Tracker:
             logger.warning(
                 "MLflow lacks %d records of this run; `tessera sync %s` sends them", num_waiting, self._run_dir
             )
+
+
+class NullTracker:
+    """What ranks other than the first have in place of a `Tracker`: it keeps nothing."""
+
+    mlflow_run_id: None = None
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Keeps nothing."""
+
+    def log_artifact(self, path: Path, artifact_dir: str = "") -> None:
+        """Keeps nothing."""
+
+    def log_event(self, name: str, fields: Mapping[str, object]) -> None:
+        """Keeps nothing."""
+
+    def log_resume(self, step: int) -> None:
+        """Keeps nothing."""
+
+    def flush_to_disk(self) -> None:
+        """Has nothing to wait for."""
+
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
+        """Has nothing to send."""
 
 
 def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -250,7 +288,7 @@ def describe_failure(error: Exception, uri: str) -> str:
     return f"MLflow at {redact_url(uri)} does not take the journal ({type(error).__name__}: {reason[:300]})"
 
 
-def tame_mlflow() -> None:
+def limit_mlflow() -> None:
     """Make MLflow's client give up early (its own: 120 s, 7 times), not print to stdout, and send no statistics.
 
     What the user set stays. Called from the main thread before others run, because the C library reads the
@@ -276,9 +314,16 @@ class SyncResult:
 def sync(run_dir: Path, uri: str | None = None, wait_lock_s: float = 60.0) -> SyncResult:
     """Send what MLflow does not have yet of a run's journal; it may be repeated, and may run beside the training.
 
-    uri: another tracking server than the run's own; it then gets the whole journal.
-    Raises FileNotFoundError without a journal, ValueError when it does not say which run it is, and ShippingError when
-    another process sends this run for longer than `wait_lock_s` or MLflow does not take it; then try again later.
+    Args:
+        run_dir: the run's folder.
+        uri: another tracking server than the run's own; it then gets the whole journal.
+        wait_lock_s: seconds to wait for another process that sends this run.
+
+    Raises:
+        FileNotFoundError: there is no journal.
+        ValueError: the journal does not say which run it is of.
+        ShippingError: another process sends this run for longer than that, or MLflow does not take it; nothing is lost,
+            try again later.
     """
     run_dir = Path(run_dir)
     journal = run_dir / JOURNAL_NAME
@@ -296,7 +341,7 @@ def sync(run_dir: Path, uri: str | None = None, wait_lock_s: float = 60.0) -> Sy
     from_environment = os.environ.get(URI_VARIABLE, "")
     if uri is None:  # the journal has no password: where the environment has the same URI with one, that is meant
         uri = from_environment if redact_url(from_environment) == home_uri else home_uri
-    tame_mlflow()
+    limit_mlflow()
     destination = Destination(uri, identity["experiment"], identity["run_name"], identity["run_uid"])
     shipper = Shipper(run_dir, destination, state_path(run_dir, uri, home_uri))
     try:

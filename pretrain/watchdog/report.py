@@ -1,6 +1,6 @@
 """The report of a stall or a failure: stacks of every rank that can still write, and who is to blame, as text.
 
-Enters: the stands of all ranks. Leaves: `RUN/watchdog/<start>/report.txt`, beside `rank00003.txt` (stacks) of each
+Enters: the verdicts on all ranks. Leaves: `RUN/watchdog/<start>/report.txt`, beside `rank00003.txt` (stacks) of each
 rank. The first rank that makes the file `claim` writes the report; the others see the claim and add their stacks.
 """
 
@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-from pretrain.watchdog.ranks import Verdict, write_whole
+from pretrain.watchdog.heartbeats import Verdict, write_whole
 
 
 class Report:
@@ -26,6 +26,7 @@ class Report:
         self.rank = rank
 
     def is_claimed(self) -> bool:
+        """Whether a rank writes the report already."""
         return (self.path.parent / "claim").exists()
 
     def add_stacks(self, text: str) -> None:
@@ -63,18 +64,19 @@ def report_table(cause: str, verdicts: list[Verdict]) -> str:
     """The cause, and a line per rank in the order of `verdicts`."""
     lines = [cause, "", "rank  step      phase       idle s  last beat (UTC)       own ms/step  verdict"]
     for verdict in verdicts:
-        stand = verdict.stand
-        if stand is None:
+        heartbeat = verdict.heartbeat
+        if heartbeat is None:
             lines.append(f"{verdict.rank:<5} {verdict.text}")
             continue
-        beat = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(stand.beat_time_s))
-        own = "-" if stand.local_step_s is None else f"{1e3 * stand.local_step_s:.1f}"
-        place = f"{verdict.rank:<5} {stand.step:<9} {stand.phase:<11} {stand.idle_s:<7.1f} {beat}"
+        beat = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(heartbeat.beat_time_s))
+        own = "-" if heartbeat.local_step_s is None else f"{1e3 * heartbeat.local_step_s:.1f}"
+        place = f"{verdict.rank:<5} {heartbeat.step:<9} {heartbeat.phase:<11} {heartbeat.idle_s:<7.1f} {beat}"
         lines.append(f"{place}   {own:<12} {verdict.text}")
     return "\n".join(lines) + "\n"
 
 
 def report_stacks(verdicts: list[Verdict], stacks: Mapping[int, str]) -> str:
+    """The stacks of each rank, in the order of `verdicts`."""
     lines = []
     for verdict in verdicts:
         found = stacks.get(verdict.rank, "no stacks: this rank could not write any more\n")

@@ -1,8 +1,8 @@
 """The watchdog: a thread in each rank that ends a run which makes no progress, and says which rank is to blame.
 
-Enters: `beat(phase, step)` from the loop. Leaves: where each rank stands (`RUN/watchdog/`, see `watchdog_stands.py`),
-metrics of the slowest rank, and on a stall `RUN/watchdog/<start>/report.txt` and exit code 75, after which torchrun
-(`--max-restarts`) or whoever requeues starts the run again from its newest checkpoint.
+Enters: `with watchdog.phase(name, step)` from the loop. Leaves: each rank's heartbeat (`RUN/watchdog/`, see
+`heartbeats.py`), metrics of the slowest rank, and on a stall `RUN/watchdog/<start>/report.txt` and exit code 75, after
+which torchrun (`--max-restarts`) or whoever requeues starts the run again from its newest checkpoint.
 
 A stall: this rank's phase takes longer than its limit, and no rank that is alive still is within its own (a rank that
 waits in a collective while rank 0 writes a checkpoint is not stalled). A killed rank makes its peers' collectives fail
@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -32,7 +33,7 @@ import psutil
 from pretrain.parallel.world import World
 from pretrain.signals import StopRequest
 from pretrain.watchdog.config import WatchdogConfig
-from pretrain.watchdog.ranks import Stand, judge, publish, read_stands, slowness
+from pretrain.watchdog.heartbeats import Heartbeat, publish, read_heartbeats, slowness, verdicts_on
 from pretrain.watchdog.report import Report, all_stacks, main_thread_waits
 
 EXIT_NO_PROGRESS = 75
@@ -42,9 +43,9 @@ _OWN_WORK = ("data", "forward")
 _NANOSECOND = 1e-9
 _LOOKS_PER_COMPARISON = 6
 _NOTICEABLE_S = 0.005
-# per step: a rank that loses less is not warned about
+"""Per step: a rank that loses less is not warned about."""
 _SETTLE_S = 1.0
-# after a failure: the others publish theirs, and a killed process disappears
+"""After a failure: meanwhile the others publish theirs, and a killed process disappears."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,14 @@ class Watchdog:
     """Watches this rank from `with` to its end. Every rank makes one; entering it is a collective."""
 
     def __init__(self, run_dir: Path, world: World, config: WatchdogConfig, stop: StopRequest | None = None) -> None:
-        """stop: whose signals bound the time to leave, and which is told when the launcher is gone."""
+        """Watches nothing yet: that begins with `with`.
+
+        Args:
+            run_dir: the run's folder, which all nodes share.
+            world: the processes.
+            config: how long each phase may take.
+            stop: whose signals bound the time to leave, and which is told when the launcher is gone.
+        """
         self.world, self.config, self.stop = world, config, stop
         self.folder = run_dir / "watchdog"
         self.attempt = ""
@@ -86,12 +94,27 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def beat(self, phase: str, step: int) -> None:
-        """The loop begins `phase` of the step after `step` finished ones; costs about a microsecond.
+    @contextlib.contextmanager
+    def phase(self, phase: str, step: int) -> Iterator[None]:
+        """Within, the loop is in `phase` of the step after `step` finished ones; costs a few microseconds.
 
-        phase: start, data, forward, step (backward and optimizer), save, validate or close. The limit of the first
-        step is that of `first_step`, which may also be given.
+        After it comes `step`, which stands for all that is no phase of its own. An error leaves the phase as it is, so
+        that a report names where it was raised.
+
+        Args:
+            phase: start, data, forward, step (backward and optimizer), save, validate or close. The limit of the first
+                step is that of `first_step`, which may also be given.
+            step: optimizer steps done.
         """
+        self.beat(phase, step)
+        yield
+        self._enter("step", step)
+
+    def beat(self, phase: str, step: int) -> None:
+        """The loop begins `phase`, as in the method `phase`, and is in it until the next one begins."""
+        self._enter(phase, step)
+
+    def _enter(self, phase: str, step: int) -> None:
         now = time.monotonic_ns()
         before, last_step, since = self._place
         if phase in _IN_A_STEP:
@@ -180,23 +203,24 @@ class Watchdog:
         if now - self._checked_s < max(self.config.interval_s, self.world.size**2 / 20_000) * 0.9:
             return False
         self._checked_s = now
-        stands = self._others()
-        silent = self._silent(stands)
+        heartbeats = self._others()
+        silent = self._silent(heartbeats)
         return not any(
-            rank not in silent and stand.ended is None and not stand.overdue for rank, stand in stands.items()
+            rank not in silent and heartbeat.ended is None and not heartbeat.overdue
+            for rank, heartbeat in heartbeats.items()
         )
 
-    def _others(self) -> dict[int, Stand]:
-        stands = read_stands(self.folder, self.world.size, self.attempt)
-        return {rank: stand for rank, stand in stands.items() if rank != self.world.rank}
+    def _others(self) -> dict[int, Heartbeat]:
+        heartbeats = read_heartbeats(self.folder, self.world.size, self.attempt)
+        return {rank: heartbeat for rank, heartbeat in heartbeats.items() if rank != self.world.rank}
 
-    def _silent(self, stands: dict[int, Stand]) -> set[int]:
+    def _silent(self, heartbeats: dict[int, Heartbeat]) -> set[int]:
         """Ranks whose file has not changed for `_silent_s`, as far as this rank has looked; no clocks are compared."""
         now = time.monotonic()
-        for rank, stand in stands.items():
-            if rank not in self._seen or self._seen[rank][0] != stand.sequence:
-                self._seen[rank] = (stand.sequence, now)
-        return {rank for rank in stands if now - self._seen[rank][1] >= self._silent_s}
+        for rank, heartbeat in heartbeats.items():
+            if rank not in self._seen or self._seen[rank][0] != heartbeat.sequence:
+                self._seen[rank] = (heartbeat.sequence, now)
+        return {rank for rank in heartbeats if now - self._seen[rank][1] >= self._silent_s}
 
     def _measure(self) -> None:
         own_ns, num_steps = self._done
@@ -208,7 +232,7 @@ class Watchdog:
         phase, step, since = self._place
         idle_s = _NANOSECOND * (time.monotonic_ns() - since)
         self._sequence += 1
-        stand = Stand(
+        heartbeat = Heartbeat(
             attempt=self.attempt,
             rank=self.world.rank,
             host=self._host,
@@ -225,25 +249,25 @@ class Watchdog:
             ended=ended,
         )
         self.folder.mkdir(parents=True, exist_ok=True)
-        publish(self.folder, stand)
+        publish(self.folder, heartbeat)
 
     def _compare(self) -> None:
         """Rank 0: who is slow."""
         self._compared_s = time.monotonic()
-        stands = read_stands(self.folder, self.world.size, self.attempt)
-        ratios = slowness(stands)
+        heartbeats = read_heartbeats(self.folder, self.world.size, self.attempt)
+        ratios = slowness(heartbeats)
         if not ratios:
             return
         slowest = max(ratios, key=lambda rank: ratios[rank])
         self._metrics = {"watchdog/slowest_rank": float(slowest), "watchdog/slowest_ratio": ratios[slowest]}
-        own_s = stands[slowest].local_step_s or 0.0
+        own_s = heartbeats[slowest].local_step_s or 0.0
         noticeable = own_s * (1 - 1 / max(ratios[slowest], 1.0)) > _NOTICEABLE_S
         if ratios[slowest] >= self.config.slow_factor and noticeable and slowest != self._warned_of:
             self._warned_of = slowest
             logger.warning(
                 "rank %d on %s is slow: its own work takes %.1f ms per step, %.1f times the others' median",
                 slowest,
-                stands[slowest].host,
+                heartbeats[slowest].host,
                 1e3 * own_s,
                 ratios[slowest],
             )
@@ -277,7 +301,9 @@ class Watchdog:
             self._write_report(f"rank {self.world.rank} failed")
 
     def _write_report(self, cause: str) -> None:
-        stands = read_stands(self.folder, self.world.size, self.attempt)
-        silent = self._silent(stands) - {self.world.rank}
+        heartbeats = read_heartbeats(self.folder, self.world.size, self.attempt)
+        silent = self._silent(heartbeats) - {self.world.rank}
         factor = self.config.slow_factor
-        self._report.write(cause, judge(stands, self.world.size, host=self._host, silent=silent, slow_factor=factor))
+        self._report.write(
+            cause, verdicts_on(heartbeats, self.world.size, host=self._host, silent=silent, slow_factor=factor)
+        )

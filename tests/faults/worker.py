@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-import pretrain.train as train_module
 from data_pipes.batch import Batch
 from data_pipes.loader import Loader
+from pretrain import run_log
 from pretrain.__main__ import main as pretrain_main
 from pretrain.metrics import PeakFlops
 from pretrain.watchdog.watchdog import Watchdog
@@ -29,7 +29,7 @@ from pretrain.watchdog.watchdog import Watchdog
 
 def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
-    train_module.peak_flops = lambda device, *, bf16: PeakFlops(1e12, "not measured")  # type: ignore[attr-defined]
+    run_log.peak_flops = lambda device, *, bf16: PeakFlops(1e12, "not measured")  # type: ignore[attr-defined]
     folder = Path(os.environ["TESSERA_TEST_RECORD"])
     folder.mkdir(parents=True, exist_ok=True)
     _record_samples(folder / f"{os.environ.get('RANK', '0')}-{os.getpid()}.jsonl")

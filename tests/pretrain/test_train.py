@@ -50,7 +50,9 @@ def test_validation_counts_each_sample_once(tiny_dataset: Path, tmp_path: Path) 
     strategy = NativeStrategy(config.parallel, config.optim, WORLD)
     objective = strategy.prepare(config.build_objective, lambda whole: initialize(whole, config.seed, None))
     samples = SequentialImages(tiny_dataset, EvalTransform(objective.image_size), channels=1)
-    means = [Validator(samples, 0, size, 2, WORLD).run(objective, strategy, 0)["val/loss"] for size in (8, 1, 61)]
+    means = [
+        Validator(samples, len(samples), size, 2, WORLD).run(objective, strategy, 0)["val/loss"] for size in (8, 1, 61)
+    ]
     assert means == pytest.approx([means[0]] * 3, rel=1e-5)
     assert Validator(samples, 10, 4, 2, WORLD).num_samples == 10
     assert objective.players["model"].training

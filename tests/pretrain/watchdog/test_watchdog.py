@@ -14,13 +14,13 @@ import pytest
 from pretrain.parallel.world import World, pick_device
 from pretrain.signals import StopRequest
 from pretrain.watchdog.config import LIMIT_OF, WatchdogConfig
-from pretrain.watchdog.ranks import Stand, judge, publish, read_stands, slowness
+from pretrain.watchdog.heartbeats import Heartbeat, publish, read_heartbeats, slowness, verdicts_on
 from pretrain.watchdog.report import Report, all_stacks, report_stacks, report_table
 from pretrain.watchdog.watchdog import Watchdog
 
 ALONE = World(0, 1, 0, pick_device("cpu"), None, None)
 HOST = socket.gethostname()
-HERE = Stand(
+HERE = Heartbeat(
     attempt="now",
     rank=0,
     host=HOST,
@@ -38,9 +38,9 @@ HERE = Stand(
 )
 
 
-def _order(*stands: Stand, silent: frozenset[int] = frozenset()) -> list[tuple[int, str]]:
-    by_rank = {rank: replace(stand, rank=rank) for rank, stand in enumerate(stands)}
-    verdicts = judge(by_rank, len(stands), host=HOST, silent=set(silent), slow_factor=2.0)
+def _order(*heartbeats: Heartbeat, silent: frozenset[int] = frozenset()) -> list[tuple[int, str]]:
+    by_rank = {rank: replace(heartbeat, rank=rank) for rank, heartbeat in enumerate(heartbeats)}
+    verdicts = verdicts_on(by_rank, len(heartbeats), host=HOST, silent=set(silent), slow_factor=2.0)
     return [(verdict.rank, verdict.kind) for verdict in verdicts]
 
 
@@ -63,19 +63,21 @@ def test_it_publishes_where_the_rank_stands_and_that_it_left(tmp_path: Path) -> 
             watchdog.beat("step", step)
         watchdog.beat("save", 3)
         deadline = time.monotonic() + 20
-        while (stand := read_stands(watchdog.folder, 1, watchdog.attempt).get(0)) is None or stand.phase != "save":
+        while (
+            heartbeat := read_heartbeats(watchdog.folder, 1, watchdog.attempt).get(0)
+        ) is None or heartbeat.phase != "save":
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert (stand.step, stand.ended, stand.pid) == (3, None, os.getpid())
-    assert read_stands(watchdog.folder, 1, watchdog.attempt)[0].ended == "left"
-    assert read_stands(watchdog.folder, 1, "another start") == {}
+        assert (heartbeat.step, heartbeat.ended, heartbeat.pid) == (3, None, os.getpid())
+    assert read_heartbeats(watchdog.folder, 1, watchdog.attempt)[0].ended == "left"
+    assert read_heartbeats(watchdog.folder, 1, "another start") == {}
 
 
 def test_a_failure_is_published(tmp_path: Path) -> None:
     watchdog = Watchdog(tmp_path, ALONE, WatchdogConfig())
     with pytest.raises(RuntimeError, match="broke"), watchdog:
         raise RuntimeError("it broke")
-    assert read_stands(watchdog.folder, 1, watchdog.attempt)[0].ended == "failed: RuntimeError: it broke"
+    assert read_heartbeats(watchdog.folder, 1, watchdog.attempt)[0].ended == "failed: RuntimeError: it broke"
 
 
 def test_the_first_step_of_a_start_has_its_own_limit(tmp_path: Path) -> None:
@@ -87,9 +89,22 @@ def test_the_first_step_of_a_start_has_its_own_limit(tmp_path: Path) -> None:
     assert places == ["first_step", "first_step", "save", "data"]
 
 
+def test_after_a_phase_comes_the_rest_of_the_step_and_an_error_stays_where_it_was_raised(tmp_path: Path) -> None:
+    watchdog = Watchdog(tmp_path, ALONE, WatchdogConfig(enabled=False))
+    watchdog.beat("data", 0)
+    with watchdog.phase("data", 3):
+        assert watchdog._place[:2] == ("data", 3)
+    assert watchdog._place[:2] == ("step", 3)
+    with pytest.raises(RuntimeError, match="broke"), watchdog.phase("save", 3):
+        raise RuntimeError("it broke")
+    assert watchdog._place[:2] == ("save", 3)
+
+
 def test_a_rank_that_works_alone_longer_than_the_others_is_slow() -> None:
-    stands = {rank: replace(HERE, rank=rank, local_step_s=seconds) for rank, seconds in enumerate((0.01, 0.03, 0.011))}
-    assert slowness(stands)[1] == pytest.approx(0.03 / 0.0105)
+    heartbeats = {
+        rank: replace(HERE, rank=rank, local_step_s=seconds) for rank, seconds in enumerate((0.01, 0.03, 0.011))
+    }
+    assert slowness(heartbeats)[1] == pytest.approx(0.03 / 0.0105)
     assert slowness({0: HERE}) == {}
 
 
@@ -119,7 +134,7 @@ def test_verdicts_name_the_likeliest_culprit_first() -> None:
 
 
 def test_a_rank_that_never_published_is_named() -> None:
-    verdicts = judge({1: replace(HERE, rank=1)}, 2, host=HOST, silent=set(), slow_factor=2.0)
+    verdicts = verdicts_on({1: replace(HERE, rank=1)}, 2, host=HOST, silent=set(), slow_factor=2.0)
     assert (verdicts[0].rank, verdicts[0].text) == (0, "never published where it stands")
     table = report_table("why", verdicts)
     assert table.splitlines()[0] == "why"
@@ -134,7 +149,9 @@ def test_one_rank_writes_the_report(tmp_path: Path) -> None:
         report.add_stacks(f"stacks of {report.rank}")
     assert [report.claim() for report in reports] == [True, False]
     assert reports[1].is_claimed()
-    verdicts = judge({rank: replace(HERE, rank=rank) for rank in range(2)}, 2, host=HOST, silent=set(), slow_factor=2)
+    verdicts = verdicts_on(
+        {rank: replace(HERE, rank=rank) for rank in range(2)}, 2, host=HOST, silent=set(), slow_factor=2
+    )
     reports[0].write("cause", verdicts)
     text = reports[1].path.read_text()
     assert text.index("stacks of 0") < text.index("stacks of 1")
@@ -154,9 +171,9 @@ def test_a_disk_that_refuses_does_not_end_the_run(tmp_path: Path, caplog: pytest
 
 def test_half_a_file_is_no_stand(tmp_path: Path) -> None:
     publish(tmp_path, HERE)
-    assert read_stands(tmp_path, 1, "now") == {0: HERE}
+    assert read_heartbeats(tmp_path, 1, "now") == {0: HERE}
     (tmp_path / "rank00000.json").write_text('{"attempt": "now"')
-    assert read_stands(tmp_path, 1, "now") == {}
+    assert read_heartbeats(tmp_path, 1, "now") == {}
 
 
 def test_limits_are_checked() -> None:

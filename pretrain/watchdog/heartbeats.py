@@ -1,6 +1,6 @@
-"""Where the ranks of a run stand, as files: what the watchdog publishes, reads and writes its report from.
+"""Heartbeats: files in which each rank says where it is, and the verdicts that can be drawn from them.
 
-Enters: a rank's `Stand`. Leaves: `RUN/watchdog/rank00003.json`, overwritten every few seconds, and after a stall a
+Enters: a rank's `Heartbeat`. Leaves: `RUN/watchdog/rank00003.json`, overwritten every few seconds, and after a stall a
 verdict on each rank.
 
 Files and not torch.distributed's store, because the store lives in rank 0's process (or in the launcher's) and answers
@@ -24,8 +24,8 @@ from pretrain.watchdog.config import LIMIT_OF
 
 
 @dataclass(frozen=True)
-class Stand:
-    """Where a rank stood when it last published."""
+class Heartbeat:
+    """Where a rank was when it last published."""
 
     attempt: str
     """The start of the run that this belongs to."""
@@ -56,13 +56,13 @@ class Stand:
         return self.ended is None and self.idle_s > self.limit_s
 
 
-def stand_path(folder: Path, rank: int) -> Path:
+def heartbeat_path(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank:05d}.json"
 
 
-def publish(folder: Path, stand: Stand) -> None:
+def publish(folder: Path, heartbeat: Heartbeat) -> None:
     """Replaces the rank's file; without fsync, as nobody needs it after a loss of power."""
-    write_whole(stand_path(folder, stand.rank), json.dumps(asdict(stand)))
+    write_whole(heartbeat_path(folder, heartbeat.rank), json.dumps(asdict(heartbeat)))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -72,28 +72,28 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def read_stands(folder: Path, size: int, attempt: str) -> dict[int, Stand]:
-    """The stands of this start by rank; without ranks that have not published yet."""
-    names = {field.name for field in fields(Stand)}
-    stands = {}
+def read_heartbeats(folder: Path, size: int, attempt: str) -> dict[int, Heartbeat]:
+    """The newest heartbeats of this start by rank; ranks that have not published yet are not among them."""
+    names = {field.name for field in fields(Heartbeat)}
+    heartbeats = {}
     for rank in range(size):
         try:
-            found = json.loads(stand_path(folder, rank).read_text())
+            found = json.loads(heartbeat_path(folder, rank).read_text())
         except (OSError, ValueError):
             continue
         if isinstance(found, dict) and found.keys() == names and found["attempt"] == attempt:
-            stands[rank] = Stand(**found)
-    return stands
+            heartbeats[rank] = Heartbeat(**found)
+    return heartbeats
 
 
-def process_state(stand: Stand, host: str) -> str | None:
+def process_state(heartbeat: Heartbeat, host: str) -> str | None:
     """`gone`, `stopped` or `there` for a process of this host; None for another host's."""
-    if stand.host != host:
+    if heartbeat.host != host:
         return None
     try:
-        process = psutil.Process(stand.pid)
+        process = psutil.Process(heartbeat.pid)
         status = process.status()
-        if abs(process.create_time() - stand.process_created_s) > 1 or status == psutil.STATUS_ZOMBIE:
+        if abs(process.create_time() - heartbeat.process_created_s) > 1 or status == psutil.STATUS_ZOMBIE:
             return "gone"
     except psutil.NoSuchProcess:
         return "gone"
@@ -110,62 +110,80 @@ class Verdict:
     kind: str
     """One of `VERDICTS`."""
     text: str
-    stand: Stand | None
+    heartbeat: Heartbeat | None
 
 
 VERDICTS = ("killed", "stopped", "silent", "failed", "hung", "slow", "working", "waits", "left")
 """From the likeliest cause of a stall to the least likely one."""
 
 
-def judge(stands: Mapping[int, Stand], size: int, *, host: str, silent: set[int], slow_factor: float) -> list[Verdict]:
+def verdicts_on(
+    heartbeats: Mapping[int, Heartbeat], size: int, *, host: str, silent: set[int], slow_factor: float
+) -> list[Verdict]:
     """A verdict on each rank, the likeliest culprit first; among equals the one that is furthest behind.
 
-    silent: ranks whose file did not change while it was watched.
+    Args:
+        heartbeats: by rank; ranks that never published are missing.
+        size: number of ranks.
+        host: the name of this process's node, whose other processes can be looked at.
+        silent: ranks whose file did not change while it was watched.
+        slow_factor: a rank is slow that takes this many times the others' median for its own work.
     """
-    ratios, phases = slowness(stands), list(LIMIT_OF)
+    ratios, phases = slowness(heartbeats), list(LIMIT_OF)
     verdicts = [
-        _judge(rank, stands.get(rank), host, rank in silent, ratios.get(rank, 1.0), slow_factor) for rank in range(size)
+        _verdict_on(rank, heartbeats.get(rank), host, rank in silent, ratios.get(rank, 1.0), slow_factor)
+        for rank in range(size)
     ]
 
     def suspicion(verdict: Verdict) -> tuple[float, ...]:
-        stand = verdict.stand
-        place = (-1, -1, 0.0) if stand is None else (stand.step, phases.index(stand.phase), stand.beat_time_s)
+        heartbeat = verdict.heartbeat
+        place = (
+            (-1, -1, 0.0)
+            if heartbeat is None
+            else (heartbeat.step, phases.index(heartbeat.phase), heartbeat.beat_time_s)
+        )
         return (VERDICTS.index(verdict.kind), *place, verdict.rank)
 
     return sorted(verdicts, key=suspicion)
 
 
-def _judge(rank: int, stand: Stand | None, host: str, silent: bool, ratio: float, slow_factor: float) -> Verdict:
-    if stand is None:
+def _verdict_on(
+    rank: int, heartbeat: Heartbeat | None, host: str, silent: bool, ratio: float, slow_factor: float
+) -> Verdict:
+    if heartbeat is None:
         return Verdict(rank, "silent", "never published where it stands", None)
-    state = process_state(stand, host)
-    if stand.ended is not None:
-        kind = "left" if stand.ended == "left" else "failed"
-        return Verdict(rank, kind, stand.ended, stand)
+    state = process_state(heartbeat, host)
+    if heartbeat.ended is not None:
+        kind = "left" if heartbeat.ended == "left" else "failed"
+        return Verdict(rank, kind, heartbeat.ended, heartbeat)
     if state == "gone":
-        return Verdict(rank, "killed", f"killed: its process {stand.pid} is gone, without a word", stand)
+        return Verdict(rank, "killed", f"killed: its process {heartbeat.pid} is gone, without a word", heartbeat)
     if state == "stopped":
         return Verdict(
-            rank, "stopped", f"hung: its process {stand.pid} is stopped (SIGSTOP, a debugger, a freezer)", stand
+            rank, "stopped", f"hung: its process {heartbeat.pid} is stopped (SIGSTOP, a debugger, a freezer)", heartbeat
         )
     if silent and state == "there":
-        text = f"hung: process {stand.pid} is there, but none of its threads runs or its disk does not answer"
-        return Verdict(rank, "silent", text, stand)
+        text = f"hung: process {heartbeat.pid} is there, but none of its threads runs or its disk does not answer"
+        return Verdict(rank, "silent", text, heartbeat)
     if silent:
-        text = f"silent: process {stand.pid} on {stand.host} was killed or stopped, or its node or disk is gone"
-        return Verdict(rank, "silent", text, stand)
-    if stand.overdue and stand.waits:
-        return Verdict(rank, "waits", "waits for the others, in a collective or the backward pass", stand)
-    if stand.overdue:
-        return Verdict(rank, "hung", f"hung: no progress in more than {stand.limit_s:g} s, not in a collective", stand)
+        text = f"silent: process {heartbeat.pid} on {heartbeat.host} was killed or stopped, or its node or disk is gone"
+        return Verdict(rank, "silent", text, heartbeat)
+    if heartbeat.overdue and heartbeat.waits:
+        return Verdict(rank, "waits", "waits for the others, in a collective or the backward pass", heartbeat)
+    if heartbeat.overdue:
+        return Verdict(
+            rank, "hung", f"hung: no progress in more than {heartbeat.limit_s:g} s, not in a collective", heartbeat
+        )
     if ratio >= slow_factor:
-        return Verdict(rank, "slow", f"slow: {ratio:.1f} times the others' median of own work per step", stand)
-    return Verdict(rank, "working", f"works within the {stand.limit_s:g} s that this phase may take", stand)
+        return Verdict(rank, "slow", f"slow: {ratio:.1f} times the others' median of own work per step", heartbeat)
+    return Verdict(rank, "working", f"works within the {heartbeat.limit_s:g} s that this phase may take", heartbeat)
 
 
-def slowness(stands: Mapping[int, Stand]) -> dict[int, float]:
+def slowness(heartbeats: Mapping[int, Heartbeat]) -> dict[int, float]:
     """Each rank's own seconds per step, divided by the median of the others'. Empty for less than two ranks."""
-    local = {rank: stand.local_step_s for rank, stand in stands.items() if stand.local_step_s is not None}
+    local = {
+        rank: heartbeat.local_step_s for rank, heartbeat in heartbeats.items() if heartbeat.local_step_s is not None
+    }
     ratios = {}
     for rank, seconds in local.items():
         others = [value for other, value in local.items() if other != rank]
