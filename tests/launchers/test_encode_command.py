@@ -102,8 +102,8 @@ def test_latents_are_the_models_and_members_are_carried_over(
         tensors = safetensors.torch.load(sample["latent.safetensors"])
         assert tensors.keys() == {"latent", "mirrored"}
         assert tensors["latent"].shape == (8, 4, 4)
-        assert torch.allclose(tensors["latent"], by_hand(run_dir, number, (16, 16)), atol=1e-5)
-        assert torch.allclose(tensors["mirrored"], by_hand(run_dir, number, (16, 16), mirror=True), atol=1e-5)
+        assert torch.allclose(tensors["latent"], by_hand(run_dir, number, (16, 16)), atol=1e-4)
+        assert torch.allclose(tensors["mirrored"], by_hand(run_dir, number, (16, 16), mirror=True), atol=1e-4)
     manifest = Manifest.load(tmp_path / "out")
     assert manifest.num_samples == summary["num_samples"] == 17
     assert manifest.classes == ("a", "b", "c")
@@ -137,7 +137,7 @@ def test_statistics_are_those_of_all_latent_pixels(photos: Path, run_dir: Path, 
     assert about["model"]["digest"] == load_tokenizer(run_dir).digest
     assert (about["factor"], about["channels"], about["view"]) == (4, 8, "as stored")
     for number, latent in enumerate(latents):
-        assert torch.allclose(latent, by_hand(run_dir, number, None), atol=1e-5)
+        assert torch.allclose(latent, by_hand(run_dir, number, None), atol=1e-4)
 
 
 def test_the_size_that_was_encoded_is_kept(photos: Path, run_dir: Path, tmp_path: Path) -> None:
@@ -318,4 +318,4 @@ def test_sixteen_bit_pictures_keep_their_depth(tmp_path: Path) -> None:
     normalised = (torch.from_numpy(pixels.astype(np.float32))[None, None] / 65535 - 0.5) / 0.5
     with torch.no_grad():
         expected = model_of(config.run_dir).encode(normalised)[0]
-    assert torch.allclose(latent, expected, atol=1e-5)
+    assert torch.allclose(latent, expected, atol=1e-4)

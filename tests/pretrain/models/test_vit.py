@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from pretrain.models.attention import SelfAttention, attend
 from pretrain.models.vit import VIT_SIZES, ViT, ViTConfig, sincos_position_embedding, vit_config
+from tests.pretrain.exact import relative_error
 
 SMALL = ViTConfig(image_size=(24, 40), patch_size=(8, 4), in_channels=2, width=48, depth=3, heads=4)
 
@@ -98,13 +99,13 @@ def test_attention_equals_a_literal_one() -> None:
     torch.testing.assert_close(attention(tokens), attention.proj(mixed.flatten(2)))
 
 
-def test_bfloat16_attention_on_a_cpu_is_at_least_as_exact_as_torchs() -> None:
+def test_bfloat16_attention_on_a_cpu_rounds_nothing_but_its_result() -> None:
+    """torch's own was 2.5% further from the exact values than their rounding, on a processor without AVX-512."""
     parts = torch.randn(3, 2, 4, 50, 16, generator=torch.Generator().manual_seed(0)) * 3
     exact = F.scaled_dot_product_attention(*parts.bfloat16().double())
     ours = attend(*parts.bfloat16(), None, False)
-    theirs = F.scaled_dot_product_attention(*parts.bfloat16())
     assert ours.dtype == torch.bfloat16
-    assert (ours - exact).square().mean() <= (theirs - exact).square().mean()
+    assert relative_error(ours, exact) <= 1.001 * relative_error(exact.bfloat16(), exact)
 
 
 def test_initialisation_is_the_papers() -> None:

@@ -115,7 +115,7 @@ def test_eval_reports_trained_and_untrained_and_writes_what_it_printed(
             assert (record["weights"], record["step"], record["num_test"]) == (side, step, 31)
             points = read_metrics(run_dir)[f"{prefix}/{task}/top1"]
             assert [(point.step, point.value) for point in points] == [(step, record["metrics"]["top1"])]
-    assert result["trained"]["linear_top1"] > 90  # rows of pixels are easy
+    assert result["trained"]["linear_top1"] > 80  # rows of pixels are easy
     knn, linear = result["results"][:2]
     assert knn["settings"]["k"] == [3, 5]
     assert knn["selection"] == {"by": "fixed in advance", "k": 5}
