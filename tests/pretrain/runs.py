@@ -65,7 +65,7 @@ def run_several(
     listed = folder / f"runs-{len(list(folder.glob('runs-*')))}.json"
     listed.write_text(json.dumps([list(run) for run in runs]))
     command = torchrun(num_processes, str(Path(__file__).parent / script), str(config), str(listed), *arguments)
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
