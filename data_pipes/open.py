@@ -72,7 +72,7 @@ def open_recipe(config: DataConfig, image_size: tuple[int, int], channels: int) 
 def _clip_transform(
     config: DataConfig, sampling: ClipSampling, image_size: tuple[int, int], channels: int
 ) -> ClipTransform:
-    fields = {field.name: field.default for field in dataclasses.fields(DataConfig)}
+    fields = {field.name: field.default for field in dataclasses.fields(config)}
     unused = [name for name in ("crop_scale", "crop_ratio") if tuple(getattr(config, name)) != fields[name]]
     if config.crop == "multi_scale" and unused:
         raise ValueError(
