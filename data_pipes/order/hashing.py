@@ -11,6 +11,7 @@ Black and Rogaway, "Ciphers with arbitrary finite domains", 2002.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,17 +19,37 @@ from numpy.typing import ArrayLike, NDArray
 Int64s = NDArray[np.int64]
 Uint64s = NDArray[np.uint64]
 
+WEYL_INCREMENT = 0x9E3779B97F4A7C15
+"""The step of splitmix64's counter: 2**64 divided by the golden ratio, made odd."""
 _ROUNDS = 4
 _UNIFORM_TAG = 0x756E69666F726D
 # keeps `hash_uniform` apart from every other use of the same seed
 
 
+def finalise64(word: Any, shift_right: Callable[[Any, int], Any], constant: Callable[[int], Any]) -> Any:
+    """The finaliser of splitmix64, a bijection of 64-bit words, for any type whose products keep the lowest 64 bits.
+
+    Args:
+        word: one word or an array of words.
+        shift_right: the logical right shift of a 64-bit word of that type.
+        constant: turns an integer in [0, 2**64) into that type.
+
+    Returns:
+        The mixed words; only their lowest 64 bits count where the type has more.
+    """
+    word = (word ^ shift_right(word, 30)) * constant(0xBF58476D1CE4E5B9)
+    word = (word ^ shift_right(word, 27)) * constant(0x94D049BB133111EB)
+    return word ^ shift_right(word, 31)
+
+
 def mix64(value: Uint64s) -> Uint64s:
     """splitmix64's output function; a bijection of 64-bit words. Arrays only: numpy warns of scalars."""
-    value = value + np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    mixed: Uint64s = finalise64(value + np.uint64(WEYL_INCREMENT), _shift_right, np.uint64)
+    return mixed
+
+
+def _shift_right(word: Uint64s, count: int) -> Uint64s:
+    return word >> np.uint64(count)
 
 
 def hash_words(*parts: ArrayLike) -> Uint64s:

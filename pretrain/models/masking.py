@@ -13,10 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# splitmix64 (Steele, Lea and Flood, OOPSLA 2014): the Weyl increment and the two multipliers of its finaliser.
-_GOLDEN = 0x9E3779B97F4A7C15
-_MULTIPLIER_1 = 0xBF58476D1CE4E5B9
-_MULTIPLIER_2 = 0x94D049BB133111EB
+from data_pipes.order.hashing import WEYL_INCREMENT, finalise64
 
 
 class Masking(NamedTuple):
@@ -36,9 +33,10 @@ def position_noise(positions: Tensor, num_tokens: int, seed: int) -> Tensor:
     positions: int64 [B], global sample positions. num_tokens: N. seed: any int (taken modulo 2**64).
     Returns float32 [B, N] in [0, 1) with 24 random bits, on the device of `positions`, the same bits on every device.
     """
-    sample_key = _mix64(positions[:, None] * _signed(_GOLDEN) + _signed(_mix64_int(seed)))  # [B, 1]
+    mixed_seed = finalise64(seed, lambda word, count: word % 2**64 >> count, int)
+    sample_key = _finalise(positions[:, None] * _signed(WEYL_INCREMENT) + _signed(mixed_seed))  # [B, 1]
     counter = torch.arange(1, num_tokens + 1, dtype=torch.int64, device=positions.device)
-    bits = _mix64(sample_key + counter * _signed(_GOLDEN))  # [B, N]
+    bits = _finalise(sample_key + counter * _signed(WEYL_INCREMENT))  # [B, N]
     return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
 
 
@@ -87,16 +85,7 @@ def _shift_right(bits: Tensor, count: int) -> Tensor:
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
-def _mix64(bits: Tensor) -> Tensor:
-    """The finaliser of splitmix64 on int64 tensors: a bijection of 64 bits."""
-    bits = (bits ^ _shift_right(bits, 30)) * _signed(_MULTIPLIER_1)
-    bits = (bits ^ _shift_right(bits, 27)) * _signed(_MULTIPLIER_2)
-    return bits ^ _shift_right(bits, 31)
-
-
-def _mix64_int(bits: int) -> int:
-    """The same finaliser on a Python int, in [0, 2**64)."""
-    bits %= 2**64
-    bits = (bits ^ (bits >> 30)) * _MULTIPLIER_1 % 2**64
-    bits = (bits ^ (bits >> 27)) * _MULTIPLIER_2 % 2**64
-    return bits ^ (bits >> 31)
+def _finalise(bits: Tensor) -> Tensor:
+    """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014) on int64 tensors."""
+    finalised: Tensor = finalise64(bits, _shift_right, _signed)
+    return finalised
