@@ -18,7 +18,7 @@ import io
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -32,7 +32,10 @@ from data_pipes.errors import DecodeError, SampleError
 
 __all__ = ["DEFAULT_MAX_PIXELS", "DecodeError", "Pixels", "SampleError", "decode_image"]
 
-_PNG, _NUMPY = b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
+NUMPY_MAGIC = b"\x93NUMPY"
+"""The first bytes of an array in numpy's own format."""
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+"""The first bytes of a PNG."""
 _PNG_RGB, _PNG_GREY_ALPHA, _PNG_RGBA = 2, 4, 6
 # EPS starts Ghostscript and WMF the system's renderer; the others are stubs without a decoder.
 _REFUSED_FORMATS = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
@@ -47,9 +50,9 @@ def decode_image(data: bytes, channels: int | None, max_pixels: int = DEFAULT_MA
     """
     if data.startswith(jpeg.JPEG_MAGIC):
         pixels = _decode_jpeg(data, channels, max_pixels)
-    elif data.startswith(_NUMPY):
+    elif data.startswith(NUMPY_MAGIC):
         pixels = _decode_numpy(data, max_pixels)
-    elif data.startswith(_PNG) and data[24:25] == b"\x10" and data[25] in (_PNG_RGB, _PNG_GREY_ALPHA, _PNG_RGBA):
+    elif data.startswith(PNG_MAGIC) and data[24:25] == b"\x10" and data[25] in (_PNG_RGB, _PNG_GREY_ALPHA, _PNG_RGBA):
         pixels = _decode_png16(data, channels, max_pixels)
     elif data.startswith(tiff.MAGICS) and (found := tiff.decode_tiff(data, max_pixels)) is not None:
         pixels = _settle_alpha(*found, channels)
@@ -135,12 +138,22 @@ def _as_raw_mode(picture: Image.Image, raw_mode: str) -> Pixels:
     return np.array(picture)
 
 
+def numpy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """The shape and type of an array in numpy's own format; the file is read up to the array's first byte.
+
+    Raises:
+        Exception: the header is damaged; its text is a Python literal, so its parser raises nearly anything.
+    """
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    return shape, dtype
+
+
 def _decode_numpy(data: bytes, max_pixels: int) -> Pixels:
     file = io.BytesIO(data)
     try:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(file)
+        shape, dtype = numpy_header(file)
         native = dtype.newbyteorder("=")
         if native not in (np.dtype(np.uint8), np.dtype(np.uint16)) or len(shape) not in (2, 3) or 0 in shape[2:]:
             raise ValueError(f"{dtype} {shape}, expected uint8 or uint16 of shape [H, W] or [H, W, C]")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipes.decode import tiff
-from data_pipes.decode.picture import pil_formats
+from data_pipes.decode.picture import NUMPY_MAGIC, numpy_header, pil_formats
 from data_pipes.errors import DecodeError, SampleError, ShardError
 from data_pipes.order.hashing import feistel, hash_words
 from data_pipes.shards.collection import Place
@@ -225,11 +225,8 @@ def picture_header(raw: RawSample) -> tuple[str, int, int]:
         height, width, channels, bits = tiff.describe(data)
         return f"TIFF {channels} x {bits} bit", height, width
     try:
-        if data.startswith(b"\x93NUMPY"):
-            file = io.BytesIO(data)
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(file)
+        if data.startswith(NUMPY_MAGIC):
+            shape, dtype = numpy_header(io.BytesIO(data))
             return f"NPY {(*shape, 1)[2]} x {dtype.itemsize * 8} bit", shape[0], shape[1]
         with Image.open(io.BytesIO(data), formats=pil_formats()) as picture:
             depth = " 16 bit" if picture.format == "PNG" and data[24:25] == b"\x10" else ""

@@ -22,7 +22,7 @@ from itertools import islice
 import torch
 
 from data_pipes.decode.limits import DEFAULT_MAX_PIXELS
-from data_pipes.decode.picture import decode_image
+from data_pipes.decode.picture import PNG_MAGIC, decode_image
 from data_pipes.errors import DecodeError, SampleError, ShardError
 from data_pipes.index.walk import index_shard
 from data_pipes.inspect.stats import load_index
@@ -40,7 +40,6 @@ from data_pipes.shards.members import (
 from data_pipes.shards.reader import RawSample, ShardReader
 from data_pipes.store.storage import Storage
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 _MAX_FLAWS = 10_000
 # listed per shard; all are counted
 _AT_ONCE = 64
@@ -185,9 +184,9 @@ def _content_flaws(manifest: Manifest, check: Check, shard: int, storage: Storag
 def _check_picture(data: bytes, max_pixels: int) -> None:
     """Decodes it; of a PNG also compares every checksum, which decoding passes over where the pixels are complete."""
     decode_image(data, None, max_pixels)
-    if not data.startswith(_PNG):
+    if not data.startswith(PNG_MAGIC):
         return
-    start, part = len(_PNG), b""
+    start, part = len(PNG_MAGIC), b""
     while part != b"IEND":
         length = int.from_bytes(data[start : start + 4], "big")
         part, checksum = data[start + 4 : start + 8 + length], data[start + 8 + length : start + 12 + length]
