@@ -21,6 +21,7 @@ from data_pipes.errors import ShardError
 from data_pipes.index.progress import IndexJournal
 from data_pipes.index.walk import index_shard, split_name
 from data_pipes.shards.index_file import ShardIndex
+from data_pipes.shards.load_index import read_index
 from data_pipes.shards.manifest import INDEX_SUFFIX, MANIFEST_NAME, Manifest, ShardEntry, check_class_names, index_url
 from data_pipes.store.storage import Storage
 from data_pipes.store.urls import check_url, is_remote, join_url, local_path, scheme_of
@@ -37,8 +38,6 @@ __all__ = [
     "index_shards",
     "split_name",
 ]
-
-_MAX_INDEX_BYTES = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,9 @@ def _index_or_keep_object(job: _Job, force: bool, allow_missing_end: bool) -> In
     info = job.storage.info(job.place)
     known = job.known
     if known and not force and info.etag is not None and (known.size_bytes, known.etag) == (info.size_bytes, info.etag):
-        index = _known_index(job, known.index_sha256)
+        index = None
+        with suppress(ShardError, OSError):
+            index = read_index(job.index_place, known.index_sha256, job.storage)
         if index and index.size_bytes == info.size_bytes and (index.has_end_marker or allow_missing_end):
             return IndexedShard(known, True, index.num_skipped)
     index = index_shard(job.place, allow_missing_end=allow_missing_end, storage=job.storage)
@@ -165,16 +166,6 @@ def _index_or_keep_object(job: _Job, force: bool, allow_missing_end: bool) -> In
         raise ShardError(f"{job.place}: the object was replaced while it was indexed; run `tessera index` again")
     entry = ShardEntry(job.url, index.num_samples, index.size_bytes, _save(index, job), info.etag)
     return IndexedShard(entry, False, index.num_skipped)
-
-
-def _known_index(job: _Job, sha256: str) -> ShardIndex | None:
-    try:
-        if is_remote(job.index_place):
-            data = job.storage.read_whole(job.index_place, _MAX_INDEX_BYTES)
-            return ShardIndex.from_bytes(data, job.index_place, sha256)
-        return ShardIndex.load(job.index_place, sha256)
-    except (ShardError, OSError):
-        return None
 
 
 def _save(index: ShardIndex, job: _Job) -> str:

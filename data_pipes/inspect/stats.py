@@ -20,18 +20,16 @@ from PIL import Image
 
 from data_pipes.decode import tiff
 from data_pipes.decode.picture import NUMPY_MAGIC, numpy_header, pil_formats
-from data_pipes.errors import DecodeError, SampleError, ShardError
+from data_pipes.errors import DecodeError, SampleError
 from data_pipes.order.hashing import feistel, hash_words
 from data_pipes.shards.collection import Place
-from data_pipes.shards.index_file import ShardIndex
+from data_pipes.shards.load_index import load_index
 from data_pipes.shards.manifest import Manifest
 from data_pipes.shards.members import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, encoded_picture, label_of
 from data_pipes.shards.reader import RawSample, ShardReader
 from data_pipes.store.storage import Storage
-from data_pipes.store.urls import is_remote, local_path
 
 PERCENTILES = (1, 10, 50, 90, 99)
-_MAX_INDEX_BYTES = 1 << 30
 _BINS_PER_E = 100
 # the sizes are counted in bins that are 1 % wide, so percentiles are exact to that; bounded for any number of samples
 _NUM_BINS = 45 * _BINS_PER_E
@@ -128,22 +126,6 @@ def take_census(
         "extensions": extensions,
         "sampled": _read_some(manifest, min(num_read, num_samples), seed, label_key, storage) if num_read else {},
     }
-
-
-def load_index(manifest: Manifest, shard: int, storage: Storage) -> ShardIndex:
-    """The index of a shard, wherever it lies; checked against the manifest. Raises ShardError."""
-    url, entry = manifest.index_url(shard), manifest.shards[shard]
-    try:
-        data = storage.read_whole(url, _MAX_INDEX_BYTES) if is_remote(url) else local_path(url).read_bytes()
-    except FileNotFoundError:
-        raise ShardError(f"{url}: no such index file; make it with `tessera index`") from None
-    index = ShardIndex.from_bytes(data, url, entry.index_sha256)
-    if (index.num_samples, index.size_bytes) != (entry.num_samples, entry.size_bytes):
-        raise ShardError(
-            f"{url}: {index.num_samples} samples in {index.size_bytes:,} bytes, the manifest says "
-            f"{entry.num_samples} in {entry.size_bytes:,}; run `tessera index` again"
-        )
-    return index
 
 
 def _count(manifest: Manifest, shard: int, storage: Storage) -> _ShardSums:

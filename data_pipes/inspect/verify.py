@@ -25,9 +25,9 @@ from data_pipes.decode.limits import DEFAULT_MAX_PIXELS
 from data_pipes.decode.picture import PNG_MAGIC, decode_image
 from data_pipes.errors import DecodeError, SampleError, ShardError
 from data_pipes.index.walk import index_shard
-from data_pipes.inspect.stats import load_index
 from data_pipes.shards.collection import Place
 from data_pipes.shards.index_file import ShardIndex
+from data_pipes.shards.load_index import load_index
 from data_pipes.shards.manifest import Manifest
 from data_pipes.shards.members import (
     CAPTION_EXTENSIONS,

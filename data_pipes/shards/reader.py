@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Collection as Names
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from data_pipes.cache.cache import ChunkCache, chunk_key
 from data_pipes.errors import ShardError
 from data_pipes.shards.collection import Collection, Place
 from data_pipes.shards.index_file import ShardIndex
+from data_pipes.shards.load_index import load_index
 from data_pipes.shards.manifest import Manifest
 from data_pipes.store.counters import Tally
 from data_pipes.store.files import LocalFile
@@ -37,10 +37,6 @@ _MAX_OPEN_SHARDS = 256
 # file handles per reader; processes usually may have 1,024
 _MAX_INDEXED_SAMPLES = 1 << 20
 # samples of the loaded indexes of a reader: about 100 MB
-_MAX_INDEX_BYTES = 1 << 30
-# of one index file in a store
-_INDEX_KEPT_S = 600.0
-# for which an index in the cache counts as needed; then it makes room for chunks that are needed sooner
 
 
 class RawSample(NamedTuple):
@@ -267,12 +263,7 @@ class ShardReader:
             if shard in self._indexes:
                 self._indexes.move_to_end(shard)
                 return self._indexes[shard]
-        url, entry = self.collection.index_url(shard), self.collection.entry(shard)
-        index = ShardIndex.from_bytes(self._index_bytes(url, entry.index_sha256), url, entry.index_sha256)
-        if index.num_samples != entry.num_samples:
-            raise ShardError(
-                f"{url}: {index.num_samples} samples, the manifest says {entry.num_samples}; run `tessera index` again"
-            )
+        index = load_index(self.collection, shard, self.storage, self.cache)
         with self._lock:
             if shard not in self._indexes:
                 self._indexes[shard] = index
@@ -281,28 +272,6 @@ class ShardReader:
                 _, dropped = self._indexes.popitem(last=False)
                 self._num_indexed -= dropped.num_samples
         return index
-
-    def _index_bytes(self, url: str, digest: str) -> bytes:
-        """An index file; those of a store stay in the cache, under a head that says their length."""
-        if not is_remote(url):
-            try:
-                return local_path(url).read_bytes()
-            except FileNotFoundError:
-                raise ShardError(f"{url}: no such index file; make it with `tessera index`") from None
-        key = chunk_key(url, digest, 0, 0, 0)
-        if self.cache is not None and (head := self.cache.read(key, 0, 8)) is not None:
-            data = self.cache.read(key, 8, int.from_bytes(head, "little"))
-            if data is not None:
-                return data
-        try:
-            data = self.storage.read_whole(url, _MAX_INDEX_BYTES)
-        except FileNotFoundError:
-            raise ShardError(f"{url}: no such index file; make it with `tessera index`") from None
-        except StorageError as error:
-            raise ShardError(str(error)) from error
-        if self.cache is not None:
-            self.cache.put(key, len(data).to_bytes(8, "little") + data, time.time() + _INDEX_KEPT_S)
-        return data
 
 
 def _result(answer: Future[bytes]) -> bytes:

@@ -219,9 +219,9 @@ def _peek(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
 def _training_set(arguments: argparse.Namespace) -> SampleDataset:
     """The data set as a run with the default transform would open it; of videos, clips."""
     from data_pipes.config import DataConfig
-    from data_pipes.inspect.stats import load_index
     from data_pipes.open import open_collection, open_dataset
     from data_pipes.order.order import OrderConfig
+    from data_pipes.shards.load_index import load_index
     from data_pipes.shards.members import IMAGE_EXTENSIONS
     from data_pipes.store.storage import Storage
     from data_pipes.transforms.clips import ClipSampling
