@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import tarfile
 import threading
 from pathlib import Path
@@ -140,8 +141,8 @@ def test_threads_and_copies_share_nothing_harmful(manifest: Manifest, monkeypatc
 def test_local_source_reads_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "f").write_bytes(bytes(range(100)))
     source = LocalFile(tmp_path / "f")
-    pread = reader_module.os.pread
-    monkeypatch.setattr(reader_module.os, "pread", lambda handle, length, offset: pread(handle, min(length, 7), offset))
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda handle, length, offset: pread(handle, min(length, 7), offset))
     assert source.read(10, 50) == bytes(range(10, 60))
     assert source.read(90, 50) == bytes(range(90, 100))
     assert source.size() == 100
