@@ -10,7 +10,6 @@ request for exactly its bytes, many at once; so a miss costs one round trip for 
 
 from __future__ import annotations
 
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Collection as Names
@@ -25,14 +24,13 @@ from data_pipes.shards.collection import Collection, Place
 from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.load_index import load_index
 from data_pipes.shards.manifest import Manifest
+from data_pipes.shards.tar import BLOCK, is_header_of
 from data_pipes.store.counters import Tally
 from data_pipes.store.files import LocalFile
 from data_pipes.store.storage import Storage
 from data_pipes.store.transport import ByteRange, StorageError
 from data_pipes.store.urls import is_remote, local_path
 
-_BLOCK = 512
-_OCTAL = re.compile(rb"[0-7]+")
 _MAX_OPEN_SHARDS = 256
 # file handles per reader; processes usually may have 1,024
 _MAX_INDEXED_SAMPLES = 1 << 20
@@ -161,7 +159,7 @@ class ShardReader:
         members = places if self._wanted is None else {name: places[name] for name in places if name in self._wanted}
         if not members:
             return _Wanted(place, key, tuple(places), {}, 0, 0, 0, 0)
-        begin = min(offset for offset, _ in members.values()) - _BLOCK
+        begin = min(offset for offset, _ in members.values()) - BLOCK
         end = max(offset + size for offset, size in members.values())
         bounds = _chunk_bounds(index, place) if place.size and self.cache is not None else (0, 0)
         return _Wanted(place, key, tuple(places), members, begin, end - begin, *bounds)
@@ -170,10 +168,10 @@ class ShardReader:
         members = {}
         for extension, (offset, size) in wanted.members.items():
             start = offset - wanted.begin
-            if not _is_header(data[start - _BLOCK : start], wanted.key, extension, size):
+            if not is_header_of(data[start - BLOCK : start], wanted.key, extension, size):
                 raise ShardError(
                     f"{self.collection.shard_url(wanted.place.shard)}: no header of {wanted.key}.{extension} at byte "
-                    f"{offset - _BLOCK:,}; the shard was changed after it was indexed: restore it, or run "
+                    f"{offset - BLOCK:,}; the shard was changed after it was indexed: restore it, or run "
                     "`tessera index` and start anew"
                 )
             members[extension] = data[start : start + size]
@@ -286,22 +284,3 @@ def _chunk_bounds(index: ShardIndex, place: Place) -> tuple[int, int]:
     first = 0 if index.num_samples == place.size else place.first
     begin, last = int(index.sample_offset[first]), first + place.size - 1
     return begin, int(index.sample_offset[last] + index.sample_size[last]) - begin
-
-
-def _is_header(block: bytes, key: str, extension: str, size: int) -> bool:
-    """Whether a tar header block belongs to the member KEY.EXTENSION of `size` bytes. Takes 1 us.
-
-    Names beyond ASCII or 100 bytes may stand in an extended header before this one; there the size alone is compared,
-    and sizes of 8 GiB and more are not.
-    """
-    digits = block[124:136].strip(b" \0")
-    known = size < 1 << 33 and not digits.startswith(b"\x80")
-    if known and (not _OCTAL.fullmatch(digits) or int(digits, 8) != size):
-        return False
-    expected = f"{key}.{extension}"
-    if len(expected) > 100 or not expected.isascii():
-        return True
-    name = block[:100].rstrip(b"\0").decode("ascii", "replace")
-    if name != expected and block[257:263] == b"ustar\0" and block[345]:
-        name = block[345:500].rstrip(b"\0").decode("ascii", "replace") + "/" + name
-    return name == expected or (name[: len(key)] == key and name[len(key) :].lower() == "." + extension)
