@@ -29,14 +29,54 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x
 _META_NAME = re.compile(r"__[^/]*__($|/)")  # as webdataset.tariterators.tar_file_iterator skips them
 
 
+class SampleGroups:
+    """Checks that the members of each sample are adjacent and have different extensions."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+        self._current: str | None = None
+        self._extensions: set[str] = set()
+
+    def add(self, member: TarMember, key: str, extension: str) -> bool:
+        """Takes the next member of a tar that belongs to a sample.
+
+        Args:
+            member: the member.
+            key: the sample's key, from the member's name.
+            extension: the member's extension, from its name.
+
+        Returns:
+            Whether the member is the first one of its sample.
+
+        Raises:
+            TarProblem: the sample began earlier and was interrupted, or has the extension already.
+        """
+        is_first = key != self._current
+        if is_first:
+            if key in self._seen:
+                raise TarProblem(
+                    f"the members of the sample {key!r} are not adjacent",
+                    member.header,
+                    "sort the files by name when packing (`tar --sort=name`), or use `tessera pack`",
+                )
+            self._seen.add(key)
+            self._current, self._extensions = key, set()
+        if extension in self._extensions:
+            raise TarProblem(
+                f"the sample {key!r} has two members with the extension {extension!r}",
+                member.header,
+                "give the samples distinct keys and pack the shard again",
+            )
+        self._extensions.add(extension)
+        return is_first
+
+
 @dataclass
-class _Builder:
+class _IndexBuilder:
     """Collects members into samples, as webdataset groups them."""
 
+    groups: SampleGroups = field(default_factory=SampleGroups)
     keys: list[bytes] = field(default_factory=list)
-    seen: set[str] = field(default_factory=set)
-    current: str | None = None
-    in_sample: set[str] = field(default_factory=set)
     extensions: dict[str, int] = field(default_factory=dict)
     sample_offset: list[int] = field(default_factory=list)
     sample_end: list[int] = field(default_factory=list)
@@ -51,33 +91,15 @@ class _Builder:
         if member.is_folder or not extension:
             self.num_skipped += 1
             return
-        if key != self.current:
-            self._begin(key, member)
-        if extension in self.in_sample:
-            raise TarProblem(
-                f"the sample {key!r} has two members with the extension {extension!r}",
-                member.header,
-                "give the samples distinct keys and pack the shard again",
-            )
-        self.in_sample.add(extension)
+        if self.groups.add(member, key, extension):
+            self.keys.append(key.encode("utf-8", "surrogateescape"))
+            self.sample_offset.append(member.header)
+            self.sample_end.append(member.end)
+            self.first_member.append(len(self.member_offset))
         self.member_extension.append(self.extensions.setdefault(extension, len(self.extensions)))
         self.member_offset.append(member.data)
         self.member_size.append(member.size)
         self.sample_end[-1] = member.end
-
-    def _begin(self, key: str, member: TarMember) -> None:
-        if key in self.seen:
-            raise TarProblem(
-                f"the members of the sample {key!r} are not adjacent",
-                member.header,
-                "sort the files by name when packing (`tar --sort=name`), or use `tessera pack`",
-            )
-        self.seen.add(key)
-        self.current, self.in_sample = key, set()
-        self.keys.append(key.encode("utf-8", "surrogateescape"))
-        self.sample_offset.append(member.header)
-        self.sample_end.append(member.end)
-        self.first_member.append(len(self.member_offset))
 
     def finish(self, size_bytes: int, has_end_marker: bool) -> ShardIndex:
         offset = np.array(self.sample_offset, dtype=np.uint64)
@@ -119,7 +141,7 @@ def index_shard(
     without a sample. `allow_missing_end`: see `walk_tar`. Raises StorageError when the store cannot be used.
     """
     path = os.fspath(place)
-    builder = _Builder()
+    builder = _IndexBuilder()
     opened = _open_object(path, storage or Storage()) if is_remote(path) else _open_file(Path(path))
     with opened as (file, size_bytes):
         try:

@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import Any, BinaryIO, cast
 
 from data_pipes.errors import ShardError
-from data_pipes.index.walk import split_name
+from data_pipes.index.walk import SampleGroups, split_name
 from data_pipes.order.hashing import feistel, hash64, hash_words
 from data_pipes.shards.reader import RawSample
 from data_pipes.shards.tar import TarMember, TarProblem
@@ -157,13 +157,13 @@ def read_members(
 
     Raises ShardError for a shard that is damaged, cut short, or not sorted by key.
     """
-    groups = _Groups()
+    groups = SampleGroups()
     with ExitStack() as stack:
         try:
             stream = stack.enter_context(storage.open(url))
             unpacked = stack.enter_context(_unpacked(stream, url))
             for member, read in walk_tar_stream(unpacked):
-                extension = groups.add(member)
+                extension = _extension_of(member, groups)
                 if not extension:
                     continue
                 if member.size > max_member_bytes:
@@ -185,36 +185,13 @@ def read_members(
             ) from error
 
 
-class _Groups:
-    """Checks that members of one key are adjacent and have different extensions; webdataset takes what comes."""
-
-    def __init__(self) -> None:
-        self._seen: set[str] = set()
-        self._current: str | None = None
-        self._extensions: set[str] = set()
-
-    def add(self, member: TarMember) -> str:
-        """The member's extension; "" where it belongs to no sample, or has a name that webdataset keeps for itself."""
-        key, extension = split_name(member.name)
-        if member.is_folder or not extension or extension.startswith("__"):
-            return ""
-        if key != self._current:
-            if key in self._seen:
-                raise TarProblem(
-                    f"the members of the sample {key!r} are not adjacent",
-                    member.header,
-                    "sort the files by name when packing (`tar --sort=name`), or use `tessera pack`",
-                )
-            self._seen.add(key)
-            self._current, self._extensions = key, set()
-        if extension in self._extensions:
-            raise TarProblem(
-                f"the sample {key!r} has two members with the extension {extension!r}",
-                member.header,
-                "give the samples distinct keys and pack the shard again",
-            )
-        self._extensions.add(extension)
-        return extension
+def _extension_of(member: TarMember, groups: SampleGroups) -> str:
+    """The member's extension; "" where it belongs to no sample, or has a name that webdataset keeps for itself."""
+    key, extension = split_name(member.name)
+    if member.is_folder or not extension or extension.startswith("__"):
+        return ""
+    groups.add(member, key, extension)
+    return extension
 
 
 def _unpacked(stream: BinaryIO, url: str) -> BinaryIO:
