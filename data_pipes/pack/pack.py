@@ -31,7 +31,7 @@ from data_pipes.pack.listing import Listing, Media, list_source
 from data_pipes.pack.plan import PackOptions, packing_order, plan_shards, shrink_factors, split_entries
 from data_pipes.pack.record import RECORD_NAME, WORK_FOLDER, begin, locked, refuse_foreign
 from data_pipes.pack.reencode_picture import UnreadableFile
-from data_pipes.pack.shard_writer import ShardPlan, ShardResult, Stopped, finished_shard, write_shard
+from data_pipes.pack.shard_writer import ShardPlan, ShardResult, ShardWriter, Stopped, finished_shard
 from data_pipes.pack.sources import FolderSource, Source, ZipSource
 from data_pipes.shards.manifest import Manifest
 from data_pipes.store.files import write_atomically
@@ -250,9 +250,9 @@ def _write_all(
         for entry in plan.entries if result is not None else ():
             on_sample(entry.file.size_bytes)
     with ThreadPoolExecutor(workers, thread_name_prefix="pack") as pool:
-        arguments = (options.preparation(media), options.skip_unreadable, stop, on_sample)
+        writer = ShardWriter(options.preparation(media), options.skip_unreadable, on_sample, stop)
         futures = {
-            pool.submit(write_shard, plan, opened[plan.split], *arguments): number
+            pool.submit(writer.write, plan, opened[plan.split]): number
             for number, plan in enumerate(plans)
             if results[number] is None
         }

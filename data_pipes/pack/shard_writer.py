@@ -77,79 +77,82 @@ def finished_shard(plan: ShardPlan) -> ShardResult | None:
     return result
 
 
-def write_shard(
-    plan: ShardPlan,
-    source: Source,
-    prepare: Prepare,
-    skip_unreadable: bool,
-    stop: threading.Event,
-    on_sample: Callable[[int], None],
-) -> ShardResult:
-    """Writes the shard under a temporary name, walks it strictly, indexes it and renames it.
+@dataclass(frozen=True)
+class ShardWriter:
+    """Writes shards, each from its plan; one writer serves all threads of a pack."""
 
-    Raises UnreadableFile for one that cannot be read or decoded (unless `skip_unreadable`), OSError when the
-    shard cannot be written, Stopped when `stop` is set, which each failure does.
-    """
-    temporary = plan.path.with_name(f".{plan.path.name}.tmp")
-    try:
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            num_samples, skipped = _write_samples(file, plan, source, prepare, skip_unreadable, stop, on_sample)
-            file.flush()
-            os.fsync(file.fileno())
-        result = ShardResult(0, 0, "", skipped)
-        if num_samples:
-            index = index_shard(temporary)
-            os.replace(temporary, plan.path)
-            result = ShardResult(num_samples, index.size_bytes, index.save(_index_path(plan.path)), skipped)
-        write_atomically(plan.note_path, json.dumps(asdict(result)).encode())
-    except BaseException as error:
-        stop.set()
-        if not isinstance(error, OSError):
-            raise
-        raise OSError(
-            f"{plan.path}: cannot be written ({error.strerror or error}); free or enlarge the space and repeat "
-            "the same command: finished shards are kept"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return result
+    prepare: Prepare
+    skip_unreadable: bool
+    """Leave out files that cannot be used, and list them in the result, instead of failing."""
+    on_sample: Callable[[int], None]
+    """Called for each file that was handled, with its bytes in the source, from any thread."""
+    stop: threading.Event
+    """When set, by each failure, all shards that are being written are given up."""
 
+    def write(self, plan: ShardPlan, source: Source) -> ShardResult:
+        """Writes the shard under a temporary name, walks it strictly, indexes it and renames it.
 
-def _write_samples(
-    file: IO[bytes],
-    plan: ShardPlan,
-    source: Source,
-    prepare: Prepare,
-    skip_unreadable: bool,
-    stop: threading.Event,
-    on_sample: Callable[[int], None],
-) -> tuple[int, list[dict[str, str]]]:
-    from webdataset.writer import TarWriter  # imports torch, seconds
+        Args:
+            plan: the shard.
+            source: where its files are read.
 
-    num_samples = 0
-    skipped: list[dict[str, str]] = []
-    # Fixed owner, mode and time: packing twice gives the same bytes.
-    with TarWriter(file, user="", group="", mode=0o444, mtime=0, encoder=False) as writer:
-        for entry in plan.entries:
-            if stop.is_set():
-                raise Stopped
-            try:
-                data, extension = _read(source, entry.file, prepare)
-            except UnreadableFile as error:
-                if not skip_unreadable:
-                    raise
-                skipped.append(
-                    {"split": plan.split, "name": entry.file.name, "cause": error.cause, "error": str(error)}
-                )
-            else:
-                sample = {"__key__": entry.key, extension: data}
-                if entry.label >= 0:
-                    sample["cls"] = b"%d" % entry.label
-                writer.write(sample)
-                num_samples += 1
-            on_sample(entry.file.size_bytes)
-    return num_samples, skipped
+        Raises:
+            UnreadableFile: a file cannot be read or decoded, and `skip_unreadable` is off.
+            OSError: the shard cannot be written.
+            Stopped: `stop` is set.
+        """
+        temporary = plan.path.with_name(f".{plan.path.name}.tmp")
+        try:
+            plan.folder.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                num_samples, skipped = self._write_samples(file, plan, source)
+                file.flush()
+                os.fsync(file.fileno())
+            result = ShardResult(0, 0, "", skipped)
+            if num_samples:
+                index = index_shard(temporary)
+                os.replace(temporary, plan.path)
+                result = ShardResult(num_samples, index.size_bytes, index.save(_index_path(plan.path)), skipped)
+            write_atomically(plan.note_path, json.dumps(asdict(result)).encode())
+        except BaseException as error:
+            self.stop.set()
+            if not isinstance(error, OSError):
+                raise
+            raise OSError(
+                f"{plan.path}: cannot be written ({error.strerror or error}); free or enlarge the space and repeat "
+                "the same command: finished shards are kept"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        return result
+
+    def _write_samples(self, file: IO[bytes], plan: ShardPlan, source: Source) -> tuple[int, list[dict[str, str]]]:
+        """Writes the tar; returns the number of samples, and the files that were left out."""
+        from webdataset.writer import TarWriter  # imports torch, seconds
+
+        num_samples = 0
+        skipped: list[dict[str, str]] = []
+        # Fixed owner, mode and time: packing twice gives the same bytes.
+        with TarWriter(file, user="", group="", mode=0o444, mtime=0, encoder=False) as writer:
+            for entry in plan.entries:
+                if self.stop.is_set():
+                    raise Stopped
+                try:
+                    data, extension = _read(source, entry.file, self.prepare)
+                except UnreadableFile as error:
+                    if not self.skip_unreadable:
+                        raise
+                    skipped.append(
+                        {"split": plan.split, "name": entry.file.name, "cause": error.cause, "error": str(error)}
+                    )
+                else:
+                    sample = {"__key__": entry.key, extension: data}
+                    if entry.label >= 0:
+                        sample["cls"] = b"%d" % entry.label
+                    writer.write(sample)
+                    num_samples += 1
+                self.on_sample(entry.file.size_bytes)
+        return num_samples, skipped
 
 
 def _read(source: Source, file: SourceFile, prepare: Prepare) -> tuple[bytes, str]:

@@ -28,8 +28,8 @@ from data_pipes.pack.listing import list_source
 from data_pipes.pack.pack import pack
 from data_pipes.pack.plan import PackOptions
 from data_pipes.pack.reencode_picture import PictureOptions, UnreadableFile, prepare_picture
-from data_pipes.pack.shard_writer import ShardPlan, Stopped
-from data_pipes.pack.sources import FolderSource, ZipSource, natural_key
+from data_pipes.pack.shard_writer import ShardPlan, ShardWriter, Stopped
+from data_pipes.pack.sources import FolderSource, Source, ZipSource, natural_key
 from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.manifest import Manifest
 
@@ -401,7 +401,7 @@ def test_the_failure_is_reported_and_not_the_shards_that_it_stopped(
 ) -> None:
     another_stopped = threading.Event()
 
-    def write_shard(plan: ShardPlan, *arguments: object) -> None:
+    def write(writer: ShardWriter, plan: ShardPlan, source: Source) -> None:
         if plan.number == 0:
             another_stopped.wait(10)
             time.sleep(0.2)
@@ -409,7 +409,7 @@ def test_the_failure_is_reported_and_not_the_shards_that_it_stopped(
         another_stopped.set()
         raise Stopped
 
-    monkeypatch.setattr("data_pipes.pack.pack.write_shard", write_shard)
+    monkeypatch.setattr(ShardWriter, "write", write)
     with pytest.raises(UnreadableFile, match="the cause"):
         pack(source, tmp_path / "out", options=SMALL, workers=2)
 
