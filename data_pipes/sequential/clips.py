@@ -22,10 +22,10 @@ from data_pipes.errors import SampleError
 from data_pipes.order.hashing import Int64s
 from data_pipes.sequential.pictures import Sequential
 from data_pipes.shards.manifest import Manifest
+from data_pipes.shards.members import encoded_video
 from data_pipes.shards.reader import RawSample
 from data_pipes.store.transport import StorageConfig
 from data_pipes.transforms.clips import ClipSampling
-from data_pipes.transforms.recipe import encoded_video
 
 _MAX_ASPECT = 100
 # long side / short side of a frame

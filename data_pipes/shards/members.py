@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from data_pipes.decode.picture import decode_image
+from data_pipes.decode.video import VIDEO_EXTENSIONS
 from data_pipes.errors import SampleError
 from data_pipes.shards.reader import RawSample
 
@@ -38,10 +39,22 @@ MAX_CAPTION_BYTES = 1 << 16
 
 def encoded_picture(raw: RawSample) -> bytes:
     """The bytes of a sample's picture. Raises SampleError "no_image"."""
-    for extension in IMAGE_EXTENSIONS:
-        if extension in raw.members:
-            return raw.members[extension]
-    raise SampleError("no_image", f"no picture among the members {list(raw.found)}")
+    data = _first_of(raw, IMAGE_EXTENSIONS)
+    if data is None:
+        raise SampleError("no_image", f"no picture among the members {list(raw.found)}")
+    return data
+
+
+def encoded_video(raw: RawSample) -> bytes:
+    """The bytes of a sample's video. Raises SampleError "no_video"."""
+    data = _first_of(raw, VIDEO_EXTENSIONS)
+    if data is None:
+        raise SampleError("no_video", f"no video among the members {list(raw.found)}")
+    return data
+
+
+def _first_of(raw: RawSample, extensions: Sequence[str]) -> bytes | None:
+    return next((raw.members[extension] for extension in extensions if extension in raw.members), None)
 
 
 def with_bit_depth(image: Tensor, dtype: torch.dtype) -> Tensor:

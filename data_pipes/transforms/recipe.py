@@ -16,8 +16,7 @@ from torch import Tensor
 
 from data_pipes.decode.limits import DEFAULT_MAX_PIXELS
 from data_pipes.decode.video import VIDEO_EXTENSIONS
-from data_pipes.errors import SampleError
-from data_pipes.shards.members import IMAGE_EXTENSIONS, encoded_picture, picture_of, with_bit_depth
+from data_pipes.shards.members import IMAGE_EXTENSIONS, encoded_picture, encoded_video, picture_of, with_bit_depth
 from data_pipes.shards.reader import RawSample
 from data_pipes.transforms.clips import ClipTransform
 from data_pipes.transforms.image import TrainTransform
@@ -132,10 +131,3 @@ def _channels_last(size: int, shape: tuple[int, ...], dtype: torch.dtype, axis: 
     """[size, *shape] of memory in which the channels, `axis` of the shape, are the innermost dimension."""
     others = shape[:axis] + shape[axis + 1 :]
     return torch.empty((size, *others, shape[axis]), dtype=dtype).movedim(-1, axis + 1)
-
-
-def encoded_video(raw: RawSample) -> bytes:
-    for extension in VIDEO_EXTENSIONS:
-        if extension in raw.members:
-            return raw.members[extension]
-    raise SampleError("no_video", f"no video among the members {list(raw.found)}")
