@@ -26,9 +26,8 @@ from data_pipes.shards.members import encoded_video
 from data_pipes.shards.reader import RawSample
 from data_pipes.store.transport import StorageConfig
 from data_pipes.transforms.clips import ClipSampling
+from data_pipes.transforms.image import MAX_ASPECT, size_of_short_side
 
-_MAX_ASPECT = 100
-# long side / short side of a frame
 _BELOW_ONE = 1 - 2**-53
 # the last of the uniform numbers: the end of a video
 
@@ -113,13 +112,12 @@ def resized_size(height: int, width: int, size: tuple[int, int], short_side: int
     """
     if (height, width) == size:
         return size
-    if max(height, width) > _MAX_ASPECT * min(height, width):
+    if max(height, width) > MAX_ASPECT * min(height, width):
         raise SampleError("aspect", f"frames of {height} x {width} pixels are too thin to resize their short side")
     if short_side is None:
         scale = max(size[0] / height, size[1] / width)
         return max(size[0], round(height * scale)), max(size[1], round(width * scale))
-    long_side = short_side * max(height, width) // min(height, width)
-    return (long_side, short_side) if height > width else (short_side, long_side)
+    return size_of_short_side(height, width, short_side)
 
 
 def crop_places(resized: tuple[int, int], size: tuple[int, int], crops: int) -> list[tuple[int, int]]:

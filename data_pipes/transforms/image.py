@@ -25,7 +25,7 @@ from data_pipes.decode.picture import decode_image
 from data_pipes.errors import SampleError
 
 _TRIES = 10
-_MAX_ASPECT = 100
+MAX_ASPECT = 100
 # of the sides of a picture in evaluation: resizing the short side of a thinner one would fill the memory
 
 
@@ -140,13 +140,11 @@ class EvalTransform:
         height, width = image.shape[1:]
         if (height, width) == self.size:
             return image
-        short, long = min(height, width), max(height, width)
-        if long > _MAX_ASPECT * short:
+        if max(height, width) > MAX_ASPECT * min(height, width):
             raise SampleError(
                 "aspect", f"the picture of {height} x {width} pixels is too thin to resize its short side"
             )
-        new_long = self._short_side * long // short
-        resized = (new_long, self._short_side) if height > width else (self._short_side, new_long)
+        resized = size_of_short_side(height, width, self._short_side)
         image = resize(image, resized)
         top, left = (round((full - crop) / 2) for full, crop in zip(resized, self.size, strict=True))
         return image[:, top : top + self.size[0], left : left + self.size[1]]
@@ -155,6 +153,12 @@ class EvalTransform:
 def _nearest(first: int, length: int, shrink: int) -> slice:
     """The pixels [first, first + length) in a picture that was divided by `shrink`."""
     return slice(round(first / shrink), round((first + length) / shrink))  # half to even: up and down alike
+
+
+def size_of_short_side(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """(height, width) after the shorter side became `short_side` pixels; the longer one is rounded down."""
+    long_side = short_side * max(height, width) // min(height, width)
+    return (long_side, short_side) if height > width else (short_side, long_side)
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
