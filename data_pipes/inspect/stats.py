@@ -115,11 +115,7 @@ def take_census(
         for name, count in total.samples_with.most_common()
     }
     return {
-        "num_samples": num_samples,
-        "num_shards": len(manifest.shards),
-        "size_bytes": manifest.size_bytes,
-        "num_classes": len(manifest.classes),
-        "fingerprint": manifest.fingerprint,
+        **manifest.summary(),
         "samples_per_shard": _spread([shard.num_samples for shard in manifest.shards]),
         "shard_bytes": _spread([shard.size_bytes for shard in manifest.shards]),
         "sample_bytes": total.sizes.summary(),

@@ -72,6 +72,16 @@ class Manifest:
             digest.update(json.dumps([shard.url, shard.num_samples, shard.size_bytes, shard.index_sha256]).encode())
         return digest.hexdigest()
 
+    def summary(self) -> dict[str, object]:
+        """The data set's counts, size and fingerprint, as the commands print them in JSON."""
+        return {
+            "num_samples": self.num_samples,
+            "num_shards": len(self.shards),
+            "size_bytes": self.size_bytes,
+            "num_classes": len(self.classes),
+            "fingerprint": self.fingerprint,
+        }
+
     def shard_url(self, shard: int) -> str:
         """Where the tar of a shard lies: a local path, or the URL of an object."""
         return join_url(self.root, self.shards[shard].url)

@@ -111,13 +111,9 @@ def _run(arguments: argparse.Namespace, storage: Storage) -> dict[str, object]:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
     return {
         "out": str(out),
-        "num_samples": manifest.num_samples,
-        "num_shards": len(shards),
-        "size_bytes": manifest.size_bytes,
-        "num_classes": len(classes),
+        **manifest.summary(),
         "num_kept_indexes": num_kept,
         "num_skipped_members": num_skipped,
-        "fingerprint": manifest.fingerprint,
         "seconds": round(seconds, 3),
     }
 

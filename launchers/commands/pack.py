@@ -16,7 +16,6 @@ from launchers.progress import progress_bar
 if TYPE_CHECKING:
     from data_pipes.pack.pack import PackResult
     from data_pipes.pack.plan import PackOptions
-    from data_pipes.shards.manifest import Manifest
 
 HELP = "Pack class folders of pictures or videos, a zip of them, or a built-in set into indexed WebDataset shards."
 EXAMPLES = """\
@@ -122,7 +121,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     return {
         "out": arguments.out,
         "media": result.media,
-        "splits": {split: _summary(manifest) for split, manifest in result.splits.items()},
+        "splits": {split: manifest.summary() for split, manifest in result.splits.items()},
         "num_ignored": len(result.ignored),
         "num_skipped": len(result.skipped),
         "skipped_by_cause": _by_cause(result),
@@ -174,13 +173,3 @@ def _print_result(console: Console, out: str, result: PackResult, seconds: float
 
 def _by_cause(result: PackResult) -> dict[str, int]:
     return dict(Counter(entry["cause"] for entry in result.skipped).most_common())
-
-
-def _summary(manifest: Manifest) -> dict[str, object]:
-    return {
-        "num_samples": manifest.num_samples,
-        "num_shards": len(manifest.shards),
-        "size_bytes": manifest.size_bytes,
-        "num_classes": len(manifest.classes),
-        "fingerprint": manifest.fingerprint,
-    }
