@@ -12,7 +12,6 @@ to the byte (as long as the same Pillow or PyAV re-encodes).
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -25,22 +24,20 @@ import PIL
 
 from data_pipes.decode.video import import_av
 from data_pipes.index.index import index_shards
-from data_pipes.pack.builtin import BUILTINS, load_builtin
 from data_pipes.pack.label_lists import read_labels
 from data_pipes.pack.listing import Listing, Media, list_source
+from data_pipes.pack.open_sources import Place, open_sources
 from data_pipes.pack.plan import PackOptions, packing_order, plan_shards, shrink_factors, split_entries
 from data_pipes.pack.record import RECORD_NAME, WORK_FOLDER, begin, locked, refuse_foreign
 from data_pipes.pack.reencode_picture import UnreadableFile
 from data_pipes.pack.shard_writer import ShardPlan, ShardResult, ShardWriter, Stopped, finished_shard
-from data_pipes.pack.sources import FolderSource, Source, ZipSource
+from data_pipes.pack.sources import Source
 from data_pipes.shards.manifest import Manifest
 from data_pipes.store.files import write_atomically
 
-__all__ = ["RECORD_NAME", "PackOptions", "PackResult", "open_source", "pack"]
+__all__ = ["PackOptions", "PackResult", "pack"]
 
 _VERSION = 1
-_BUILTIN_PREFIX = "builtin:"
-Place = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -55,31 +52,6 @@ class PackResult:
     # unreadable or missing files: {"split", "name", "cause", "error"}
     num_resumed_shards: int
     # shards that an earlier, killed pack had finished
-
-
-def open_source(source: Place) -> Source:
-    """A folder, a zip, or a built-in set ("builtin:digits"; "digits" where no such path exists; with options,
-    "builtin:motion,videos=400"). Raises ValueError for anything else.
-    """
-    text = os.fspath(source)
-    path = Path(text)
-    if text.startswith(_BUILTIN_PREFIX):
-        return load_builtin(text.removeprefix(_BUILTIN_PREFIX))
-    if path.is_dir():
-        return FolderSource(path)
-    if path.is_file():
-        if path.suffix.lower() == ".tar":
-            raise ValueError(
-                f"{path}: a tar file; if it holds a webdataset, use `tessera index {path}`; otherwise unpack it "
-                "and pack the folder"
-            )
-        return ZipSource(path)
-    if text.partition(",")[0] in BUILTINS:
-        return load_builtin(text)
-    raise ValueError(
-        f"{text}: no such folder or zip; built-in sets are "
-        f"{', '.join(_BUILTIN_PREFIX + name for name in sorted(BUILTINS))}"
-    )
 
 
 def pack(
@@ -111,7 +83,7 @@ def pack(
         raise ValueError(f"workers is {workers}; expected a number of threads >= 1")
     root = Path(out)
     refuse_foreign(root)
-    opened = _open_sources(source, val, val_labels, options)
+    opened = open_sources(source, val, val_labels, options.val_fraction)
     listings = _list_sources(opened, media, {"train": labels, "val": val_labels})
     media = listings["train"].media
     missing = _missing(opened, listings, options)
@@ -139,33 +111,6 @@ def pack(
         skipped = missing + [entry for result in results for entry in result.skipped]
         splits = _finish(root, record, plans, results, listings["train"], ignored, skipped)
     return PackResult(media, splits, ignored, skipped, num_resumed)
-
-
-def _open_sources(
-    source: Place, val: Place | None, val_labels: Place | None, options: PackOptions
-) -> dict[str, Source]:
-    """The sources of "train" and, where there is one, of "val"."""
-    opened = {"train": open_source(source)}
-    own = opened["train"].validation()
-    given = [
-        name
-        for name, is_given in (
-            ("a validation source", val is not None),
-            ("a second list of labels", val is None and val_labels is not None),
-            ("val_fraction", options.val_fraction > 0),
-            (f"{opened['train'].title}, which brings its own validation set,", own is not None),
-        )
-        if is_given
-    ]
-    if len(given) > 1:
-        raise ValueError(f"both {' and '.join(given)} are given; choose one")
-    if val is not None:
-        opened["val"] = open_source(val)
-    elif val_labels is not None:
-        opened["val"] = opened["train"]
-    elif own is not None:
-        opened["val"] = own
-    return opened
 
 
 def _list_sources(

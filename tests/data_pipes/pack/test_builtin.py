@@ -16,7 +16,8 @@ from PIL import Image
 from data_pipes.pack import builtin, builtin_pictures
 from data_pipes.pack.builtin import load_builtin
 from data_pipes.pack.listing import list_source
-from data_pipes.pack.pack import open_source, pack
+from data_pipes.pack.open_sources import open_source
+from data_pipes.pack.pack import pack
 from data_pipes.pack.plan import PackOptions
 from data_pipes.pack.sources import MemorySource
 
