@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageStat
@@ -30,53 +30,47 @@ from data_pipes.decode.video import import_av
 from data_pipes.order.hashing import hash_uniform
 from data_pipes.pack import builtin_pictures
 from data_pipes.pack.h264 import PIXELS, H264Options, encode_h264
+from data_pipes.pack.motion import CAMERA_CLASSES, CLASSES, Draws, Motion, Pose, any_motion, motion_of
 from data_pipes.pack.sources import Source, SourceFile
-
-_DIRECTIONS = {
-    "right": (1, 0),
-    "down_right": (1, 1),
-    "down": (0, 1),
-    "down_left": (-1, 1),
-    "left": (-1, 0),
-    "up_left": (-1, -1),
-    "up": (0, -1),
-    "up_right": (1, -1),
-}
-_CAMERA = ("pan_left", "pan_right", "pan_up", "pan_down", "zoom_in", "zoom_out", "rotate_cw", "rotate_ccw")
-# pan_left: the view goes left, hence its content right; rotate_cw: the content turns clockwise
-CLASSES = (*_CAMERA, *(f"digits_{direction}" for direction in _DIRECTIONS))
 
 _PHOTOGRAPHS = {
     "train": ("astronaut.png", "brick.png", "chelsea.png", "coffee.png", "grass.png", "ihc.png", "rocket.jpg"),
     "val": ("camera.png", "coins.png", "gravel.png", "motorcycle_left.png"),
 }
-_VAL_DIGITS = 5
-# every fifth digit is shown in validation only
+"""Files of scikit-image, by split."""
+_VAL_DIGIT_EVERY = 5
+"""Every fifth of scikit-learn's digits is shown in validation only."""
 _SHORT_SIDE = 3.2
-# of a photograph, in sizes of a frame
-_TRAVEL, _TURN, _ZOOM = (0.25, 0.5), (math.radians(30), math.radians(60)), (math.log(1.2), math.log(1.5))
-# least and most motion in a whole video: sizes of a frame, angle, log of the scale
+"""Short side of a photograph, in sides of a frame."""
 _SCALES = (1.0, 2.0)
-# of the planes in the middle of the video
+"""Least and largest scale of the planes in the middle of the video."""
 _REACH = 1.13
-# how far from its middle a video looks, in sides of the view: half its diagonal when it is largest, and half the
-# longest travel
+"""How far from its middle a video looks, in sides of the view: half its diagonal when it is largest, and half the
+longest travel."""
 _MIN_CONTRAST = 12.0
-# standard deviation of the grey levels in each quarter of the view: over a clear sky, a pan would look like moving
-# digits
-_TRIES = 32
-_CELLS, _CELL, _DIGIT, _SHARE = 7, 0.5, 0.36, 0.9
-# of the plane of digits: cells along a side, the size of a cell and of a digit in sizes of a frame, share of cells used
+"""Standard deviation of the grey levels that each quarter of the view needs: over a clear sky, a pan would look like
+moving digits."""
+_NUM_TRIES = 32
+"""Places of a photograph that are tried for that contrast; then the best of them is taken."""
+_CELLS_PER_SIDE = 7
+"""Cells along each side of the plane of digits; a cell has one digit or none."""
+_CELL_SIDE = 0.5
+"""Side of a cell, in sides of a frame."""
+_DIGIT_SIDE = 0.36
+"""Side of a digit, in sides of a frame."""
+_USED_CELLS = 0.9
+"""Probability that a cell has a digit."""
 _COLOURS = ((200, 256), (0, 56))
-# of the digits, each channel: over a dark ground, over a bright one
+"""Range of each channel of the digits' colour, [low, high): over a dark ground, over a bright one."""
 _NUM_DRAWS = 512
-# uniform numbers per video; at most 1 + 4 + 4 + 2 * 32 + 4 * 49 + 2 + 3 are used
+"""Uniform numbers per video; at most 1 + 4 + 4 + 2 * 32 + 4 * 49 + 2 + 3 are used."""
 _RATE = 24
-# frames per second
+"""Frames per second."""
 _ENCODER = H264Options(gop=12, crf=12, preset="veryfast")
 _BYTES_PER_PIXEL = 0.2
-# of an encoded video: a guess, by which shards are cut
+"""Size of an encoded video: a guess, by which shards are cut."""
 _VERSION = 1
+"""Goes into the checksums of the files: to be raised when the same options give other videos."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +78,15 @@ class MotionOptions:
     """How many videos, and what they are like."""
 
     videos: int = 2000
-    # of training, in turns of the classes
+    """Number of training videos; the classes take turns."""
     val_videos: int = 400
-    # of validation
+    """Number of validation videos."""
     size: int = 64
-    # pixels, height and width
+    """Height and width, in pixels; an even number."""
     frames: int = 24
-    # of a video; more of them make the same motion slower
+    """Frames of a video; more of them make the same motion slower."""
     seed: int = 0
-    # another seed gives other videos
+    """Another seed gives other videos."""
 
     def __post_init__(self) -> None:
         if min(self.videos, self.val_videos) < 1 or self.frames < 2:
@@ -107,7 +101,11 @@ class MotionOptions:
 
     @classmethod
     def parse(cls, text: str) -> MotionOptions:
-        """From "videos=400,size=96"; "" means the defaults. Raises ValueError."""
+        """The options of a text like "videos=400,size=96"; an empty text means the defaults.
+
+        Raises:
+            ValueError: an unknown name, or a value that is no number or out of range.
+        """
         known = [field.name for field in fields(cls)]
         values: dict[str, int] = {}
         for part in filter(None, text.split(",")):
@@ -118,63 +116,32 @@ class MotionOptions:
         return cls(**values)
 
 
-class Motion(NamedTuple):
-    """What happens to the content from the first frame to the last."""
-
-    shift: tuple[float, float] = (0.0, 0.0)
-    # right and down, pixels of the view
-    turn: float = 0.0
-    # clockwise, radians
-    zoom: float = 0.0
-    # log of the enlargement
-
-    def without(self, other: Motion) -> Motion:
-        """Only that of which the other has nothing."""
-        return Motion((0.0, 0.0) if any(other.shift) else self.shift, zoom=0.0 if other.zoom else self.zoom)
-
-
-class Pose(NamedTuple):
-    """How a plane lies under the view."""
-
-    centre: tuple[float, float]
-    # point (x, y) of the plane that is seen in the middle of the view, pixels of the plane
-    turn: float
-    # of the content, clockwise, radians
-    scale: float
-    # pixels of the view per pixel of the plane
-
-    def moved(self, motion: Motion, share: float) -> Pose:
-        """After a share of the motion; a negative one goes back."""
-        cos, sin = math.cos(self.turn) * share / self.scale, math.sin(self.turn) * share / self.scale
-        (x, y), (right, down) = self.centre, motion.shift
-        centre = (x - cos * right - sin * down, y + sin * right - cos * down)
-        return Pose(centre, self.turn + share * motion.turn, self.scale * math.exp(share * motion.zoom))
-
-    def view(self, plane: Image.Image, size: int) -> Image.Image:
-        """The square of `size` pixels that is seen."""
-        cos, sin, half = math.cos(self.turn) / self.scale, math.sin(self.turn) / self.scale, size / 2
-        x, y = self.centre
-        to_plane = (cos, sin, x - (cos + sin) * half, -sin, cos, y + (sin - cos) * half)
-        return plane.transform((size, size), Image.Transform.AFFINE, to_plane, Image.Resampling.BICUBIC)
-
-
 class MotionSource(Source):
     """The videos as files in class folders, each made when it is read."""
 
     sizes_are_exact = False
 
     def __init__(self, options: MotionOptions | None = None, split: Literal["train", "val"] = "train") -> None:
-        """Raises ValueError where scikit-image or scikit-learn is missing, ImportError without PyAV."""
+        """Prepares the photographs and the digits of one split.
+
+        Args:
+            options: None means the defaults.
+            split: which of the two sets.
+
+        Raises:
+            ValueError: scikit-image or scikit-learn is missing.
+            ImportError: PyAV is missing.
+        """
         super().__init__("builtin:motion" if split == "train" else "builtin:motion, validation")
         self.options, self._split = options or MotionOptions(), split
         import_av()
         short_side = round(_SHORT_SIDE * self.options.size)
         self._photographs = [builtin_pictures.photograph(name, short_side) for name in _PHOTOGRAPHS[split]]
-        side = round(_DIGIT * self.options.size)
+        side = round(_DIGIT_SIDE * self.options.size)
         self._digits = [
             Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
             for number, pixels in enumerate(builtin_pictures.digits()[0])
-            if (number % _VAL_DIGITS == 0) == (split == "val")
+            if (number % _VAL_DIGIT_EVERY == 0) == (split == "val")
         ]
 
     def validation(self) -> MotionSource:
@@ -196,83 +163,65 @@ class MotionSource(Source):
         return encode_h264(frames, _ENCODER)
 
     def draw(self, number: int) -> list[Image.Image]:
-        """The frames of a video; its class is `number` modulo their count."""
-        size, kind = self.options.size, CLASSES[number % len(CLASSES)]
-        draws = _Draws(hash_uniform(self.options.seed, [number], int(self._split == "val"), _NUM_DRAWS)[0].tolist())
-        motion = _motion(kind, draws.next(), size)
-        stray, moment = _any_motion(draws, size), draws.between(-0.5, 0.5)
-        strays = stray.without(motion if kind in _CAMERA else Motion()), stray.without(motion)
-        turns = draws.between(0, 2 * math.pi), draws.between(0, 2 * math.pi)
-        scales = [math.exp(draws.between(*map(math.log, _SCALES))) for _ in turns]
+        """The RGB frames of a video; its class is `number` modulo the number of classes.
+
+        The planes do not lie where they were drawn: each is moved by a part of some shift and zoom (`offset`), where
+        its own motion has none, so that a frame of a still plane looks like one of a moving plane.
+        """
+        size, class_name = self.options.size, CLASSES[number % len(CLASSES)]
+        draws = Draws(hash_uniform(self.options.seed, [number], int(self._split == "val"), _NUM_DRAWS)[0].tolist())
+        motion = motion_of(class_name, draws.next(), size)
+        camera_moves = class_name in CAMERA_CLASSES
+        offset, moment = any_motion(draws, size), draws.between(-0.5, 0.5)
+        ground_offset, digits_offset = offset.without(motion if camera_moves else Motion()), offset.without(motion)
+        ground_turn, digits_turn = draws.between(0, 2 * math.pi), draws.between(0, 2 * math.pi)
+        ground_scale, digits_scale = (math.exp(draws.between(*map(math.log, _SCALES))) for _ in range(2))
         ground = self._photographs[number // len(CLASSES) % len(self._photographs)]
-        centre, brightness = _place(ground, size / scales[0] * math.exp(-strays[0].zoom * moment), draws)
-        below = Pose(centre, turns[0], scales[0]).moved(strays[0], moment)
-        digits, cell = self._digits_plane(draws), _CELL * size
+        view = size / ground_scale * math.exp(-ground_offset.zoom * moment)
+        centre, brightness = _place(ground, view, draws)
+        ground_pose = Pose(centre, ground_turn, ground_scale).moved(ground_offset, moment)
+        digits, cell = self._digits_plane(draws), _CELL_SIDE * size
         centre = (
             digits.width / 2 + draws.between(-cell / 2, cell / 2),
             digits.height / 2 + draws.between(-cell / 2, cell / 2),
         )
-        above = Pose(centre, turns[1], scales[1]).moved(strays[1], moment)
-        span = _COLOURS[brightness > 128]
-        colour = Image.new("RGB", (size, size), tuple(int(draws.between(*span)) for _ in "RGB"))
+        digits_pose = Pose(centre, digits_turn, digits_scale).moved(digits_offset, moment)
+        levels = _COLOURS[brightness > 128]
+        colour = Image.new("RGB", (size, size), tuple(int(draws.between(*levels)) for _ in "RGB"))
         frames = []
         for moment in np.linspace(-0.5, 0.5, self.options.frames).tolist():
-            under = below.moved(motion, moment) if kind in _CAMERA else below
-            mask = above.moved(motion, moment).view(digits, size)
-            frames.append(Image.composite(colour, under.view(ground, size), mask))
+            below = ground_pose.moved(motion, moment) if camera_moves else ground_pose
+            mask = digits_pose.moved(motion, moment).view(digits, size)
+            frames.append(Image.composite(colour, below.view(ground, size), mask))
         return frames
 
-    def _digits_plane(self, draws: _Draws) -> Image.Image:
-        """Grey, 255 where a digit is: one per used cell, anywhere in it."""
-        cell, side = _CELL * self.options.size, self._digits[0].width
-        plane = Image.new("L", (round(_CELLS * cell), round(_CELLS * cell)))
-        for row in range(_CELLS):
-            for column in range(_CELLS):
+    def _digits_plane(self, draws: Draws) -> Image.Image:
+        """A grey picture, 255 where a digit is: one digit per used cell, anywhere in it."""
+        cell, side = _CELL_SIDE * self.options.size, self._digits[0].width
+        plane = Image.new("L", (round(_CELLS_PER_SIDE * cell), round(_CELLS_PER_SIDE * cell)))
+        for row in range(_CELLS_PER_SIDE):
+            for column in range(_CELLS_PER_SIDE):
                 used, which, right, down = (draws.next() for _ in range(4))
-                if used < _SHARE:
+                if used < _USED_CELLS:
                     x, y = (column * cell + right * (cell - side), row * cell + down * (cell - side))
                     plane.paste(self._digits[int(which * len(self._digits))], (int(x), int(y)))
         return plane
 
 
-class _Draws:
-    """Uniform numbers, one after the other."""
+def _place(ground: Image.Image, view: float, draws: Draws) -> tuple[tuple[float, float], float]:
+    """Where in a photograph a video looks: a place with some texture around, from which the view never leaves it.
 
-    def __init__(self, numbers: list[float]) -> None:
-        self._numbers = iter(numbers)
+    Args:
+        ground: the photograph.
+        view: side of the part of it that is under the view, in pixels of the photograph.
+        draws: the video's uniform numbers; two of them are used per try.
 
-    def next(self) -> float:
-        return next(self._numbers)
-
-    def between(self, low: float, high: float) -> float:
-        return low + (high - low) * self.next()
-
-
-def _motion(kind: str, amount: float, size: int) -> Motion:
-    """amount: in [0, 1), from the least motion to the most."""
-    travel, turn, zoom = (low + (high - low) * amount for low, high in (_TRAVEL, _TURN, _ZOOM))
-    if kind.startswith("zoom"):
-        return Motion(zoom=zoom if kind == "zoom_in" else -zoom)
-    if kind.startswith("rotate"):
-        return Motion(turn=turn if kind == "rotate_cw" else -turn)
-    x, y = _DIRECTIONS[kind.partition("_")[2]]
-    reach = travel * size / math.hypot(x, y) * (-1 if kind in _CAMERA else 1)
-    return Motion((x * reach, y * reach))
-
-
-def _any_motion(draws: _Draws, size: int) -> Motion:
-    """As much as in some video with a shift, and in some with a zoom."""
-    turn, reach = draws.between(0, 2 * math.pi), draws.between(*_TRAVEL) * size
-    return Motion((reach * math.cos(turn), reach * math.sin(turn)), zoom=draws.between(*_ZOOM))
-
-
-def _place(ground: Image.Image, view: float, draws: _Draws) -> tuple[tuple[float, float], float]:
-    """A point of the photograph from which the view never leaves it, with some texture around, and how bright it is
-    there (0 to 255). view: pixels of the photograph under it.
+    Returns:
+        The point (x, y), in pixels of the photograph, and its brightness there, 0 to 255.
     """
     reach, half = view * _REACH, int(view / 2)
     best = (-1.0, (0.0, 0.0), 0.0)
-    for _ in range(_TRIES):
+    for _ in range(_NUM_TRIES):
         x, y = draws.between(reach, ground.width - reach), draws.between(reach, ground.height - reach)
         corners = [(int(x) + right, int(y) + down) for right in (-half, 0) for down in (-half, 0)]
         quarters = [ImageStat.Stat(ground.crop((x, y, x + half, y + half)).convert("L")) for x, y in corners]

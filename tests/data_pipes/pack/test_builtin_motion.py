@@ -12,8 +12,9 @@ from PIL import Image
 
 from data_pipes.decode.video import Video, probe
 from data_pipes.pack.builtin import load_builtin
-from data_pipes.pack.builtin_motion import CLASSES, Motion, MotionOptions, MotionSource, Pose
+from data_pipes.pack.builtin_motion import MotionOptions, MotionSource
 from data_pipes.pack.listing import list_source
+from data_pipes.pack.motion import CLASSES, Motion, Pose
 from data_pipes.pack.pack import pack
 from data_pipes.pack.plan import PackOptions
 from data_pipes.shards.manifest import Manifest
