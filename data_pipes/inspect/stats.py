@@ -86,7 +86,7 @@ class _ShardSums:
     bytes_of: Counter[str] = field(default_factory=Counter)
 
 
-def take_census(
+def dataset_statistics(
     manifest: Manifest,
     *,
     num_read: int = 1000,

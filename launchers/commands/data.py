@@ -79,34 +79,33 @@ def _say(console: Console, *lines: str) -> None:
 
 
 def _stats(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
-    from data_pipes.inspect.stats import take_census
+    from data_pipes.inspect.stats import dataset_statistics
     from data_pipes.shards.manifest import Manifest
 
     manifest = Manifest.load(arguments.source)
     with progress_bar(console, "shards") as progress:
         task = progress.add_task("index files", total=len(manifest.shards))
-        census = take_census(
+        statistics = dataset_statistics(
             manifest,
             num_read=arguments.read,
             seed=arguments.seed,
             label_key=arguments.label_key,
             on_shard=lambda: progress.advance(task),
         )
-    _say(console, *_describe(arguments.source, census))
-    return {"source": arguments.source, **census}
+    _say(console, *_describe(arguments.source, statistics))
+    return {"source": arguments.source, **statistics}
 
 
-def _describe(source: str, census: dict[str, Any]) -> list[str]:
-    sizes = census["sample_bytes"]
+def _describe(source: str, statistics: dict[str, Any]) -> list[str]:
+    sizes, members = statistics["sample_bytes"], list(statistics["extensions"].items())[:20]
     lines = [
-        f"{source}: {census['num_samples']:,} samples in {census['num_shards']:,} shards, "
-        f"{decimal(census['size_bytes'])}, {census['num_classes']:,} class names",
+        f"{source}: {statistics['num_samples']:,} samples in {statistics['num_shards']:,} shards, "
+        f"{decimal(statistics['size_bytes'])}, {statistics['num_classes']:,} class names",
         f"sample size: mean {decimal(round(sizes['mean']))}, "
         + ", ".join(f"{name} {decimal(sizes[name])}" for name in ("min", "p1", "p10", "p50", "p90", "p99", "max")),
-        "members: "
-        + ", ".join(f".{name} {100 * part['share']:.4g} %" for name, part in list(census["extensions"].items())[:20]),
+        "members: " + ", ".join(f".{name} {100 * part['share']:.4g} %" for name, part in members),
     ]
-    sampled = census["sampled"]
+    sampled = statistics["sampled"]
     if not sampled:
         return lines
     labels = sampled["labels"]
