@@ -30,7 +30,7 @@ from data_pipes.order.hashing import Int64s, hash64
 from data_pipes.order.mixture_config import MixtureConfig, SourceConfig, WeightChange
 from data_pipes.order.mixture_state import Segment, describe_mixture, differences
 from data_pipes.order.order import NEVER, ChunkUse, Located, Order, OrderConfig
-from data_pipes.order.weighted_interleave import TOTAL, Shares, integer_weights
+from data_pipes.order.weighted_interleave import TOTAL, WeightedInterleave, integer_weights
 
 __all__ = ["MixtureConfig", "MixtureOrder", "SourceConfig", "SourceCounts", "WeightChange"]
 
@@ -62,12 +62,12 @@ class MixtureOrder:
         self._first_chunk = _starts([order.num_chunks for order in orders])
         self.source_of_shard: Int64s = np.repeat(np.arange(len(orders)), [order.num_shards for order in orders])
         self.segments = _segments(mixture, columns * config.run)
-        self._shares = [Shares(segment.weights, config.seed, columns) for segment in self.segments]
+        self._interleaves = [WeightedInterleave(segment.weights, config.seed, columns) for segment in self.segments]
         self._first_round = np.array([segment.from_sample // (columns * config.run) for segment in self.segments])
         every = np.arange(columns)
-        self._dealt = [np.zeros((len(orders), columns), np.int64)]  # of each segment: [D, Q] rows at its start
-        for shares, rounds in zip(self._shares, np.diff(self._first_round), strict=False):
-            self._dealt.append(self._dealt[-1] + shares.counts(np.full(columns, rounds), every))
+        self._rows_at_start = [np.zeros((len(orders), columns), np.int64)]  # of each segment: [D, Q] rows at its start
+        for interleave, rounds in zip(self._interleaves, np.diff(self._first_round), strict=False):
+            self._rows_at_start.append(self._rows_at_start[-1] + interleave.counts(np.full(columns, rounds), every))
 
     @classmethod
     def create(
@@ -189,8 +189,8 @@ class MixtureOrder:
         source, number = np.empty_like(rows), np.empty_like(rows)
         for part in np.unique(segment).tolist():
             here = segment == part
-            dealt, before = self._shares[part].locate(rounds[here] - self._first_round[part], column[here])
-            source[here], number[here] = dealt, before + self._dealt[part][dealt, column[here]]
+            dealt, before = self._interleaves[part].locate(rounds[here] - self._first_round[part], column[here])
+            source[here], number[here] = dealt, before + self._rows_at_start[part][dealt, column[here]]
         return source, (number * self.columns + column) * self.config.run + positions % self.config.run
 
     def _global_positions(self, source: int, own_positions: Int64s) -> Int64s:
@@ -198,13 +198,13 @@ class MixtureOrder:
         rows = own_positions // self.config.run
         number, column = rows // self.columns, rows % self.columns
         rounds, is_used = np.zeros_like(rows), np.zeros(len(rows), np.bool_)
-        for part, shares in enumerate(self._shares):
-            here = number >= self._dealt[part][source, column]
-            if part + 1 < len(self._shares):
-                here &= number < self._dealt[part + 1][source, column]
+        for part, interleave in enumerate(self._interleaves):
+            here = number >= self._rows_at_start[part][source, column]
+            if part + 1 < len(self._interleaves):
+                here &= number < self._rows_at_start[part + 1][source, column]
             if here.any() and self.segments[part].weights[source]:
-                within = number[here] - self._dealt[part][source, column[here]]
-                rounds[here] = self._first_round[part] + shares.rows_of(source, within, column[here])
+                within = number[here] - self._rows_at_start[part][source, column[here]]
+                rounds[here] = self._first_round[part] + interleave.rows_of(source, within, column[here])
                 is_used |= here
         found = (rounds * self.columns + column) * self.config.run + own_positions % self.config.run
         return np.where(is_used, found, NEVER)
@@ -215,7 +215,7 @@ class MixtureOrder:
         part = int(self._segment_of(np.array([rounds]))[0])
         every = np.arange(self.columns)
         rows = rounds - int(self._first_round[part]) + (every < column)
-        return self._dealt[part] + self._shares[part].counts(rows, every)
+        return self._rows_at_start[part] + self._interleaves[part].counts(rows, every)
 
     def _next_own_position(self, source: int, position: int) -> int:
         """Every sample of the source before this own position is used before the global `position`."""
@@ -226,7 +226,7 @@ class MixtureOrder:
         """No sample of the source at or behind this own position is ever used."""
         if self.segments[-1].weights[source]:
             return NEVER
-        rows = self._dealt[-1][source]
+        rows = self._rows_at_start[-1][source]
         return int(((rows - 1) * self.columns + np.arange(1, self.columns + 1)).max()) * self.config.run
 
     def _source_of_chunk(self, chunk: int) -> tuple[int, int]:

@@ -104,8 +104,8 @@ def _weight_differences(past: list[Segment], past_now: list[Segment], names: lis
         before, now = _at(past, start), _at(past_now, start)
         if before != now:
             wrong.append(
-                f"the weights from sample {start:,} are {_shares(before, names)} in the checkpoint and "
-                f"{_shares(now, names)} now"
+                f"the weights from sample {start:,} are {_weights_in_words(before, names)} in the checkpoint and "
+                f"{_weights_in_words(now, names)} now"
             )
     return wrong
 
@@ -119,7 +119,7 @@ def _at(segments: list[Segment], start: int) -> Segment | None:
     return next((segment for segment in segments if segment.from_sample == start), None)
 
 
-def _shares(segment: Segment | None, names: list[str]) -> str:
+def _weights_in_words(segment: Segment | None, names: list[str]) -> str:
     if segment is None:
         return "unchanged"
     return ", ".join(f"{name} {weight / TOTAL:.6g}" for name, weight in zip(names, segment.weights, strict=False))

@@ -82,7 +82,7 @@ class _Node:
         return _first_reaching(number + 1, self.weight - self.left_weight, self.weight, mirrored) - 1
 
 
-class Shares:
+class WeightedInterleave:
     """The sources of the rows of Q columns, under one set of weights."""
 
     def __init__(self, weights: Sequence[int], seed: int, num_columns: int) -> None:

@@ -20,7 +20,7 @@ from data_pipes.order.hashing import hash_words
 from data_pipes.order.mixture import MixtureOrder, SourceCounts
 from data_pipes.order.mixture_config import MixtureConfig, SourceConfig, WeightChange
 from data_pipes.order.order import NEVER, Order, OrderConfig
-from data_pipes.order.weighted_interleave import TOTAL, Shares, integer_weights
+from data_pipes.order.weighted_interleave import TOTAL, WeightedInterleave, integer_weights
 
 PRIMES = (2, 3, 5, 7)
 SIZES = ([40, 0, 33], [120, 1, 1, 90], [5])
@@ -192,52 +192,52 @@ def test_sources_of_equal_sizes_are_shuffled_differently() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(weights=st.lists(st.floats(0, 100), min_size=1, max_size=9), seed=st.integers(0, 99), columns=st.integers(1, 9))
-def test_shares_of_a_column(weights: list[float], seed: int, columns: int) -> None:
+def test_weighted_interleaving_of_a_column(weights: list[float], seed: int, columns: int) -> None:
     """Within one row per level of the tree, at any row; and one row more is of one source."""
     try:
         integers = integer_weights(weights)
     except ValueError:
         assert max(weights) == 0 or min(w for w in weights if w) < 2e-9 * sum(weights)
         return
-    shares = Shares(integers, seed, columns)
+    interleave = WeightedInterleave(integers, seed, columns)
     rows = np.concatenate([np.arange(300), 10**9 * np.arange(20), [1 << 50]])
     for column in range(columns):
         here = np.full(len(rows), column)
-        counts, after = shares.counts(rows, here), shares.counts(rows + 1, here)
-        source, before = shares.locate(rows, here)
+        counts, after = interleave.counts(rows, here), interleave.counts(rows + 1, here)
+        source, before = interleave.locate(rows, here)
         assert np.array_equal(counts.sum(0), rows)
         assert np.array_equal(np.argmax(after - counts, 0), source)
         assert np.array_equal(np.abs(after - counts).sum(0), np.ones(len(rows)))
         assert np.array_equal(counts[source, np.arange(len(rows))], before)
         for number, weight in enumerate(integers):
             for count, row in zip(counts[number].tolist(), rows.tolist(), strict=True):
-                assert abs(count - Fraction(weight * row, TOTAL)) < max(shares.depth, 1)
+                assert abs(count - Fraction(weight * row, TOTAL)) < max(interleave.depth, 1)
             mine = source == number
             if weight:
-                assert np.array_equal(shares.rows_of(number, before[mine], here[mine]), rows[mine])
-    assert shares.depth <= max(0, len(weights) - 1).bit_length()
+                assert np.array_equal(interleave.rows_of(number, before[mine], here[mine]), rows[mine])
+    assert interleave.depth <= max(0, len(weights) - 1).bit_length()
 
 
 @pytest.mark.parametrize("weights", [[1, 1], [1, 2, 3], [2, 0, 1, 4], [1] * 5, [3, 1, 1, 1, 1]])
-def test_shares_of_small_weights(weights: list[int]) -> None:
+def test_weighted_interleaving_of_small_weights(weights: list[int]) -> None:
     """With totals so small that every remainder occurs, also 0, where roundings differ."""
-    shares = Shares(weights, 3, 12)
+    interleave = WeightedInterleave(weights, 3, 12)
     for column in range(12):
         rows, here = np.arange(200), np.full(200, column)
-        source, before = shares.locate(rows, here)
+        source, before = interleave.locate(rows, here)
         dealt = np.array([(source[:row] == source[row]).sum() for row in rows])
         assert np.array_equal(before, dealt)
         for number in set(source.tolist()):
             mine = source == number
-            assert np.array_equal(shares.rows_of(number, before[mine], here[mine]), rows[mine])
+            assert np.array_equal(interleave.rows_of(number, before[mine], here[mine]), rows[mine])
 
 
 @pytest.mark.parametrize("weights", [[0.5, 0.3, 0.2], [1.0] * 5, [0.01, 0.6, 0.02, 0.3, 0.07]])
 def test_batches_and_ranks_have_nearly_the_wanted_shares(weights: list[float]) -> None:
     """Drawn at random, a batch of 2,048 rows would be off by 23 rows in the mean, and a slice of 256 by 8."""
-    shares, every = Shares(integer_weights(weights), 1, 2048), np.arange(2048)
+    interleave, every = WeightedInterleave(integer_weights(weights), 1, 2048), np.arange(2048)
     for row in range(12_345, 12_445):
-        source, _ = shares.locate(np.full(2048, row), every)
+        source, _ = interleave.locate(np.full(2048, row), every)
         for rows, limit in ((source, 15), (source[256:512], 9)):
             wanted = np.array(weights) / sum(weights) * len(rows)
             assert np.abs(np.bincount(rows, minlength=len(weights)) - wanted).max() < limit
