@@ -1,1 +1,1 @@
-"""Which sample stands where: pure functions of the seed and the position."""
+"""Which sample is at which position: pure functions of the seed and the position."""

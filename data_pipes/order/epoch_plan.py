@@ -18,17 +18,20 @@ from numpy.typing import NDArray
 from data_pipes.order.hashing import Int64s, Uint64s, feistel, feistel_inverse
 
 Counts = NDArray[Any]
-"""Of whatever integer type is large enough."""
+"""Counts, of whatever integer type is large enough."""
 _GROUP = 64
-# ranks that share one int64 start; their own are small offsets from it
+"""Ranks that share one int64 start; their own starts are small offsets from it."""
 _AT_ONCE = 1 << 17
-# chunks handled at a time while the tables are made: keeps the temporary arrays below 10 MB
-_PLACES = tuple(_GROUP >> halvings for halvings in range(1, _GROUP.bit_length()))
+"""Chunks handled at a time while the tables are made: keeps the temporary arrays below 10 MB."""
+_STEPS = tuple(_GROUP >> halvings for halvings in range(1, _GROUP.bit_length()))
+"""The steps of a bisection within a group: 32, 16, ..., 1."""
 
 
 class ChunkTable:
-    """Which samples belong to which chunk. Chunk c of the k chunks of a shard of n samples begins at sample n * c // k;
-    chunks are numbered over all shards in turn.
+    """Which samples belong to which chunk.
+
+    Chunk c of the k chunks of a shard of n samples begins at sample n * c // k; chunks are numbered over all shards in
+    turn.
     """
 
     def __init__(self, samples_per_shard: Int64s, chunks_per_shard: Int64s) -> None:
@@ -38,12 +41,19 @@ class ChunkTable:
         self._largest = int((-(-samples_per_shard // np.maximum(chunks_per_shard, 1))).max())
 
     def first_samples(self, chunks: Int64s) -> tuple[Int64s, Int64s]:
-        """(shard, number of the first sample in it) of chunks [B]."""
+        """The shard of each of the chunks [B], and the number of the chunk's first sample in it: two [B]."""
         shard = np.searchsorted(self._first, chunks, side="right") - 1
         return shard, self._samples[shard] * (chunks - self._first[shard]) // self._chunks[shard]
 
     def bounds(self, chunk: int) -> tuple[int, int, int]:
-        """(shard, first sample, number of samples) of one chunk. Raises ValueError when there is no such chunk."""
+        """The samples of one chunk.
+
+        Returns:
+            The shard, the first sample in it and the number of samples.
+
+        Raises:
+            ValueError: there is no such chunk.
+        """
         if not 0 <= chunk < self.num_chunks:
             raise ValueError(f"chunk {chunk} of {self.num_chunks}; expected 0 to {self.num_chunks - 1}")
         shard = int(np.searchsorted(self._first, chunk, side="right")) - 1
@@ -52,7 +62,7 @@ class ChunkTable:
         return shard, first, samples * (within + 1) // chunks - first
 
     def sizes(self) -> Counts:
-        """[M]: the number of samples of each chunk, in the smallest type that holds them."""
+        """The number of samples of each of the M chunks: [M], in the smallest type that holds them."""
         found = np.empty(self.num_chunks, _smallest_type(self._largest))
         for begin, end in _spans(self.num_chunks):
             chunks = np.arange(begin, end)
@@ -66,7 +76,12 @@ class EpochPlan:
     """The first slot of each chunk in one epoch."""
 
     def __init__(self, sizes: Counts, key: Uint64s) -> None:
-        """sizes: [M], samples of each chunk, 1 or more. key: of the permutation of the chunks."""
+        """Lays the chunks of an epoch end to end.
+
+        Args:
+            sizes: [M], the number of samples of each chunk, 1 or more.
+            key: of the permutation of the chunks.
+        """
         self._num_chunks, self._key = len(sizes), key
         groups = -(-len(sizes) // _GROUP)
         self._starts = np.empty(groups, np.int64)
@@ -83,22 +98,25 @@ class EpochPlan:
 
     @property
     def size_bytes(self) -> int:
+        """Memory that the plan holds."""
         return self._starts.nbytes + self._offsets.nbytes
 
     def find(self, slots: Int64s) -> tuple[Int64s, Int64s]:
-        """(chunk, number of the sample in the chunk) at slots [B]."""
+        """The chunk at each of the slots [B], and the number of the sample in that chunk: two [B]."""
         group = np.searchsorted(self._starts, slots, side="right") - 1
         within, rank = slots - self._starts[group], group * _GROUP
-        for step in _PLACES:  # bisection: the last rank of the group that begins at or before the slot
+        for step in _STEPS:  # bisection: the last rank of the group that begins at or before the slot
             rank += step * (self._offsets[rank + step] <= within)
         return feistel(rank, self._num_chunks, self._key), within - self._offsets[rank]
 
     def first_slot(self, chunk: int) -> int:
+        """The slot of a chunk's first sample."""
         rank = int(feistel_inverse(chunk, self._num_chunks, self._key)[0])
         return int(self._starts[rank // _GROUP]) + int(self._offsets[rank])
 
 
 def _spans(length: int) -> Iterator[tuple[int, int]]:
+    """[0, length) in parts of `_AT_ONCE`, each as (begin, end)."""
     for begin in range(0, length, _AT_ONCE):
         yield begin, min(begin + _AT_ONCE, length)
 

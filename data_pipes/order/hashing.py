@@ -22,8 +22,9 @@ Uint64s = NDArray[np.uint64]
 WEYL_INCREMENT = 0x9E3779B97F4A7C15
 """The step of splitmix64's counter: 2**64 divided by the golden ratio, made odd."""
 _ROUNDS = 4
+"""Of a Feistel network."""
 _UNIFORM_TAG = 0x756E69666F726D
-# keeps `hash_uniform` apart from every other use of the same seed
+"""Keeps `hash_uniform` apart from every other use of the same seed."""
 
 
 def finalise64(word: Any, shift_right: Callable[[Any, int], Any], constant: Callable[[int], Any]) -> Any:
@@ -53,7 +54,9 @@ def _shift_right(word: Uint64s, count: int) -> Uint64s:
 
 
 def hash_words(*parts: ArrayLike) -> Uint64s:
-    """Hashes integers (arrays broadcast against each other) into 64-bit words, at least one-dimensional."""
+    """Hashes integers, or arrays of them that broadcast against each other, into 64-bit words, [B] or of more
+    dimensions.
+    """
     state = np.zeros(1, np.uint64)
     for part in parts:
         word = np.asarray(part & 0xFFFFFFFFFFFFFFFF if isinstance(part, int) else part).astype(np.uint64)
@@ -67,10 +70,16 @@ def hash64(*parts: int) -> int:
 
 
 def hash_uniform(seed: int, positions: ArrayLike, draw: int, n: int) -> NDArray[np.float64]:
-    """n numbers in [0, 1) for each position, a pure function of (seed, position, draw).
+    """Uniform numbers for each position, a pure function of (seed, position, draw).
 
-    positions: [B] int64. `draw` tells independent uses apart (0 is the augmentation). Returns [B, n] float64, multiples
-    of 2**-53.
+    Args:
+        seed: any integer, taken modulo 2**64.
+        positions: int64 [B].
+        draw: tells independent uses apart; 0 is the augmentation.
+        n: how many numbers for each position.
+
+    Returns:
+        float64 [B, n] in [0, 1), multiples of 2**-53.
     """
     rows = hash_words(seed, _UNIFORM_TAG, draw, np.atleast_1d(np.asarray(positions, np.int64)))
     words = mix64(rows[:, None] ^ mix64(np.arange(n, dtype=np.uint64)))
@@ -80,22 +89,33 @@ def hash_uniform(seed: int, positions: ArrayLike, draw: int, n: int) -> NDArray[
 def feistel(index: ArrayLike, size: ArrayLike, key: Uint64s) -> Int64s:
     """A keyed permutation of [0, size), evaluated at `index`.
 
-    index: [B], 0 <= index < size. size and key: one for all, or [B]. Elements with equal size and key belong to one
-    permutation. Sizes up to 2**53.
+    Args:
+        index: [B], 0 <= index < size.
+        size: one for all or [B], up to 2**53.
+        key: one for all or [B]. Elements with equal size and key belong to one permutation.
+
+    Returns:
+        The image of each index, int64 [B].
     """
     return _walk(index, size, key, _feistel_rounds)
 
 
 def feistel_inverse(image: ArrayLike, size: ArrayLike, key: Uint64s) -> Int64s:
-    """The index that `feistel` sends to `image`; the arguments are as there."""
+    """The index that `feistel` sends to `image`.
+
+    Args:
+        image: [B], 0 <= image < size.
+        size: see `feistel`.
+        key: see `feistel`.
+    """
     return _walk(image, size, key, _feistel_rounds_back)
 
 
 def _walk(
     start: ArrayLike, size: ArrayLike, key: Uint64s, rounds: Callable[[Uint64s, Uint64s, Sequence[Uint64s]], Uint64s]
 ) -> Int64s:
-    """Applies `rounds` until the value is back in the domain; at most 4 times are expected. Walking the other way
-    round on the same cycle is the inverse.
+    """Applies `rounds` until the value is back in the domain, which is expected to take 4 times at most; with the
+    rounds of the inverse, the same cycle is walked the other way round.
     """
     out: Uint64s = np.atleast_1d(np.asarray(start).astype(np.uint64))
     sizes: Uint64s = np.asarray(size).astype(np.uint64)
@@ -133,4 +153,5 @@ def _feistel_rounds_back(value: Uint64s, half: Uint64s, round_keys: Sequence[Uin
 
 
 def _pick(values: Uint64s, chosen: NDArray[np.intp]) -> Uint64s:
+    """The chosen elements of values that are one for all or [B]."""
     return values[chosen] if values.ndim and len(values) > 1 else values

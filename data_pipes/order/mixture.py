@@ -4,12 +4,12 @@ Enters: the sources' counts, their weights over the run, the order's parameters.
 of their samples, as `Order` gives them for one source. Why it exists: so that a mixture resumes, scales and repeats as
 one source does: its state is one integer too, and each source is read in its own order without a gap or a repetition.
 
-Legend: P global position; g run; Q columns; D sources; S segments (times of equal weights).
+Legend: P global position; g run; Q columns; D sources. In a segment of the run, the weights are constant.
 
 1. Rows of g neighbouring positions: row = P // g, column c = row mod Q, round i = row // Q. Q is the number of rows of
    a batch at the run's start, so that a rank reads the same columns in every step; it is kept in the state.
-2. In each column the rounds are dealt to the sources by a tree of integer shares
-   (data_pipes.order.weighted_interleave). Each segment goes on counting from the ends of the earlier ones.
+2. In each column the rounds are dealt to the sources by weighted interleaving in integers
+   (data_pipes.order.weighted_interleave). Each segment goes on counting where the earlier ones ended.
 3. The o-th row of a source in column c is row o * Q + c of the source's own order: its position = row * g + P mod g. As
    a source's streams are a multiple of Q (where it is large enough), each of them belongs to one column.
 
@@ -28,31 +28,43 @@ from numpy.typing import ArrayLike
 
 from data_pipes.order.hashing import Int64s, hash64
 from data_pipes.order.mixture_config import MixtureConfig, SourceConfig, WeightChange
-from data_pipes.order.mixture_state import Segment, describe_mixture, differences
+from data_pipes.order.mixture_state import describe_mixture, differences, plan_segments
 from data_pipes.order.order import NEVER, ChunkUse, Located, Order, OrderConfig
-from data_pipes.order.weighted_interleave import TOTAL, WeightedInterleave, integer_weights
+from data_pipes.order.weighted_interleave import TOTAL, WeightedInterleave
 
 __all__ = ["MixtureConfig", "MixtureOrder", "SourceConfig", "SourceCounts", "WeightChange"]
 
 _SOURCE_SEED = 6
+"""Hashed with the run's seed and the number of a source into that source's own seed."""
 
 
 class SourceCounts(NamedTuple):
-    """What the order needs to know of one source: [shards] counts, and the fingerprint of its manifest."""
+    """What the order needs to know of one source."""
 
     samples_per_shard: ArrayLike
+    """[shards], integers."""
     bytes_per_shard: ArrayLike
+    """[shards], integers."""
     fingerprint: str
+    """The fingerprint of its manifest."""
 
 
 class MixtureOrder:
-    """The order over several sources; shards and chunks are numbered over all of them in turn. As `Order`: cheap to
-    pickle, safe for threads.
+    """The order over several sources; shards and chunks are numbered over all of them in turn. Like `Order`, it is
+    cheap to pickle and safe for threads.
     """
 
     def __init__(self, mixture: MixtureConfig, orders: Sequence[Order], config: OrderConfig, columns: int) -> None:
-        """orders: of the sources, with the seeds and streams of `create`. columns: Q. Raises ValueError when a change
-        of weights is nearer to the one before than a round of Q * g samples.
+        """Builds the mixture from the orders of its sources; see `create` and `from_state`.
+
+        Args:
+            mixture: the sources and their weights over the run.
+            orders: the order of each source, with the seeds and streams that `create` gives them.
+            config: the parameters of the run's order.
+            columns: Q.
+
+        Raises:
+            ValueError: a change of weights is nearer to the one before than a round of Q * g samples.
         """
         self.config, self.columns, self.orders = config, columns, tuple(orders)
         self.names = tuple(mixture.names())
@@ -61,11 +73,12 @@ class MixtureOrder:
         self._first_shard = _starts([order.num_shards for order in orders])
         self._first_chunk = _starts([order.num_chunks for order in orders])
         self.source_of_shard: Int64s = np.repeat(np.arange(len(orders)), [order.num_shards for order in orders])
-        self.segments = _segments(mixture, columns * config.run)
+        self.segments = plan_segments(mixture, columns * config.run)
         self._interleaves = [WeightedInterleave(segment.weights, config.seed, columns) for segment in self.segments]
         self._first_round = np.array([segment.from_sample // (columns * config.run) for segment in self.segments])
         every = np.arange(columns)
-        self._rows_at_start = [np.zeros((len(orders), columns), np.int64)]  # of each segment: [D, Q] rows at its start
+        # of each segment: how many rows of each column every source had before it, [D, Q]
+        self._rows_at_start = [np.zeros((len(orders), columns), np.int64)]
         for interleave, rounds in zip(self._interleaves, np.diff(self._first_round), strict=False):
             self._rows_at_start.append(self._rows_at_start[-1] + interleave.counts(np.full(columns, rounds), every))
 
@@ -73,7 +86,17 @@ class MixtureOrder:
     def create(
         cls, mixture: MixtureConfig, sources: Sequence[SourceCounts], config: OrderConfig, global_batch: int
     ) -> MixtureOrder:
-        """The order of a new run. sources: the counts of `mixture.sources`. Undecided streams are chosen per source."""
+        """The order of a new run.
+
+        Args:
+            mixture: the sources and their weights over the run.
+            sources: the counts of `mixture.sources`.
+            config: the parameters of the run's order; an undecided number of streams is chosen for each source.
+            global_batch: samples per optimizer step over all ranks.
+
+        Raises:
+            ValueError: two changes of the weights are too near to each other, or a source has no sample.
+        """
         columns = max(1, global_batch // config.run)
         return cls(mixture, _orders(sources, config, columns, [config.streams] * len(sources)), config, columns)
 
@@ -81,8 +104,16 @@ class MixtureOrder:
     def from_state(
         cls, state: Mapping[str, Any], mixture: MixtureConfig, sources: Sequence[SourceCounts], config: OrderConfig
     ) -> MixtureOrder:
-        """The order that wrote `state`, perhaps with other weights from its position on. Raises ValueError as
-        `check_state`.
+        """The order that wrote `state`, perhaps with other weights from its position on.
+
+        Args:
+            state: what `state` gave, from a checkpoint.
+            mixture: the sources and their weights over the run, as they are configured now.
+            sources: the counts of `mixture.sources`.
+            config: the parameters of the run's order; an undecided number of streams is taken from `state`.
+
+        Raises:
+            ValueError: see `check_state`.
         """
         columns, written = state.get("columns"), state.get("sources")
         known = [source.get("streams") for source in written] if isinstance(written, list) else []
@@ -98,7 +129,11 @@ class MixtureOrder:
         return order
 
     def locate(self, positions: ArrayLike) -> Located:
-        """The places of positions [B] (int64, >= 0, in any order)."""
+        """The places of positions [B] (int64, >= 0, in any order).
+
+        Raises:
+            ValueError: a position is negative.
+        """
         wanted = np.atleast_1d(np.asarray(positions, np.int64))
         if wanted.size and wanted.min() < 0:
             raise ValueError(f"data positions are 0 or more, found {int(wanted.min())}")
@@ -114,21 +149,31 @@ class MixtureOrder:
         return found
 
     def substitute(self, position: int, attempt: int) -> tuple[int, int]:
-        """(shard, sample) that stands in for a bad sample, of the same source; see `Order.substitute`."""
+        """The shard and the sample in it that replace a bad sample, of the same source; see `Order.substitute`."""
         source, own_position = self._own_positions(np.array([position], np.int64))
         number = int(source[0])
         shard, sample = self.orders[number].substitute(int(own_position[0]), attempt)
         return shard + int(self._first_shard[number]), sample
 
     def chunk_samples(self, chunk: int) -> tuple[int, int, int]:
-        """(shard, first sample, number of samples) of a chunk. Raises ValueError when there is no such chunk."""
+        """The samples of a chunk.
+
+        Returns:
+            The shard, the first sample in it and the number of samples.
+
+        Raises:
+            ValueError: there is no such chunk.
+        """
         source, own_chunk = self._source_of_chunk(chunk)
         shard, first, size = self.orders[source].chunk_samples(own_chunk)
         return shard + int(self._first_shard[source]), first, size
 
     def pass_of(self, chunk: int, position: int) -> Int64s:
-        """The positions of a chunk's samples, sorted, in the earliest of the source's passes over it that is not over
-        at `position`; without those that the weights leave unused for ever. Empty when none is used any more.
+        """When a chunk is used: one pass of its source over it, the earliest that is not over at `position`.
+
+        Returns:
+            The sorted global positions of the chunk's samples in that pass, without those that the weights leave unused
+            for ever; empty when none is used any more.
         """
         source, own_chunk = self._source_of_chunk(chunk)
         order = self.orders[source]
@@ -142,12 +187,12 @@ class MixtureOrder:
         return np.empty(0, np.int64)
 
     def uses(self, chunk: int, position: int) -> ChunkUse:
-        """The ends of `pass_of`; (NEVER, NEVER) when no sample of the chunk is used any more."""
+        """The first and the last position of `pass_of`; both are NEVER when no sample of the chunk is used any more."""
         found = self.pass_of(chunk, position)
         return ChunkUse(int(found[0]), int(found[-1])) if found.size else ChunkUse(NEVER, NEVER)
 
     def counts(self, position: int) -> Int64s:
-        """[D]: samples of each source in [0, position), exactly."""
+        """How many samples of each source there are in [0, position), exactly: [D]."""
         run = self.config.run
         found = run * self._rows_before(position).sum(1)
         if position % run:
@@ -156,7 +201,7 @@ class MixtureOrder:
         return np.asarray(found, np.int64)
 
     def wanted_shares(self, position: int) -> list[float]:
-        """[D]: the shares that hold at `position`; they add up to 1."""
+        """The share of each source in the samples, as the weights at `position` want it: [D], adding up to 1."""
         segment = int(self._segment_of(np.array([position // (self.columns * self.config.run)]))[0])
         return [weight / TOTAL for weight in self.segments[segment].weights]
 
@@ -167,8 +212,13 @@ class MixtureOrder:
         )
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError, naming every field, when `state` was written under another order or other sources. Weights
-        may differ from the state's position on; sources may be added behind the others, if they have weight 0 before.
+        """Refuses a state that another order or other sources wrote.
+
+        Weights may differ from the state's position on; sources may be added behind the others, if they have weight 0
+        before that position.
+
+        Raises:
+            ValueError: something else differs; every field that does is named.
         """
         wrong = differences(state, self.state(0))
         if wrong:
@@ -182,7 +232,7 @@ class MixtureOrder:
         return np.searchsorted(self._first_round, rounds, side="right") - 1
 
     def _own_positions(self, positions: Int64s) -> tuple[Int64s, Int64s]:
-        """Steps 1 to 3: (source, position in the source's own order), each [B]."""
+        """Steps 1 to 3: from global positions [B] to their sources and to positions in the sources' own orders."""
         rows = positions // self.config.run
         rounds, column = rows // self.columns, rows % self.columns
         segment = self._segment_of(rounds)
@@ -194,7 +244,7 @@ class MixtureOrder:
         return source, (number * self.columns + column) * self.config.run + positions % self.config.run
 
     def _global_positions(self, source: int, own_positions: Int64s) -> Int64s:
-        """The inverse of `_own_positions`; NEVER where the weights end the source before."""
+        """The inverse of `_own_positions` for one source; NEVER where its weight becomes 0 before, and stays so."""
         rows = own_positions // self.config.run
         number, column = rows // self.columns, rows % self.columns
         rounds, is_used = np.zeros_like(rows), np.zeros(len(rows), np.bool_)
@@ -210,7 +260,7 @@ class MixtureOrder:
         return np.where(is_used, found, NEVER)
 
     def _rows_before(self, position: int) -> Int64s:
-        """[D, Q]: whole rows of each source in each column in [0, position)."""
+        """How many whole rows of each source there are in each column in [0, position): [D, Q]."""
         rounds, column = divmod(position // self.config.run, self.columns)
         part = int(self._segment_of(np.array([rounds]))[0])
         every = np.arange(self.columns)
@@ -218,18 +268,19 @@ class MixtureOrder:
         return self._rows_at_start[part] + self._interleaves[part].counts(rows, every)
 
     def _next_own_position(self, source: int, position: int) -> int:
-        """Every sample of the source before this own position is used before the global `position`."""
+        """A position in the source's own order; every sample before it is used before the global `position`."""
         first_rows = self._rows_before(max(0, position))[source] * self.columns + np.arange(self.columns)
         return int(first_rows.min()) * self.config.run
 
     def _end_of_source(self, source: int) -> int:
-        """No sample of the source at or behind this own position is ever used."""
+        """A position in the source's own order; no sample at or behind it is ever used."""
         if self.segments[-1].weights[source]:
             return NEVER
         rows = self._rows_at_start[-1][source]
         return int(((rows - 1) * self.columns + np.arange(1, self.columns + 1)).max()) * self.config.run
 
     def _source_of_chunk(self, chunk: int) -> tuple[int, int]:
+        """The source of a chunk, and the number of the chunk in that source."""
         if not 0 <= chunk < self.num_chunks:
             raise ValueError(f"chunk {chunk} of {self.num_chunks}; expected 0 to {self.num_chunks - 1}")
         source = int(np.searchsorted(self._first_chunk, chunk, side="right")) - 1
@@ -239,6 +290,7 @@ class MixtureOrder:
 def _orders(
     sources: Sequence[SourceCounts], config: OrderConfig, columns: int, streams: Sequence[int | None]
 ) -> list[Order]:
+    """The order of each source: with a seed of its own, and streams that suit the columns of the mixture."""
     orders = []
     for number, (source, count) in enumerate(zip(sources, streams, strict=True)):
         samples = np.asarray(source.samples_per_shard, np.int64)
@@ -248,23 +300,6 @@ def _orders(
     return orders
 
 
-def _segments(mixture: MixtureConfig, round_samples: int) -> list[Segment]:
-    """The times of equal weights; a change is put off to the next whole round of Q * g samples."""
-    changes = [
-        (0, [source.weight for source in mixture.sources]),
-        *((change.at_sample, change.weights) for change in mixture.schedule),
-    ]
-    segments: list[Segment] = []
-    for at_sample, weights in changes:
-        from_sample = -(-at_sample // round_samples) * round_samples
-        if segments and from_sample == segments[-1].from_sample:
-            raise ValueError(
-                f"the weights change twice before sample {from_sample:,}: they can change every {round_samples:,} "
-                "samples (a global batch of the run's start); leave out one of the changes in data.mixture.schedule"
-            )
-        segments.append(Segment(from_sample, integer_weights(weights)))
-    return segments
-
-
 def _starts(counts: Sequence[int]) -> Int64s:
+    """Where each part begins when parts of these sizes are numbered in turn."""
     return np.asarray(np.cumsum(counts) - np.asarray(counts), np.int64)

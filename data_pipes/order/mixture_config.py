@@ -12,11 +12,11 @@ class SourceConfig:
     """One data set of a mixture."""
 
     path: str = "???"
-    # folder or URL of the data set: the one with manifest.json
+    """Folder or URL of the data set: the one with manifest.json."""
     weight: float = 1.0
-    # share of the samples, relative to the other sources' weights; 0: none until the schedule says so
+    """Share of the samples, relative to the other sources' weights; 0 means none until the schedule says so."""
     name: str | None = None
-    # in metrics, messages and checkpoints; None: the last part of the path
+    """Name in metrics, messages and checkpoints; null takes the last part of the path."""
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,20 @@ class WeightChange:
     """New weights in the middle of a run."""
 
     at_sample: int = 0
-    # samples consumed over all ranks; put off to the next multiple of the global batch of the run's start
+    """When they begin: samples consumed over all ranks; put off to the next multiple of the global batch of the run's
+    start."""
     weights: list[float] = field(default_factory=list)
-    # one for each source, in their order
+    """One weight for each source, in the order of the sources."""
 
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """Several sources in chosen shares."""
+    """Several sources, each with a weight that may change during the run."""
 
     sources: list[SourceConfig] = field(default_factory=list)
-    # empty: no mixture. New ones go behind the others, so that a resumed run can go on
+    """The data sets; empty means no mixture. New ones go behind the others, so that a resumed run can go on."""
     schedule: list[WeightChange] = field(default_factory=list)
-    # later weights, in the order of `at_sample`; empty: the sources' own weights all along
+    """Later weights, in the order of `at_sample`; empty keeps the sources' own weights all along."""
 
     def __post_init__(self) -> None:
         if not self.sources and self.schedule:
@@ -48,7 +49,7 @@ class MixtureConfig:
             self._check_weights()
 
     def names(self) -> list[str]:
-        """The sources' names."""
+        """The names of the sources, in their order."""
         return [source.name or source.path.rstrip("/").rsplit("/", 1)[-1] for source in self.sources]
 
     def _check_names(self) -> None:

@@ -1,4 +1,4 @@
-"""The state of a mixture in a checkpoint, and what keeps a run from going on from one.
+"""The segments of a mixture, its state in a checkpoint, and what keeps a run from going on from one.
 
 Enters: a mixture's parameters, or two states. Leaves: JSON, or sentences for the user. Why it exists: weights of the
 future may change in a resumed run, those of the past may not; the comparison is longer than that of plain orders.
@@ -9,17 +9,46 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from data_pipes.order.mixture_config import MixtureConfig
 from data_pipes.order.order import Order, OrderConfig
-from data_pipes.order.weighted_interleave import TOTAL
+from data_pipes.order.weighted_interleave import TOTAL, integer_weights
 
 _KIND, _VERSION = "mixture", 1
 
 
 class Segment(NamedTuple):
-    """A time of equal weights, up to the next segment."""
+    """A part of the run in which the weights are constant; it ends where the next segment begins."""
 
     from_sample: int
-    weights: tuple[int, ...]  # [D], with the sum TOTAL
+    """Its first sample, counted over all ranks from the run's start."""
+    weights: tuple[int, ...]
+    """[D], with the sum TOTAL."""
+
+
+def plan_segments(mixture: MixtureConfig, round_samples: int) -> list[Segment]:
+    """The segments of a run, in each of which the weights are constant.
+
+    Args:
+        mixture: the sources and their weights over the run.
+        round_samples: Q * g; a change of the weights is put off to the next multiple of it.
+
+    Raises:
+        ValueError: two changes are put off to the same sample.
+    """
+    changes = [
+        (0, [source.weight for source in mixture.sources]),
+        *((change.at_sample, change.weights) for change in mixture.schedule),
+    ]
+    segments: list[Segment] = []
+    for at_sample, weights in changes:
+        from_sample = -(-at_sample // round_samples) * round_samples
+        if segments and from_sample == segments[-1].from_sample:
+            raise ValueError(
+                f"the weights change twice before sample {from_sample:,}: they can change every {round_samples:,} "
+                "samples (a global batch of the run's start); leave out one of the changes in data.mixture.schedule"
+            )
+        segments.append(Segment(from_sample, integer_weights(weights)))
+    return segments
 
 
 def describe_mixture(
@@ -29,7 +58,15 @@ def describe_mixture(
     segments: Sequence[Segment],
     position: int,
 ) -> dict[str, Any]:
-    """The state at `position`, as JSON."""
+    """The state of a mixture, as JSON.
+
+    Args:
+        config: the parameters of the run's order.
+        columns: the number of columns, Q.
+        sources: the name and the order of each source.
+        segments: of the whole run.
+        position: samples consumed by the trainer, over all ranks.
+    """
     return {
         "version": _VERSION,
         "kind": _KIND,
@@ -47,7 +84,7 @@ def describe_mixture(
 
 
 def differences(state: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What keeps a run described by `now` from going on at the position of `state`; empty: nothing."""
+    """What keeps a run described by `now` from going on at the position of `state`, in words; empty if nothing does."""
     if state.get("kind") != _KIND:
         return ["it is of one data set (data.train), and data.mixture names sources now"]
     fields = ("version", "seed", "run", "window", "chunk_bytes", "columns")
@@ -83,7 +120,14 @@ def _source_differences(sources: list[dict[str, Any]], now: list[dict[str, Any]]
 
 
 def _weight_differences(past: list[Segment], past_now: list[Segment], names: list[str], num_sources: int) -> list[str]:
-    """past, past_now: the segments that had begun. num_sources: of the checkpoint."""
+    """What differs in the weights of the past, and which sources came too early.
+
+    Args:
+        past: the segments of the checkpoint that had begun.
+        past_now: the segments of the run that had begun.
+        names: of all sources.
+        num_sources: the number of sources of the checkpoint.
+    """
     added = {
         name
         for s in past_now

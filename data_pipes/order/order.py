@@ -1,4 +1,4 @@
-"""The data order: which sample stands at which position, as a pure function.
+"""The data order: which sample is at which position, as a pure function.
 
 Enters: the number of samples and bytes of each shard, a seed, four parameters. Leaves: for any positions, the places
 (shard, sample) of their samples. Why it exists: the whole state of a run's data is one integer, which no number of
@@ -37,13 +37,15 @@ __all__ = ["NEVER", "ChunkUse", "Located", "Order", "OrderConfig", "hash64", "ha
 
 STATE_VERSION = 1
 _STREAMS_PER_RUN = 4
-# at 1e9 samples and a batch of 16,384 over 128 nodes: 27 GB of chunks in use per node; 24 streams per run: 163 GB
+"""Streams for each run of a batch. At 1e9 samples and a batch of 16,384 over 128 nodes, 4 of them keep 27 GB of chunks
+in use per node; 24 would keep 163 GB."""
 NEVER = int(np.iinfo(np.int64).max)
 """The position of what does not come again."""
 _PLANS = 3
-# kept: the trainer's epoch, the next one when a batch spans both, and one more for a look ahead from there
+"""Plans that are kept: of the trainer's epoch, of the next one when a batch spans both, and one more for a look ahead
+from there."""
 _CHUNKS, _WINDOW, _SUBSTITUTE = 1, 2, 3
-# what a hash is for: the same (seed, epoch) gives unrelated keys
+"""What a hash is for: so the same (seed, epoch) gives unrelated keys."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,16 @@ class OrderConfig:
     """The parameters of the order. Changing any of them in the middle of a run makes another order."""
 
     seed: int = 0
-    # of the order and of the augmentation
+    """Seed of the order and of the augmentation."""
     streams: int | None = None
-    # S; None: chosen from the global batch at the run's start (see `with_streams`), then kept in the state
+    """S, the number of streams; null chooses it from the global batch at the run's start (see `with_streams`), and
+    keeps it in the state."""
     run: int = 8
-    # g, neighbouring positions from one stream; a batch of G samples draws from G / g streams
+    """g, neighbouring positions from one stream; a batch of G samples draws from G / g streams."""
     window: int = 4096
-    # samples shuffled together in a stream
+    """Samples shuffled together in a stream."""
     chunk_bytes: int = 8 << 20
-    # bytes read together: a window holds window * (bytes of a sample) / chunk_bytes chunks
+    """Bytes read together: a window holds window * (bytes of a sample) / chunk_bytes chunks."""
 
     def __post_init__(self) -> None:
         for name in ("streams", "run", "window", "chunk_bytes"):
@@ -72,6 +75,10 @@ class OrderConfig:
         by one rank; but never so many that a stream is shorter than one window: small data is shuffled whole.
 
         More streams shuffle over more samples at once (S * window), and need a larger cache for chunks in use.
+
+        Args:
+            num_samples: of the data set.
+            global_batch: G, samples per optimizer step over all ranks.
         """
         if self.streams is not None:
             return self
@@ -83,17 +90,23 @@ class OrderConfig:
 class Located(NamedTuple):
     """The places of B positions."""
 
-    shard: Int64s  # [B]
-    sample: Int64s  # [B], within the shard
-    chunk: Int64s  # [B], number of the chunk, over all shards
-    source: Int64s  # [B], 0 where there is only one
+    shard: Int64s
+    """[B], counted over all sources."""
+    sample: Int64s
+    """[B], within the shard."""
+    chunk: Int64s
+    """[B], number of the chunk, counted over all shards."""
+    source: Int64s
+    """[B], 0 where there is only one."""
 
 
 class ChunkUse(NamedTuple):
-    """One pass over a chunk: global positions of the first and of the last of its samples; both NEVER: no more."""
+    """One pass over a chunk; both fields are NEVER when there is none any more."""
 
     first: int
+    """Global position of the first of its samples."""
     last: int
+    """Global position of the last of its samples."""
 
 
 class Order:
@@ -102,9 +115,16 @@ class Order:
     def __init__(
         self, samples_per_shard: ArrayLike, bytes_per_shard: ArrayLike, config: OrderConfig, fingerprint: str
     ) -> None:
-        """samples_per_shard, bytes_per_shard: [shards], int64. fingerprint: of the data set; it enters the state only.
+        """Divides the shards into chunks; plans of epochs are made when they are first needed.
 
-        Raises ValueError when `config.streams` is undecided or there is no sample.
+        Args:
+            samples_per_shard: [shards], int64.
+            bytes_per_shard: [shards], int64.
+            config: the parameters; `streams` must be decided.
+            fingerprint: of the data set; it enters the state only.
+
+        Raises:
+            ValueError: `config.streams` is undecided, or there is no sample.
         """
         if config.streams is None:
             raise ValueError("the order needs a number of streams; decide it with OrderConfig.with_streams")
@@ -134,10 +154,15 @@ class Order:
 
     @property
     def num_shards(self) -> int:
+        """How many shards the data set has."""
         return len(self._samples)
 
     def locate(self, positions: ArrayLike) -> Located:
-        """The places of positions [B] (int64, >= 0, in any order and epoch)."""
+        """The places of positions [B] (int64, >= 0, in any order and epoch).
+
+        Raises:
+            ValueError: a position is negative.
+        """
         wanted = np.atleast_1d(np.asarray(positions, np.int64))
         if wanted.size and wanted.min() < 0:
             raise ValueError(f"data positions are 0 or more, found {int(wanted.min())}")
@@ -151,10 +176,17 @@ class Order:
         return found
 
     def substitute(self, position: int, attempt: int) -> tuple[int, int]:
-        """(shard, sample) that stands in for a bad sample; `attempt` = 1, 2, ... gives others.
+        """A sample that replaces a bad one.
 
-        Chosen by hash from the same window, which is being read anyway; from the whole epoch where the window has no
-        other sample. Never the bad sample itself, unless the data set has no other.
+        It is chosen by hash from the same window, which is being read anyway; from the whole epoch where the window has
+        no other sample. It is never the bad sample itself, unless the data set has no other.
+
+        Args:
+            position: of the bad sample, global.
+            attempt: 1, 2, ... give different ones.
+
+        Returns:
+            The shard, and the sample in it.
         """
         epoch, place = divmod(position, self.num_samples)
         stream, offset = self._stream_offsets(np.array([place], np.int64))
@@ -168,7 +200,14 @@ class Order:
         return int(located.shard[0]), int(located.sample[0])
 
     def chunk_samples(self, chunk: int) -> tuple[int, int, int]:
-        """(shard, first sample, number of samples) of a chunk. Raises ValueError when there is no such chunk."""
+        """The samples of a chunk.
+
+        Returns:
+            The shard, the first sample in it and the number of samples.
+
+        Raises:
+            ValueError: there is no such chunk.
+        """
         return self._table.bounds(chunk)
 
     def positions_of(self, chunk: int, epoch: int) -> Int64s:
@@ -184,7 +223,7 @@ class Order:
         return self.positions_of(chunk, epoch + 1) if found[-1] < position else found
 
     def uses(self, chunk: int, position: int) -> ChunkUse:
-        """The ends of `pass_of`; `uses(chunk, last + 1)` is the pass after."""
+        """The first and the last position of `pass_of`; `uses(chunk, last + 1)` is the pass after."""
         found = self.pass_of(chunk, position)
         return ChunkUse(int(found[0]), int(found[-1]))
 
@@ -193,7 +232,11 @@ class Order:
         return {"version": STATE_VERSION, "position": position, **self._identity()}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError, naming every field, when `state` was written under another order or data set."""
+        """Refuses a state that was written under another order or data set.
+
+        Raises:
+            ValueError: something differs, or the position is invalid; every field is named.
+        """
         expected = {"version": STATE_VERSION, **self._identity()}
         wrong = [
             f"{name} is {state.get(name)!r} in the checkpoint and {value!r} now"
@@ -220,7 +263,18 @@ class Order:
         config: OrderConfig,
         fingerprint: str,
     ) -> Order:
-        """The order that wrote `state`; undecided streams are taken from it. Raises ValueError as `check_state`."""
+        """The order that wrote `state`.
+
+        Args:
+            state: what `state` gave, from a checkpoint.
+            samples_per_shard: [shards], int64.
+            bytes_per_shard: [shards], int64.
+            config: the parameters; undecided streams are taken from `state`.
+            fingerprint: of the data set.
+
+        Raises:
+            ValueError: `state` is damaged, or see `check_state`.
+        """
         streams = state.get("streams")
         if config.streams is None and type(streams) is int and streams > 0:
             config = replace(config, streams=streams)
@@ -247,7 +301,7 @@ class Order:
         return self.config.streams
 
     def _stream_offsets(self, places: Int64s) -> tuple[Int64s, Int64s]:
-        """Step 5: positions in the epoch -> (stream, offset in the stream), each [B]."""
+        """Step 5: from positions in the epoch [B] to their streams and the offsets in these, each [B]."""
         streams, run = self._num_streams, self.config.run
         length = self.num_samples // streams
         full = length // run * run  # of each stream, dealt in whole runs
@@ -262,14 +316,14 @@ class Order:
         return stream, offset
 
     def _window_bounds(self, stream: Int64s, offset: Int64s) -> tuple[Int64s, Int64s]:
-        """(first slot, number of slots) of the windows that hold these offsets, each [B]."""
+        """The first slot and the number of slots of the windows that hold these offsets, each [B]."""
         length, longer = divmod(self.num_samples, self._num_streams)
         begin = stream * length + np.minimum(stream, longer)
         start = offset // self.config.window * self.config.window
         return begin + start, np.minimum(self.config.window, length + (stream < longer) - start)
 
     def _slots(self, epoch: int, places: Int64s) -> Int64s:
-        """Steps 3 to 5: positions in the epoch -> slots."""
+        """Steps 3 to 5: from positions in the epoch to slots, each [B]."""
         stream, offset = self._stream_offsets(places)
         first, size = self._window_bounds(stream, offset)
         window = offset // self.config.window
@@ -278,7 +332,7 @@ class Order:
         )
 
     def _places(self, epoch: int, slots: Int64s) -> Int64s:
-        """The inverse of `_slots`: slots -> positions in the epoch."""
+        """The inverse of `_slots`: from slots to positions in the epoch, each [B]."""
         streams, run, window_size = self._num_streams, self.config.run, self.config.window
         length, longer = divmod(self.num_samples, streams)
         in_longer = longer * (length + 1)  # slots of the streams that are one sample longer
@@ -296,7 +350,7 @@ class Order:
         return np.where(offset == length, length * streams + stream, place)
 
     def _locate_slots(self, epoch: int, slots: Int64s) -> Located:
-        """Steps 1 and 2: slots -> places."""
+        """Steps 1 and 2: from slots [B] to their places."""
         chunk, within = self._plan(epoch).find(slots)
         shard, first = self._table.first_samples(chunk)
         return Located(shard, first + within, chunk, np.zeros_like(shard))

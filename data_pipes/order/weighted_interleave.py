@@ -1,12 +1,12 @@
 """Dealing the rows of a column to sources in given shares: exactly, in integers, and computable at any row.
 
 Enters: integer weights, a number of columns, a seed. Leaves: the source of row n of a column and how many earlier rows
-of the column it had, and the way back. Why it exists: a mixture's order must be a pure function of the position, as the
-order of one source is, and the same on every machine.
+of the column it had, and from a source and such a number the row. Why it exists: a mixture's order must be a pure
+function of the position, as the order of one source is, and the same on every machine.
 
 A binary tree has the sources at its leaves. Of the first n rows that come to a node of weight t in column c,
-floor((a * n + phase) / t) go to its left child, of weight a; the others to the right one. So every row has one source,
-a source's rows before any row number less than the tree's depth more or fewer than its share, and both directions cost
+floor((a * n + phase) / t) go to its left child, of weight a; the others to the right one. So every row has one source;
+before any row, a source had its share of the rows to within less than the tree's depth; and both directions cost
 O(depth) per row: no slot is drawn, none is counted, and a weight may be as small as 2**-30.
 
 The phases (one per column and level) are fractions of an additive sequence, c * sqrt(prime): neighbouring columns are
@@ -31,13 +31,16 @@ from data_pipes.order.hashing import Int64s, Uint64s, hash_words
 TOTAL = 1 << 30
 """What the integer weights add up to: products of two of them stay within 64 bits."""
 _PHASE = 5
+"""Hashed with the seed, so that the phases have nothing to do with other uses of it."""
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53)
+"""The phases of level n of the tree advance by the square root of the n-th prime."""
 
 
 def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
     """The weights as integers that add up to TOTAL, by largest remainders; equal on every machine.
 
-    Raises ValueError when a weight is negative or not finite, too small to be dealt, or none is above 0.
+    Raises:
+        ValueError: a weight is negative or not finite, too small to be dealt, or none is above 0.
     """
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
         raise ValueError(f"the weights are {list(weights)}; expected numbers of 0 or more")
@@ -59,16 +62,21 @@ def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Node:
-    """left, right: a node, or the number of a source."""
+    """A node of the tree, with what divides the rows that come to it between its two children."""
 
     left: _Node | int
+    """A node, or the number of a source."""
     right: _Node | int
+    """A node, or the number of a source."""
     left_weight: int
+    """The left child's part of `weight`."""
     weight: int
-    phase: Int64s  # [Q], 0 <= phase < weight
+    """Sum of the weights of all sources below the node."""
+    phase: Int64s
+    """[Q], 0 <= phase < weight."""
 
     def to_left(self, rows: Int64s, columns: Int64s) -> Int64s:
-        """How many of the first `rows` rows of these columns go to the left. Split so that no product overflows."""
+        """How many of the first `rows` rows of these columns go to the left; computed so that no product overflows."""
         whole, part = rows // self.weight, rows % self.weight
         return self.left_weight * whole + (self.left_weight * part + self.phase[columns]) // self.weight
 
@@ -77,7 +85,9 @@ class _Node:
         return _first_reaching(number + 1, self.left_weight, self.weight, self.phase[columns]) - 1
 
     def row_of_right(self, number: Int64s, columns: Int64s) -> Int64s:
-        """The same for the right child: n - floor((a n + phase) / t) = floor(((t - a) n + t - 1 - phase) / t)."""
+        """The row that is the right child's row `number`: n - floor((a n + phase) / t) = floor(((t - a) n + t - 1 -
+        phase) / t).
+        """
         mirrored = self.weight - 1 - self.phase[columns]
         return _first_reaching(number + 1, self.weight - self.left_weight, self.weight, mirrored) - 1
 
@@ -86,7 +96,13 @@ class WeightedInterleave:
     """The sources of the rows of Q columns, under one set of weights."""
 
     def __init__(self, weights: Sequence[int], seed: int, num_columns: int) -> None:
-        """weights: [D], from `integer_weights`. Sources of weight 0 get no row and do not touch the others' rows."""
+        """Builds the tree.
+
+        Args:
+            weights: [D], from `integer_weights`. Sources of weight 0 get no row and do not change the others' rows.
+            seed: the run's.
+            num_columns: Q.
+        """
         self._num_sources = len(weights)
         self._fractions: list[Uint64s] = []
         self._seed, self._num_columns = seed, num_columns
@@ -95,11 +111,11 @@ class WeightedInterleave:
 
     @property
     def depth(self) -> int:
-        """Levels of the tree: a source's number of rows is off its share by less than this (by none where it is 0)."""
+        """Levels of the tree: a source has fewer than so many rows more or less than its share (none where it is 0)."""
         return max(len(path) for path in self._paths.values())
 
     def counts(self, rows: Int64s, columns: Int64s) -> Int64s:
-        """[D, B]: how many of the first `rows` [B] rows of `columns` [B] each source has."""
+        """How many of the first `rows` [B] rows of `columns` [B] each source has: [D, B]."""
         found = np.zeros((self._num_sources, len(rows)), np.int64)
 
         def share(node: _Node | int, rows: Int64s) -> None:
@@ -114,7 +130,11 @@ class WeightedInterleave:
         return found
 
     def locate(self, rows: Int64s, columns: Int64s) -> tuple[Int64s, Int64s]:
-        """(source, rows of this source before) of rows [B] of columns [B]."""
+        """Finds the sources of rows [B] of columns [B].
+
+        Returns:
+            The source of each row, [B], and how many earlier rows of its column that source has, [B].
+        """
         source, before = np.empty_like(rows), np.empty_like(rows)
 
         def descend(node: _Node | int, chosen: NDArray[np.intp], rows: Int64s, columns: Int64s) -> None:
@@ -132,7 +152,8 @@ class WeightedInterleave:
     def rows_of(self, source: int, numbers: Int64s, columns: Int64s) -> Int64s:
         """The inverse of `locate`: the rows of columns [B] that are the source's rows `numbers` [B] there.
 
-        Raises KeyError for a source of weight 0.
+        Raises:
+            KeyError: the source has weight 0.
         """
         rows = numbers
         for node, is_left in self._paths[source]:
@@ -150,7 +171,9 @@ class WeightedInterleave:
         return _Node(left_node, right_node, left_weight, weight, phase)
 
     def _fraction(self, level: int) -> Uint64s:
-        """[Q] in units of 2**-30: c * sqrt(prime) modulo 1, from a start that the seed gives."""
+        """The phases of a level as fractions, [Q], in units of 2**-30: c * sqrt(prime) modulo 1, from a start that the
+        seed gives.
+        """
         if level == len(self._fractions):
             step = np.uint64(math.isqrt(_PRIMES[level % len(_PRIMES)] << 128) & 0xFFFFFFFFFFFFFFFF)
             words = hash_words(self._seed, _PHASE, level) + np.arange(self._num_columns, dtype=np.uint64) * step
@@ -167,7 +190,12 @@ def _first_reaching(count: Int64s, weight: int, total: int, phase: Int64s) -> In
 def _paths(
     node: _Node | int, above: tuple[tuple[_Node, bool], ...]
 ) -> Iterator[tuple[int, tuple[tuple[_Node, bool], ...]]]:
-    """(source, its nodes from the leaf up with "is left") of each leaf."""
+    """Each source with its path: the nodes above its leaf from the leaf upwards, and whether the leaf is to their left.
+
+    Args:
+        node: where the paths start.
+        above: the path of `node` itself.
+    """
     if isinstance(node, int):
         yield node, above
     else:
