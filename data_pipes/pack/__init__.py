@@ -1,1 +1,1 @@
-"""Pictures and videos to shards."""
+"""From pictures and videos to shards."""

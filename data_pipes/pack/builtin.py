@@ -1,8 +1,8 @@
 """The built-in sets, so that everything can be tried without a download.
 
-Enters: a name, with options where the set has some. Leaves: the files of a small labelled set. `digits`: the 1,797 grey
-digits of 8 x 8 pixels of scikit-learn. `photos`: crops of the photographs that lie inside the scikit-image package.
-`motion`: videos of digits and photographs that move, see data_pipes.pack.builtin_motion.
+Enters: a name, with options where the set has some. Leaves: the files of a small labelled set. There are `digits` (the
+1,797 grey digits of 8 x 8 pixels of scikit-learn), `photos` (crops of the photographs that lie inside the scikit-image
+package) and `motion` (videos of digits and photographs that move, see data_pipes.pack.builtin_motion).
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from data_pipes.pack.builtin_motion import MotionOptions, MotionSource
 from data_pipes.pack.sources import MemorySource, Source
 
 PHOTO_SIZE = 96
-# pixels, height and width of a crop
+"""Height and width of a crop, in pixels."""
 _PHOTO_SHORT_SIDE = 288
-# pixels of the photograph that crops are cut from: at this size a crop shows an object, not a texture
+"""Pixels of the photograph that crops are cut from: at this size a crop shows an object, not a texture."""
 _PHOTO_ROWS, _PHOTO_COLUMNS = 6, 8
+"""Crops below each other and side by side."""
 _PHOTOGRAPHS = {
     "astronaut": "astronaut.png",
     "chelsea": "chelsea.png",
@@ -32,12 +33,18 @@ _PHOTOGRAPHS = {
     "retina": "retina.jpg",
     "rocket": "rocket.jpg",
 }
+"""The name of each class -> the file in scikit-image."""
 
 
 def load_builtin(text: str) -> Source:
-    """The built-in set as class folders. text: its name, and options after a comma, as "motion,videos=400,size=96".
+    """A built-in set as class folders.
 
-    Raises ValueError for an unknown name or option, or a missing package; ImportError without PyAV.
+    Args:
+        text: its name, and options after a comma, as in "motion,videos=400,size=96".
+
+    Raises:
+        ValueError: the name or an option is unknown, or a package is missing.
+        ImportError: the set consists of videos, and PyAV is missing.
     """
     name, _, options = text.partition(",")
     if name not in BUILTINS:
@@ -87,6 +94,7 @@ BUILTINS: dict[str, Callable[[str], Source]] = {
     "photos": _without_options("photos", photos),
     "motion": lambda options: MotionSource(MotionOptions.parse(options)),
 }
+"""The name of each set -> what makes it from the text of its options."""
 
 
 def _png(image: Image.Image) -> bytes:

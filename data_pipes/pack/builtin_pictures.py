@@ -17,8 +17,13 @@ _INSTALL = "install it with: pip install 'tessera-pretrain[demo]'"
 
 
 def digits() -> tuple[NDArray[np.uint8], list[int]]:
-    """The grey pictures [1797, 8, 8] of scikit-learn (UCI Optical Recognition of Handwritten Digits), their values
-    0..16 as 0..255, rounded; and their labels. Raises ValueError without scikit-learn.
+    """The handwritten digits of scikit-learn (UCI Optical Recognition of Handwritten Digits).
+
+    Returns:
+        The grey pictures, uint8 [1797, 8, 8], their values 0..16 as 0..255, rounded; and their labels.
+
+    Raises:
+        ValueError: scikit-learn is missing.
     """
     try:
         from sklearn.datasets import load_digits
@@ -29,7 +34,15 @@ def digits() -> tuple[NDArray[np.uint8], list[int]]:
 
 
 def photograph(file_name: str, short_side: int) -> Image.Image:
-    """One of scikit-image's photographs, RGB, resized (bicubic, antialias). Raises ValueError where it is not there."""
+    """One of scikit-image's photographs, RGB, resized (bicubic, antialias).
+
+    Args:
+        file_name: in scikit-image's folder of data.
+        short_side: of the result, in pixels.
+
+    Raises:
+        ValueError: scikit-image is missing, or does not ship the photograph.
+    """
     path = _photo_folder() / file_name
     if not path.is_file():
         raise ValueError(f"the built-in photographs need {path}, which this scikit-image does not ship; {_INSTALL}")

@@ -4,10 +4,10 @@ Enters: a text file of `path,label` or `path label` lines. Leaves: which class e
 video sets are handed out as one folder of files and a list per split.
 
 With commas the file is read as CSV, and a first line that names the columns (path, video, file or id; label or class)
-chooses among more than two. Without, a line is a path, white space, and a label without white space. Labels that are
-all numbers are the classes 0, 1, ... up to the largest; names are sorted. A path is that of a file below the source;
-its suffix may be left out (Something-Something: `78687` for `78687.webm`), and folders that lie above the source may
-stand before it.
+chooses among more than two. Without commas, a line is a path, white space, and a label without white space. Labels that
+are all numbers are the classes 0, 1, ... up to the largest; names are sorted. A path is that of a file below the
+source; its suffix may be left out (Something-Something: `78687` for `78687.webm`), and folders that lie above the
+source may stand before it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from data_pipes.pack.sources import natural_key
 from data_pipes.shards.manifest import check_class_names
 
 _PATH_COLUMNS = ("path", "video", "video_path", "file", "filename", "id", "video_id")
+"""Titles of the column with the paths."""
 _LABEL_COLUMNS = ("label", "class", "class_name")
+"""Titles of the column with the labels."""
 _MAX_CLASSES = 1_000_000
+"""Numbers of classes are below this; a larger one is taken for something else, such as an id."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,9 @@ class LabelList:
     """A list of labels."""
 
     place: str
-    # of the file, for messages
+    """The path of the list, for messages."""
     label_of: dict[str, str]
-    # path as written -> label
+    """Path of a file, as the list has it -> label."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -43,9 +46,17 @@ class LabelList:
         return check_class_names(sorted(names, key=natural_key))
 
     def match(self, names: Sequence[str], title: str) -> tuple[dict[str, str], list[str]]:
-        """(file name -> label, paths of the list that are no file). names: of the source's files.
+        """Finds the files that the list is about.
 
-        Raises ValueError where no path fits, and where two lines give one file two labels.
+        Args:
+            names: of the source's files.
+            title: of the source, for messages.
+
+        Returns:
+            The label of each file by its name, and the paths of the list that are no file of the source.
+
+        Raises:
+            ValueError: no path fits, or two lines give one file two labels.
         """
         known = set(names)
         by_stem: dict[str, str | None] = {}
@@ -69,6 +80,13 @@ class LabelList:
 
 
 def _find(path: str, known: set[str], by_stem: dict[str, str | None]) -> str | None:
+    """The name of the file that a path of the list means; None if there is no such file.
+
+    Args:
+        path: as the list has it.
+        known: the names of the source's files.
+        by_stem: name without its suffix -> name; None where several files share it.
+    """
     parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")]
     for start in range(len(parts)):  # folders above the source are left off, one after the other
         rest = "/".join(parts[start:])
@@ -80,7 +98,12 @@ def _find(path: str, known: set[str], by_stem: dict[str, str | None]) -> str | N
 
 
 def read_labels(path: Path) -> LabelList:
-    """Raises ValueError for a file that is no list of labels, with the number of the line; OSError."""
+    """Reads a list of labels.
+
+    Raises:
+        ValueError: the file is no list of labels; the message has the number of the line.
+        OSError: the file cannot be read.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -104,7 +127,7 @@ def read_labels(path: Path) -> LabelList:
 
 
 def _from_csv(path: Path, lines: list[tuple[int, str]]) -> Iterator[tuple[int, str, str]]:
-    """(number of the line, path, label)."""
+    """The number of each line, its path and its label."""
     rows = [(number, [cell.strip() for cell in next(csv.reader([line]))]) for number, line in lines]
     titles = [cell.lower() for cell in rows[0][1]]
     paths = [column for column, title in enumerate(titles) if title in _PATH_COLUMNS]
@@ -123,7 +146,7 @@ def _from_csv(path: Path, lines: list[tuple[int, str]]) -> Iterator[tuple[int, s
 
 
 def _from_words(path: Path, lines: list[tuple[int, str]]) -> Iterator[tuple[int, str, str]]:
-    """(number of the line, path, label); the path may have blanks."""
+    """The number of each line, its path, which may have blanks, and its label."""
     for number, line in lines:
         words = line.strip().rsplit(maxsplit=1)
         if len(words) != 2:

@@ -3,8 +3,8 @@
 Enters: a source, and a list of labels where there is one. Leaves: a `Listing` in natural order. Why it exists: keys,
 labels and order follow from the names alone, so a zip and the folder it was made of become the same shards.
 
-Class folders: the first folder level is the class. Folders that wrap everything (`train/` around all classes) are
-passed over. Files in one single folder are unlabelled. With a list of labels, folders mean nothing.
+The first level of folders is the class. Folders that wrap everything (`train/` around all classes) are passed over.
+Files in one single folder are unlabelled. With a list of labels, folders mean nothing.
 """
 
 from __future__ import annotations
@@ -26,18 +26,22 @@ SUFFIXES: Mapping[Media, frozenset[str]] = {
     "pictures": frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}),
     "videos": frozenset(f".{extension}" for extension in VIDEO_EXTENSIONS),
 }
+"""Suffixes of the files of each kind, in lower case."""
 MAX_FILE_BYTES = 1 << 30
 """A picture or a short video is smaller; a larger declared size is an attack on the memory or a mistake."""
 
 _SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
+"""Folders with these names only are taken for splits, not for classes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file to pack. `label` is -1 where there are no classes; `key` is unique in the listing and has no dot."""
+    """One file to pack."""
 
     key: str
+    """Unique in the listing, without a dot in its last part."""
     label: int
+    """-1 where there are no classes."""
     file: SourceFile
 
 
@@ -49,9 +53,9 @@ class Listing:
     entries: list[Entry]
     classes: tuple[str, ...]
     ignored: list[str]
-    # names of files that are something else, hidden, or not in the list of labels
+    """Names of files that are something else, hidden, or not in the list of labels."""
     missing: list[str] = field(default_factory=list)
-    # names in the list of labels that the source does not have
+    """Names in the list of labels that the source does not have."""
 
     def digest(self) -> str:
         """sha256 (hex) over names, sizes, checksums and labels; equal for a folder that was moved."""
@@ -69,11 +73,17 @@ def list_source(
     classes: Sequence[str] | None = None,
     labels: LabelList | None = None,
 ) -> Listing:
-    """Lists a source. media: None takes what is there, if it is of one kind. `classes` is given for a validation
-    source: its labels must mean the same as in training. labels: instead of class folders.
+    """Lists the pictures or the videos of a source.
 
-    Raises ValueError for a source without pictures and videos or with both, files beside class folders, folders that
-    are splits and not classes, a file above `MAX_FILE_BYTES`, and a class that is not in `classes`.
+    Args:
+        source: the files.
+        media: which of the two; None takes what is there, if it is of one kind.
+        classes: the classes of the training source, given for a validation source: its labels must mean the same.
+        labels: the labels of the files, instead of class folders.
+
+    Raises:
+        ValueError: the source has neither pictures nor videos, or has both; files lie beside class folders; folders are
+            splits and not classes; a file is larger than `MAX_FILE_BYTES`; a class is not in `classes`.
     """
     media, files, ignored = _chosen_files(source, media)
     files.sort(key=lambda file: natural_key(file.name))
@@ -104,7 +114,7 @@ def list_source(
 
 
 def _chosen_files(source: Source, media: Media | None) -> tuple[Media, list[SourceFile], list[str]]:
-    """(kind, its files, the names of the others)."""
+    """The kind of files to pack, the files of that kind, and the names of all other files."""
     of_kind: dict[Media, list[SourceFile]] = {"pictures": [], "videos": []}
     ignored: list[str] = []
     for file in source.files():
@@ -147,6 +157,7 @@ def _wrapping_depth(names: list[str], known_classes: frozenset[str]) -> int:
 
 
 def _class_names(source: Source, names: list[str], media: Media) -> tuple[str, ...]:
+    """The class folders in natural order; none for files that lie in a single folder."""
     flat = [name for name in names if "/" not in name]
     folders = {name.split("/")[0] for name in names if "/" in name}
     if not folders:
@@ -166,6 +177,16 @@ def _class_names(source: Source, names: list[str], media: Media) -> tuple[str, .
 
 
 def _check_known(source: Source, found: Sequence[str], classes: Sequence[str]) -> None:
+    """Refuses classes of a validation source that the training source does not have.
+
+    Args:
+        source: the validation source.
+        found: its classes; empty if it is unlabelled.
+        classes: those of the training source; empty if it is unlabelled.
+
+    Raises:
+        ValueError: a class is not known, or only one of the two is labelled.
+    """
     if bool(found) != bool(classes):
         kinds = ("labelled", "unlabelled")
         raise ValueError(
@@ -181,8 +202,8 @@ def _check_known(source: Source, found: Sequence[str], classes: Sequence[str]) -
 
 
 def _keys(names: list[str]) -> Iterator[str]:
-    """Keys as webdataset wants them: no dot in the last part, unique. "a/b.c.jpg" -> "a/b_c"; a second "a/b_c" becomes
-    "a/b_c-1".
+    """Keys as webdataset wants them: unique, and without a dot in the last part. "a/b.c.jpg" becomes "a/b_c", and a
+    second "a/b_c" becomes "a/b_c-1".
     """
     used: set[str] = set()
     for name in names:

@@ -15,11 +15,19 @@ from data_pipes.pack.sources import FolderSource, Source, ZipSource
 Place = str | os.PathLike[str]
 """A path, or the name of a built-in set."""
 _BUILTIN_PREFIX = "builtin:"
+"""With it a name always means the built-in set, never a path."""
 
 
 def open_source(source: Place) -> Source:
-    """A folder, a zip, or a built-in set ("builtin:digits"; "digits" where no such path exists; with options,
-    "builtin:motion,videos=400"). Raises ValueError for anything else.
+    """The files of a folder, a zip or a built-in set.
+
+    Args:
+        source: a path, or the name of a built-in set: "builtin:digits"; "digits" where no such path exists; with
+            options, "builtin:motion,videos=400".
+
+    Raises:
+        ValueError: it is none of these, or cannot be read.
+        ImportError: a built-in set of videos, and PyAV is missing.
     """
     text = os.fspath(source)
     path = Path(text)
@@ -43,7 +51,18 @@ def open_source(source: Place) -> Source:
 
 
 def open_sources(source: Place, val: Place | None, val_labels: Place | None, val_fraction: float) -> dict[str, Source]:
-    """The sources of "train" and, where there is one, of "val"."""
+    """The sources of "train" and, where it has one of its own, of "val".
+
+    Args:
+        source: for training.
+        val: for validation.
+        val_labels: a second list of labels: validation takes other files of the same source.
+        val_fraction: share of the training source that becomes the validation set later; 0 for none.
+
+    Raises:
+        ValueError: a source cannot be opened, or a validation set is named in more than one way.
+        ImportError: a built-in set of videos, and PyAV is missing.
+    """
     opened = {"train": open_source(source)}
     own = opened["train"].validation()
     given = [

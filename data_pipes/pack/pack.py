@@ -38,20 +38,23 @@ from data_pipes.store.files import write_atomically
 __all__ = ["PackOptions", "PackResult", "pack"]
 
 _VERSION = 1
+"""Part of a pack's identity: to be raised when the same source and options give other shards."""
 
 
 @dataclass(frozen=True)
 class PackResult:
-    """What was packed: the manifests of "train" and "val", and what was not."""
+    """What was packed, and what was not."""
 
     media: Media
+    """Which kind of files."""
     splits: dict[str, Manifest]
+    """The manifests of "train" and, where there is one, of "val"."""
     ignored: list[str]
-    # files of the source that are something else
+    """Files of the source that are something else."""
     skipped: list[dict[str, str]]
-    # unreadable or missing files: {"split", "name", "cause", "error"}
+    """Unreadable or missing files, each with its "split", "name", "cause" and "error"."""
     num_resumed_shards: int
-    # shards that an earlier, killed pack had finished
+    """Shards that an earlier, killed pack had finished."""
 
 
 def pack(
@@ -67,16 +70,28 @@ def pack(
     on_plan: Callable[[int, int], None] | None = None,
     on_sample: Callable[[int], None] | None = None,
 ) -> PackResult:
-    """Packs `source` into `out`/train and, with `val` (a second source), `options.val_fraction` or a built-in set that
-    brings its own, `out`/val.
+    """Packs `source` into `out`/train and, with `val` (a second source), `val_labels`, `options.val_fraction` or a
+    built-in set that brings its own, `out`/val.
 
-    media: None takes the pictures or the videos, whichever the source has. labels, val_labels: lists of labels for the
-    two (data_pipes.pack.label_lists), instead of class folders; `val_labels` without `val` is a second list over
-    `source`. `workers` threads write shards at once. `on_plan(num_files, size_bytes)` is called once,
-    `on_sample(size_bytes)` for each file that was handled, from any thread; both count bytes of the source. Every file
-    is checked as `verify` of PictureOptions or VideoOptions says. Raises ValueError when `out` is finished, belongs to
-    something else or was begun with other options, and for unusable sources and files (UnreadableFile); OSError when
-    `out` cannot be written; ImportError for videos without PyAV.
+    Every file is checked as `verify` of PictureOptions or VideoOptions says.
+
+    Args:
+        source: a folder, a zip or a built-in set, see `open_source`.
+        out: the folder that is written.
+        val: another source, for validation.
+        media: which kind of files; None takes the pictures or the videos, whichever the source has.
+        labels: a list of labels (data_pipes.pack.label_lists) instead of class folders.
+        val_labels: a list of labels for validation; without `val`, a second list over `source`.
+        options: None means the defaults.
+        workers: threads; each of them writes one shard at a time.
+        on_plan: called once with the number of files to pack and their bytes in the sources.
+        on_sample: called for each file that was handled, with its bytes in its source, from any thread.
+
+    Raises:
+        ValueError: `out` is finished, belongs to something else or was begun with other options; or a source or a file
+            cannot be used (UnreadableFile).
+        OSError: `out` cannot be written.
+        ImportError: the files are videos, and PyAV is missing.
     """
     options = options or PackOptions()
     if workers < 1:
@@ -116,6 +131,13 @@ def pack(
 def _list_sources(
     opened: dict[str, Source], media: Media | None, labels: dict[str, Place | None]
 ) -> dict[str, Listing]:
+    """What is packed of each source; the kind of files and the classes of validation are those of training.
+
+    Args:
+        opened: the source of each split, training first.
+        media: see `pack`.
+        labels: the list of labels of each split, where there is one.
+    """
     listings: dict[str, Listing] = {}
     for split, source in opened.items():
         place = labels[split]
@@ -128,8 +150,10 @@ def _list_sources(
 
 
 def _missing(opened: dict[str, Source], listings: dict[str, Listing], options: PackOptions) -> list[dict[str, str]]:
-    """The files that a list of labels names and its source does not have. Raises UnreadableFile where that is not
-    allowed.
+    """The files that a list of labels names and its source does not have.
+
+    Raises:
+        UnreadableFile: there are some, and `options.skip_unreadable` is off.
     """
     missing = [
         {"split": split, "name": name, "cause": "missing", "error": f"{opened[split].title}: {name} is not there"}
@@ -146,7 +170,7 @@ def _missing(opened: dict[str, Source], listings: dict[str, Listing], options: P
 
 
 def _ignored(opened: dict[str, Source], listings: dict[str, Listing]) -> list[str]:
-    """The files of the sources that are not packed; of one source with two lists of labels, those in neither."""
+    """The files of the sources that are not packed; of one source with two lists of labels, those that neither has."""
     train, *others = [listing.ignored for listing in listings.values()]
     if others and opened["val"] is opened["train"]:
         in_neither = set(train).intersection(*others)
@@ -155,8 +179,11 @@ def _ignored(opened: dict[str, Source], listings: dict[str, Listing]) -> list[st
 
 
 def _identity(opened: dict[str, Source], listings: dict[str, Listing], options: PackOptions) -> dict[str, Any]:
-    """All that decides the content of the shards; how large the files are and what is in them, not where the source
-    lies. Raises ValueError for options that are about the other kind of files.
+    """All that decides the content of the shards: the sizes, checksums and names of the files and the options, but not
+    where the source lies.
+
+    Raises:
+        ValueError: an option was given that is about the other kind of files.
     """
     media = listings["train"].media
     settings = asdict(options)
@@ -185,8 +212,18 @@ def _write_all(
     workers: int,
     on_sample: Callable[[int], None],
 ) -> tuple[list[ShardResult], int]:
-    """The results in the order of the plans, and how many of them were there before. The first failure stops the other
-    threads at their next file.
+    """Writes the shards that are not finished yet; the first failure stops the other threads at their next file.
+
+    Args:
+        plans: all shards.
+        opened: the source of each split.
+        media: which kind of files.
+        options: how they are packed.
+        workers: threads.
+        on_sample: see `pack`.
+
+    Returns:
+        The results in the order of the plans, and how many of them were there before.
     """
     stop = threading.Event()
     results = [finished_shard(plan) for plan in plans]
@@ -221,7 +258,23 @@ def _finish(
     ignored: list[str],
     skipped: list[dict[str, str]],
 ) -> dict[str, Manifest]:
-    """Writes the manifests, then the record that says the dataset is finished."""
+    """Writes the manifests, then the record that says that the data set is finished.
+
+    Args:
+        root: the folder that was packed into.
+        record: of the pack that was begun.
+        plans: all shards.
+        results: one for each plan.
+        listing: of the training source.
+        ignored: files of the sources that are something else.
+        skipped: unreadable or missing files, see `PackResult`.
+
+    Returns:
+        The manifest of each split.
+
+    Raises:
+        UnreadableFile: no file of a split can be read.
+    """
     splits: dict[str, Manifest] = {}
     for split in dict.fromkeys(plan.split for plan in plans):
         pairs = zip(plans, results, strict=True)

@@ -20,9 +20,9 @@ from data_pipes.pack.shard_writer import Prepare, ShardPlan
 from data_pipes.pack.sources import Source
 
 _NUM_PROBES: dict[Media, int] = {"pictures": 32, "videos": 4}
-# files that are re-encoded beforehand to learn how much smaller the shards become
+"""Files that are re-encoded beforehand to learn how much smaller the shards become."""
 _SAMPLE_OVERHEAD_BYTES = 2048
-# two headers, the block of the label and padding
+"""What a sample takes in a tar beside its file: two headers, the block of the label and padding."""
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,25 @@ class PackOptions:
     """How a source becomes shards."""
 
     shard_size_bytes: int = 256 << 20
-    # a shard is closed before it would become larger; with re-encoding this is an estimate
+    """A shard is closed before it would become larger; with re-encoding this is an estimate."""
     shard_samples: int = 100_000
-    # samples in a shard, at most
+    """Samples in a shard, at most."""
     val_fraction: float = 0.0
-    # share of the files that goes to OUT/val, chosen by a hash of the key
+    """Share of the files that goes to OUT/val, chosen by a hash of the key."""
     limit: int | None = None
-    # files taken from each source, the first ones in packing order
+    """Number of files taken from each source, the first ones in packing order; None takes all."""
     shuffle: bool = True
-    # packing order is a permutation that follows from the seed and the keys, so that a shard mixes classes
+    """Whether the packing order is a permutation that follows from the seed and the keys, so that a shard mixes
+    classes; else it is the natural order of the names."""
     seed: int = 0
-    # of the packing order; the validation split does not depend on it
+    """Seed of the packing order; the validation split does not depend on it."""
     skip_unreadable: bool = False
-    # leave out files that cannot be read or are listed and missing, and list them in pack.json, instead of stopping
+    """Leave out files that cannot be read or are listed and missing, and list them in pack.json, instead of
+    stopping."""
     pictures: PictureOptions = field(default_factory=PictureOptions)
-    # how pictures are checked and re-encoded
+    """How pictures are checked and re-encoded."""
     videos: VideoOptions = field(default_factory=VideoOptions)
-    # how videos are
+    """How videos are checked and re-encoded."""
 
     def __post_init__(self) -> None:
         if self.shard_size_bytes < 1 or self.shard_samples < 1:
@@ -59,7 +61,7 @@ class PackOptions:
             raise ValueError(f"limit is {self.limit}; expected a number of files >= 1")
 
     def of(self, media: Media) -> PictureOptions | VideoOptions:
-        """Those that are about one kind of file."""
+        """The options that are about one kind of files."""
         return self.videos if media == "videos" else self.pictures
 
     def preparation(self, media: Media) -> Prepare:
@@ -74,14 +76,24 @@ class PackOptions:
 
 
 def packing_order(entries: list[Entry], options: PackOptions) -> list[Entry]:
-    """Sorted by a hash of seed and key: a permutation that no library's generator can change."""
+    """The entries sorted by a hash of seed and key, which no library's random generator can change; then cut to
+    `options.limit`.
+    """
     if options.shuffle:
         entries = sorted(entries, key=lambda entry: (_hash(f"{options.seed}/{entry.key}"), entry.key))
     return entries[: options.limit]
 
 
 def split_entries(entries: list[Entry], val_fraction: float) -> dict[str, list[Entry]]:
-    """ "train" and "val", by a hash of the key: a file stays where it is when others come or go."""
+    """Divides the entries into "train" and "val" by a hash of the key: a file stays where it is when others come or go.
+
+    Args:
+        entries: in packing order.
+        val_fraction: expected share of "val", above 0 and below 1.
+
+    Raises:
+        ValueError: one of the two would be empty.
+    """
     bound = int(val_fraction * 2**64)
     is_val = [_hash(f"val/{entry.key}") < bound for entry in entries]
     splits = {
@@ -98,13 +110,21 @@ def split_entries(entries: list[Entry], val_fraction: float) -> dict[str, list[E
 
 
 def _hash(text: str) -> int:
+    """The first 64 bits of the text's sha256."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:8], "big")
 
 
 def shrink_factors(
     opened: dict[str, Source], ordered: dict[str, list[Entry]], options: PackOptions, media: Media
 ) -> dict[str, float]:
-    """Bytes after over bytes before re-encoding, measured on a few files of each split."""
+    """Bytes after re-encoding over bytes before, measured on a few files of each split; 1 where nothing is re-encoded.
+
+    Args:
+        opened: the source of each split.
+        ordered: the entries of each split in packing order.
+        options: how files are re-encoded.
+        media: which kind of files.
+    """
     factors = dict.fromkeys(ordered, 1.0)
     if not options.reencodes(media):
         return factors
@@ -125,7 +145,15 @@ def shrink_factors(
 def plan_shards(
     folder: Path, notes: Path, entries: list[Entry], shrink_factor: float, options: PackOptions
 ) -> Iterator[ShardPlan]:
-    """Cuts the entries into shards of at most the wanted size and number of samples."""
+    """Cuts the entries into shards of at most the wanted size and number of samples.
+
+    Args:
+        folder: where the shards go; its name is that of the split.
+        notes: where the notes on finished shards go.
+        entries: in packing order.
+        shrink_factor: bytes after re-encoding over bytes before.
+        options: the size and number.
+    """
     start = size = 0
     number = 0
     for i, entry in enumerate(entries):

@@ -17,12 +17,17 @@ from typing import Any
 from data_pipes.store.files import write_atomically
 
 RECORD_NAME = "pack.json"
+"""The record's file in the folder that is packed into."""
 WORK_FOLDER = ".pack"
 """Below the folder that is packed into: the lock, and the notes on finished shards."""
 
 
 def refuse_foreign(root: Path) -> None:
-    """Raises ValueError where the folder holds something else, or a finished pack."""
+    """Refuses a folder that a pack may not write into.
+
+    Raises:
+        ValueError: the folder holds something else, or a finished pack.
+    """
     if not root.exists() or _read_record(root) is not None:
         return
     if not root.is_dir() or any(child.name != WORK_FOLDER for child in root.iterdir()):
@@ -31,8 +36,10 @@ def refuse_foreign(root: Path) -> None:
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """One pack at a time in a folder; the lock goes with the process, so a killed one leaves none behind. Raises
-    ValueError.
+    """Keeps other packs out of a folder; the lock goes with the process, so a killed one leaves none behind.
+
+    Raises:
+        ValueError: another pack is writing here.
     """
     (root / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
     with open(root / WORK_FOLDER / "lock", "wb") as file:
@@ -48,7 +55,16 @@ def locked(root: Path) -> Iterator[None]:
 
 
 def begin(root: Path, identity: dict[str, Any], probe: Callable[[], dict[str, float]]) -> dict[str, Any]:
-    """The record of a new pack, or of the one that is continued. Raises ValueError where that had another identity."""
+    """The record of a new pack, or of the one that is continued.
+
+    Args:
+        root: the folder that is packed into.
+        identity: all that decides the content of the shards.
+        probe: measures the shrink factor of each split; called for a new pack only.
+
+    Raises:
+        ValueError: the pack that was begun here has another identity, or is finished.
+    """
     record = _read_record(root)
     if record is None:
         record = {"state": "packing", "identity": identity, "shrink_factors": probe()}
@@ -64,7 +80,7 @@ def begin(root: Path, identity: dict[str, Any], probe: Callable[[], dict[str, fl
 
 
 def what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Each entry that differs, in words."""
+    """Each entry in which two identities differ, in words."""
     return [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
@@ -73,7 +89,11 @@ def what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 
 def _read_record(root: Path) -> dict[str, Any] | None:
-    """The record of a pack that was begun here. Raises ValueError when it is finished or is no record."""
+    """The record of a pack that was begun here; None if none was.
+
+    Raises:
+        ValueError: the pack is finished, or the file is no record.
+    """
     path = root / RECORD_NAME
     if not path.is_file():
         return None

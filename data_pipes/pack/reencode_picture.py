@@ -21,18 +21,26 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-# Only these decoders are tried: some others of Pillow start programs (EPS: Ghostscript). JPEG opens MPO as well.
 _DECODERS = tuple(
     kind.format for kind in (JpegImageFile, PngImageFile, WebPImageFile, BmpImageFile, TiffImageFile, PpmImageFile)
 )
+"""Only these decoders are tried: some others of Pillow start programs (EPS: Ghostscript). JPEG opens MPO as well."""
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm"}
+"""Pillow's name of a format -> the extension in the shard."""
 _ORIENTATION = 0x0112
+"""The EXIF tag of the orientation."""
 
 
 class UnreadableFile(ValueError):
-    """The bytes are no picture or video, or not one that can be packed as asked. `cause`: a short name to count by."""
+    """The bytes are no picture or video, or not one that can be packed as asked."""
 
     def __init__(self, message: str, cause: str = "unreadable") -> None:
+        """Makes the error.
+
+        Args:
+            message: what was found, what to do.
+            cause: a short name to count by.
+        """
         super().__init__(message)
         self.cause = cause
 
@@ -42,11 +50,12 @@ class PictureOptions:
     """How pictures are checked and re-encoded."""
 
     short_side: int | None = None
-    # pixels; a picture whose short side is longer is made smaller, all others keep their bytes
+    """In pixels: a picture whose short side is longer is made smaller, all others keep their bytes; None keeps all."""
     quality: int = 95
-    # of re-encoded JPEG, 1 to 100
+    """Quality of re-encoded JPEG, 1 to 100."""
     verify: Literal["header", "decode"] = "header"
-    # header: format and size are read (PNG: also the checksums); decode: all pixels
+    """What is checked of pictures that keep their bytes: "header" reads format and size (of PNG also the checksums),
+    "decode" all pixels."""
 
     def __post_init__(self) -> None:
         if self.short_side is not None and self.short_side < 1:
@@ -58,10 +67,20 @@ class PictureOptions:
 
 
 def prepare_picture(data: bytes, options: PictureOptions) -> tuple[bytes, str]:
-    """The bytes to pack and their extension, which follows from the content and not from the file's name.
+    """Checks a picture, and makes it smaller where the options ask for it.
 
-    Making smaller: bicubic with antialias; JPEG and opaque WebP become JPEG of `options.quality`, all others PNG;
-    colour profile and EXIF orientation are kept. Raises UnreadableFile.
+    It is made smaller by bicubic resizing with antialias. JPEG and opaque WebP become JPEG of `options.quality`, all
+    others PNG; colour profile and EXIF orientation are kept.
+
+    Args:
+        data: the bytes of the file.
+        options: what is checked and changed.
+
+    Returns:
+        The bytes to pack and their extension, which follows from the content and not from the file's name.
+
+    Raises:
+        UnreadableFile: it is no picture, is damaged, or would lose more than its size.
     """
     try:
         with Image.open(io.BytesIO(data), formats=_DECODERS) as image:
@@ -103,6 +122,7 @@ def _shrink(image: Image.Image, data: bytes, short_side: int, quality: int) -> t
 
 
 def _exif_orientation(image: Image.Image) -> int:
+    """EXIF's number of the orientation, 1 (upright) where there is none."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # EXIF is often damaged in pictures that are fine; then no reader can turn them
@@ -110,7 +130,9 @@ def _exif_orientation(image: Image.Image) -> int:
 
 
 def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Bicubic with antialias; palettes become colours first, since of those Pillow takes the nearest pixel."""
+    """Resizes bicubically with antialias; palettes become colours first, since Pillow resizes palettes by taking the
+    nearest pixel.
+    """
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     elif image.mode == "1":

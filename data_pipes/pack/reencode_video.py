@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from av import VideoFrame
 
 _GOP, _CRF, _PRESET = 32, 20, "fast"
-_CLOCK = 90_000
-# ticks per second, MPEG's: those of the frames' own times
+"""How videos are encoded where the options do not say it; see `H264Options`."""
+_TICKS_PER_S = 90_000
+"""Ticks per second in which the frames keep their own times; MPEG's clock."""
 _SAME_RATE = 1.001
-# 30 and 30000/1001 frames per second are one rate
+"""Rates with a ratio up to this are one rate, as 30 and 30000/1001 frames per second are."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,18 @@ class VideoOptions:
     """How videos are checked and re-encoded. One that is already as asked keeps its bytes, sound included."""
 
     short_side: int | None = None
-    # pixels; a video whose short side is longer is made smaller, to an even number of them (H.264 needs that)
+    """In pixels: a video whose short side is longer is made smaller, to an even number of pixels (H.264 needs that);
+    None keeps the size."""
     gop: int | None = None
-    # frames from keyframe to keyframe; a video with longer groups is encoded again. None: kept, 32 where re-encoded
+    """Frames from keyframe to keyframe: a video with longer groups is encoded again; None keeps the groups, and makes
+    groups of 32 where a video is re-encoded for something else."""
     fps: float | None = None
-    # frames per second; of a video with more, frames are left out
+    """Frames per second: of a video with more, frames are left out; None keeps the rate."""
     crf: int | None = None
-    # x264's constant rate factor of re-encoded videos, 0 to 51; None: 20
+    """x264's constant rate factor of re-encoded videos, 0 to 51; None means 20."""
     verify: Literal["header", "decode"] = "header"
-    # of videos that keep their bytes. header: the packets are listed and the first frame decoded; decode: all frames
+    """What is checked of videos that keep their bytes: "header" lists the packets and decodes the first frame,
+    "decode" decodes all frames."""
 
     def __post_init__(self) -> None:
         if self.short_side is not None and self.short_side < 1:
@@ -73,16 +77,25 @@ class VideoOptions:
         )
 
     def lowers_rate(self, fps: float) -> bool:
-        """Whether frames of a video with that rate are left out."""
+        """Whether frames are left out of a video with that many frames per second."""
         return self.fps is not None and fps > self.fps * _SAME_RATE
 
 
 def prepare_video(data: bytes, options: VideoOptions) -> tuple[bytes, str]:
-    """The bytes to pack and their extension, which follows from the content and not from the file's name.
+    """Checks a video, and encodes it again where the options ask for it.
 
-    Encoding again gives an mp4 of H.264 without sound, upright, with even sides; the frames keep their times, also
-    where these are irregular, unless `fps` leaves some out. Raises SampleError as `Video` does, "encode" where frames
-    get lost.
+    Encoding again gives an mp4 of H.264 without sound, upright, with even sides. The frames keep their times, also
+    where these are irregular, unless `fps` leaves some out.
+
+    Args:
+        data: the bytes of the file.
+        options: what is checked and changed.
+
+    Returns:
+        The bytes to pack and their extension, which follows from the content and not from the file's name.
+
+    Raises:
+        SampleError: see `Video`; with the cause "encode" where frames get lost.
     """
     with Video(data) as video:
         info = video.info()
@@ -113,11 +126,15 @@ def _encode(video: Video, info: VideoInfo, options: VideoOptions) -> bytes:
 
 
 def _kept_frames(video: Video, info: VideoInfo, options: VideoOptions) -> tuple[Int64s, list[int], Fraction]:
-    """(frames, each once; their times in ticks, ascending; length of a tick in seconds)."""
+    """Which frames are encoded, and when they are shown.
+
+    Returns:
+        The numbers of the frames, each once; their times in ticks, ascending; the length of a tick in seconds.
+    """
     if options.fps is None or not options.lowers_rate(info.fps):
-        ticks = np.rint(video.times_s * _CLOCK).astype(np.int64)
+        ticks = np.rint(video.times_s * _TICKS_PER_S).astype(np.int64)
         ticks = np.maximum.accumulate(ticks - np.arange(len(ticks))) + np.arange(len(ticks))  # each its own
-        return np.arange(video.num_frames), ticks.tolist(), Fraction(1, _CLOCK)
+        return np.arange(video.num_frames), ticks.tolist(), Fraction(1, _TICKS_PER_S)
     rate = Fraction(options.fps).limit_denominator(1001)
     moments = np.arange(max(1, int(np.ceil(info.duration_s * float(rate) - 1e-6))))
     # where the video has no frame for so long (irregular rates), the one that is still shown is not repeated
@@ -126,7 +143,7 @@ def _kept_frames(video: Video, info: VideoInfo, options: VideoOptions) -> tuple[
 
 
 def _target_size(info: VideoInfo, options: VideoOptions) -> tuple[int, int]:
-    """(height, width), even; upright."""
+    """Height and width of the encoded frames, upright; both are even."""
     short = min(info.height, info.width)
     scale = min(1.0, (options.short_side or short) // 2 * 2 / short)
     height, width = (max(2, 2 * round(side * scale / 2)) for side in (info.height, info.width))
@@ -134,11 +151,18 @@ def _target_size(info: VideoInfo, options: VideoOptions) -> tuple[int, int]:
 
 
 class _Converter:
-    """Frames as they come out of the decoder to what is encoded: resized (bicubic, FFmpeg's filter grows with the
-    factor), turned upright.
+    """From frames as they come out of the decoder to frames as they are encoded: resized (bicubic; FFmpeg widens the
+    filter with the factor, which is antialias) and turned upright.
     """
 
     def __init__(self, height: int, width: int, rotation: int) -> None:
+        """Prepares the conversion.
+
+        Args:
+            height: of the result, in pixels.
+            width: of the result, in pixels.
+            rotation: of the stored frames, in degrees; a multiple of 90.
+        """
         self._height, self._width, self._quarter_turns = height, width, rotation // 90
         self._av = import_av()
         self._reformatter: Any = self._av.video.reformatter.VideoReformatter()
@@ -151,6 +175,7 @@ class _Converter:
         return self._resized(frame, PIXELS)
 
     def _resized(self, frame: VideoFrame, pixels: str) -> VideoFrame:
+        """The frame in its new size, before it is turned, in the pixel format `pixels`."""
         height, width = self._height, self._width
         if self._quarter_turns % 2:
             height, width = width, height

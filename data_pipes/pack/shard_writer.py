@@ -33,19 +33,23 @@ class ShardPlan:
     """Which files go into which shard, in order."""
 
     folder: Path
-    # where the shard goes
+    """Where the shard goes."""
     notes: Path
-    # where the notes on finished shards go
+    """Where the notes on finished shards go."""
     split: str
+    """The name of the split, "train" or "val"."""
     number: int
+    """Of the shard in its split, from 0."""
     entries: list[Entry]
 
     @property
     def path(self) -> Path:
+        """The file of the shard."""
         return self.folder / f"shard-{self.number:06d}.tar"
 
     @property
     def note_path(self) -> Path:
+        """The file of the note that says that the shard is finished."""
         return self.notes / f"{self.split}-{self.number:06d}.json"
 
 
@@ -55,9 +59,11 @@ class ShardResult:
 
     num_samples: int
     size_bytes: int
+    """Of the tar file."""
     index_sha256: str
+    """Hex digest of the index file."""
     skipped: list[dict[str, str]]
-    # unreadable files: {"split", "name", "cause", "error"}
+    """Unreadable files, each with its "split", "name", "cause" and "error"."""
 
 
 class Stopped(Exception):
@@ -65,7 +71,7 @@ class Stopped(Exception):
 
 
 def finished_shard(plan: ShardPlan) -> ShardResult | None:
-    """The result of an earlier run for this plan, if its shard and index are there and intact."""
+    """The result of an earlier run for this plan, if its shard and index are there and intact; else None."""
     try:
         result = ShardResult(**json.loads(plan.note_path.read_text(encoding="utf-8")))
         if result.num_samples:
@@ -156,7 +162,12 @@ class ShardWriter:
 
 
 def _read(source: Source, file: SourceFile, prepare: Prepare) -> tuple[bytes, str]:
-    """The bytes to pack and their extension; whatever fails names the file."""
+    """The bytes of a file as they are packed, and their extension.
+
+    Raises:
+        UnreadableFile: whatever fails; the message names the file.
+        ImportError: the file is a video, and PyAV is missing.
+    """
     try:
         data = source.read(file.name)
         if source.sizes_are_exact and len(data) != file.size_bytes:

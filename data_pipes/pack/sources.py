@@ -1,7 +1,7 @@
 """Where files to pack come from: folders, zips, memory.
 
-Enters: a path, or files in memory. Leaves: names with sizes, and the bytes of each. Why it exists: a zip and the folder
-it was made of must give the same files, hence the same shards.
+Enters: a path, or files in memory. Leaves: the names and sizes of the files, and the bytes of each. Why it exists: a
+zip and the folder it was made of must give the same files, hence the same shards.
 """
 
 from __future__ import annotations
@@ -21,21 +21,25 @@ _DIGITS = re.compile(r"([0-9]+)")
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file of a source: its path with "/", its size, and a checksum where the source knows one (else "")."""
+    """One file of a source."""
 
     name: str
+    """Its path in the source, with "/" between folders."""
     size_bytes: int
+    """Its size; a guess where `Source.sizes_are_exact` is False."""
     checksum: str
+    """A checksum where the source knows one, else ""."""
 
 
 class Source(ABC):
     """A set of files that can be listed and read, by several threads at once."""
 
     sizes_are_exact = True
-    # False: files are made when they are read, and their sizes in the list are guesses
+    """False where files are made when they are read, so that their sizes in the list are guesses."""
 
     def __init__(self, title: str) -> None:
-        self.title = title  # for messages
+        """Names the source; `title` is for messages."""
+        self.title = title
 
     @abstractmethod
     def files(self) -> Iterable[SourceFile]:
@@ -80,9 +84,14 @@ class FolderSource(Source):
 
 
 class ZipSource(Source):
-    """A zip file. Raises ValueError when it is damaged or holds names that lead out of it."""
+    """A zip file; names that lead out of it are refused when it is listed."""
 
     def __init__(self, path: Path) -> None:
+        """Opens the zip.
+
+        Raises:
+            ValueError: it is damaged, or is no zip.
+        """
         super().__init__(str(path))
         try:
             self._zip = zipfile.ZipFile(path)
@@ -106,9 +115,10 @@ class ZipSource(Source):
 
 
 class MemorySource(Source):
-    """Files in memory: name -> bytes."""
+    """Files in memory."""
 
     def __init__(self, title: str, content: Mapping[str, bytes]) -> None:
+        """Takes the files: `content` has the bytes of each by its name."""
         super().__init__(title)
         self._content = content
 
@@ -121,6 +131,8 @@ class MemorySource(Source):
 
 
 def natural_key(text: str) -> tuple[list[Any], str]:
-    """Sorts "a2" before "a10"; the case of letters decides only between names that are equal otherwise."""
+    """A sorting key that puts "a2" before "a10"; the case of letters decides only between names that are equal
+    otherwise.
+    """
     parts = enumerate(_DIGITS.split(text))
     return [(len(part.lstrip("0")), part.lstrip("0")) if i % 2 else part.lower() for i, part in parts], text
