@@ -1,1 +1,1 @@
-"""Shards to indexes: where each sample and member lies."""
+"""From shards to indexes: where each sample and member lies."""

@@ -1,8 +1,8 @@
 """Indexing: from tar shards that anybody wrote, on a disk or in a store, to index files and a manifest.
 
-Enters: paths and URLs of shards. Leaves: an index file for each (see index_walk) and a `Manifest`; the shards stay
-untouched. Why it exists: shards are many, so they are walked by many processes, and a run that was interrupted keeps
-what it has.
+Enters: paths and URLs of shards. Leaves: an index file for each (see data_pipes.index.walk) and a `Manifest`; the
+shards stay untouched. Why it exists: shards are many, so they are walked by many processes, and a run that was
+interrupted keeps what it has.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class IndexedShard:
 
     entry: ShardEntry
     kept: bool
-    # an index that was there is still valid
+    """Whether an index that was there is still valid, so that the shard was not walked."""
     num_skipped: int
-    # members that belong to no sample, see ShardIndex
+    """Members that belong to no sample, see ShardIndex."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,13 @@ class _Job:
     """One shard to index."""
 
     place: str
-    # path or URL of the shard
+    """Path or URL of the shard."""
     index_place: str
+    """Path or URL of its index file."""
     url: str
-    # of the shard, in the manifest
+    """How the manifest names the shard."""
     known: ShardEntry | None
-    # what an earlier run noted of it; for objects only
+    """What an earlier run noted of the shard; for objects only."""
     storage: Storage
 
 
@@ -77,14 +78,30 @@ def index_shards(
     on_shard: Callable[[IndexedShard], None] | None = None,
     storage: Storage | None = None,
 ) -> Manifest:
-    """Indexes shards, paths or URLs, and writes `manifest.json` into `out_dir`, a path or URL; the shards stay
-    untouched.
+    """Indexes shards and writes `manifest.json`; the shards stay untouched.
 
-    The order of `shards` is the order of the dataset. Index files go beside the shards or into `index_dir`; those of
-    objects into `index` below a local `out_dir`. An index that is there, intact, of the shard's present size and not
-    older than the shard (for an object: of its present etag) is kept, so a killed run continues, unless `force`.
-    `workers` processes walk the shards. `on_shard` is called in order, for progress.
-    Raises ShardError for no shard, the same shard twice, and all that `index_shard` raises.
+    An index that is there, intact, of the shard's present size and not older than the shard (for an object: of its
+    present etag) is kept, so that a killed run continues.
+
+    Args:
+        shards: paths or URLs; their order is the order of the data set.
+        out_dir: path or URL of the folder of the manifest.
+        classes: the name of label i is the i-th of them; none: the data set names no classes.
+        index_dir: path or URL of the folder of the index files; None: they go beside the shards, and those of objects
+            into `index` below a local `out_dir`.
+        force: index again what has a valid index.
+        workers: processes that walk the shards.
+        allow_missing_end: see `walk_tar`.
+        on_shard: called for each shard in order, for progress.
+        storage: for objects; None: one with the default settings.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        ValueError: a class name or a URL cannot be used, or `workers` is below 1.
+        ShardError: there is no shard, the same shard is given twice, nothing can be written, or see `index_shard`.
+        StorageError: a store cannot be used.
     """
     root, places = _place(out_dir), [_place(shard) for shard in shards]
     if workers < 1:
@@ -104,7 +121,7 @@ def index_shards(
         jobs.append(_Job(place, index_url(place, url, index_root), url, known, storage))
     entries = []
     try:
-        for indexed in _work(jobs, workers, force, allow_missing_end):
+        for indexed in _index_all(jobs, workers, force, allow_missing_end):
             entries.append(indexed.entry)
             if journal is not None and not indexed.kept:
                 journal.add(indexed.entry)
@@ -127,8 +144,10 @@ def index_shards(
     return manifest
 
 
-def _work(jobs: Sequence[_Job], workers: int, force: bool, allow_missing_end: bool) -> Iterator[IndexedShard]:
-    """The answers in order, from so many processes; objects in memory are of this process alone."""
+def _index_all(jobs: Sequence[_Job], workers: int, force: bool, allow_missing_end: bool) -> Iterator[IndexedShard]:
+    """Indexes the shards in several processes and gives the reports in order; objects in memory are known to this
+    process alone, so with these it works alone.
+    """
     workers = 1 if any(scheme_of(job.place) == "memory" for job in jobs) else min(workers, len(jobs))
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else None
     try:
@@ -139,6 +158,7 @@ def _work(jobs: Sequence[_Job], workers: int, force: bool, allow_missing_end: bo
 
 
 def _index_or_keep(job: _Job, force: bool, allow_missing_end: bool) -> IndexedShard:
+    """Indexes one shard, unless the index that is there is still valid."""
     if is_remote(job.place):
         return _index_or_keep_object(job, force, allow_missing_end)
     shard, index_file = Path(job.place), Path(job.index_place)
@@ -152,6 +172,7 @@ def _index_or_keep(job: _Job, force: bool, allow_missing_end: bool) -> IndexedSh
 
 
 def _index_or_keep_object(job: _Job, force: bool, allow_missing_end: bool) -> IndexedShard:
+    """The same for an object, whose etag says whether it is the one that was indexed."""
     info = job.storage.info(job.place)
     known = job.known
     if known and not force and info.etag is not None and (known.size_bytes, known.etag) == (info.size_bytes, info.etag):
@@ -184,6 +205,7 @@ def _save(index: ShardIndex, job: _Job) -> str:
 
 
 def _valid_index(shard: Path, index_file: Path, allow_missing_end: bool) -> ShardIndex | None:
+    """The index of a local shard that is intact, not older than the shard and of its size; else None."""
     try:
         index = ShardIndex.load(index_file)
         shard_stat, index_stat = shard.stat(), index_file.stat()

@@ -1,9 +1,9 @@
-"""What is indexed already: of shards in a store, which version each index was made of.
+"""What is indexed already: for shards in a store, from which version of the shard each index was made.
 
 Enters: the manifest of an earlier run and the journal of one that was interrupted. Leaves: an entry for each shard that
-they know. Why it exists: a killed run over thousands of remote shards must go on where it was. Of a local shard its
-times tell whether it is older than its index; of an object only the etag does, which no index file holds, since the
-same data must have the same index in every store.
+they know. Why it exists: a killed run over thousands of remote shards must go on where it was. Whether a local shard is
+older than its index is seen in the times of the files; for an object only its etag tells, which no index file holds,
+since the same data must have the same index in every store.
 """
 
 from __future__ import annotations
@@ -21,16 +21,27 @@ from data_pipes.store.storage import Storage
 from data_pipes.store.urls import is_remote, join_url
 
 JOURNAL_NAME = f"{MANIFEST_NAME}.partial"
+"""The journal's file, in the folder of the manifest."""
 _MAX_BYTES = 1 << 30
+"""Size of a journal in a store, at most."""
 _FLUSH_S = 10.0
-# between writes of a journal in a store, where it is written as a whole
+"""Least seconds between two writes of a journal in a store, where it is written as a whole."""
 
 
 class IndexJournal:
     """`manifest.json.partial` in the folder of the manifest: a JSON line per shard, until the manifest is written."""
 
     def __init__(self, root: str, storage: Storage) -> None:
-        """Writes the journal at once: a folder or store that takes no files is found before a byte is read."""
+        """Reads what is known and writes the journal at once: a folder or store that takes no files is found before a
+        shard is read.
+
+        Args:
+            root: path or URL of the folder of the manifest.
+            storage: for a folder in a store.
+
+        Raises:
+            ShardError: the journal cannot be written.
+        """
         self._root, self._place, self._storage = root, join_url(root, JOURNAL_NAME), storage
         self.known = {entry.url: entry for entry in [*self._of_manifest(), *self._of_journal()]}
         self._lines = [_line(entry) for entry in self.known.values()]
@@ -52,7 +63,7 @@ class IndexJournal:
             self._write()
 
     def finish(self) -> None:
-        """The manifest is written: removes the journal; in a store an empty object stays."""
+        """Removes the journal, once the manifest is written; in a store an empty object stays."""
         if is_remote(self._place):
             self._storage.write_whole(self._place, b"")
         else:
@@ -89,4 +100,5 @@ class IndexJournal:
 
 
 def _line(entry: ShardEntry) -> str:
+    """An entry as a line of the journal."""
     return json.dumps(asdict(entry)) + "\n"

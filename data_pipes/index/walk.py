@@ -26,7 +26,9 @@ from data_pipes.store.storage import Storage
 from data_pipes.store.urls import is_remote
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
-_META_NAME = re.compile(r"__[^/]*__($|/)")  # as webdataset.tariterators.tar_file_iterator skips them
+"""The first bytes of a compressed file -> the name of the compression."""
+_META_NAME = re.compile(r"__[^/]*__($|/)")
+"""Names that belong to no sample; webdataset.tariterators.tar_file_iterator skips the same."""
 
 
 class SampleGroups:
@@ -73,13 +75,15 @@ class SampleGroups:
 
 @dataclass
 class _IndexBuilder:
-    """Collects members into samples, as webdataset groups them."""
+    """The arrays of a `ShardIndex` while they grow; members become samples as webdataset groups them."""
 
     groups: SampleGroups = field(default_factory=SampleGroups)
     keys: list[bytes] = field(default_factory=list)
     extensions: dict[str, int] = field(default_factory=dict)
+    """Extension -> its number."""
     sample_offset: list[int] = field(default_factory=list)
     sample_end: list[int] = field(default_factory=list)
+    """First byte behind the padded data of a sample's last member."""
     first_member: list[int] = field(default_factory=list)
     member_extension: list[int] = field(default_factory=list)
     member_offset: list[int] = field(default_factory=list)
@@ -87,6 +91,11 @@ class _IndexBuilder:
     num_skipped: int = 0
 
     def add(self, member: TarMember) -> None:
+        """Takes the next member of the tar.
+
+        Raises:
+            TarProblem: see `SampleGroups.add`.
+        """
         key, extension = split_name(member.name)
         if member.is_folder or not extension:
             self.num_skipped += 1
@@ -102,6 +111,7 @@ class _IndexBuilder:
         self.sample_end[-1] = member.end
 
     def finish(self, size_bytes: int, has_end_marker: bool) -> ShardIndex:
+        """The index of the members that were added; `size_bytes` is the size of the tar."""
         offset = np.array(self.sample_offset, dtype=np.uint64)
         return ShardIndex(
             size_bytes=size_bytes,
@@ -120,8 +130,8 @@ class _IndexBuilder:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, extension in lower case) of a member's name, as webdataset splits it; the extension is "" for what belongs
-    to no sample.
+    """The key and the extension (in lower case) in a member's name, as webdataset splits it; the extension is "" for
+    what belongs to no sample.
     """
     if _META_NAME.match(name):
         return name, ""
@@ -133,12 +143,21 @@ def split_name(name: str) -> tuple[str, str]:
 def index_shard(
     place: str | os.PathLike[str], *, allow_missing_end: bool = False, storage: Storage | None = None
 ) -> ShardIndex:
-    """Walks one tar strictly and returns the places of its samples. Of a local file it reads the headers only; an
-    object (a URL) is read from its first byte to its last, through `storage`, with requests ahead of the walk.
+    """Walks one tar strictly and returns the places of its samples.
 
-    Raises ShardError on truncation anywhere, a zero block in mid-file, bad checksums, absolute or `..` names, links and
-    devices, members of one key that are not adjacent, a repeated extension in a sample, a compressed file, and a shard
-    without a sample. `allow_missing_end`: see `walk_tar`. Raises StorageError when the store cannot be used.
+    Of a local file only the headers are read; an object is read from its first byte to its last, with requests ahead of
+    the walk.
+
+    Args:
+        place: path or URL of the shard.
+        allow_missing_end: see `walk_tar`.
+        storage: for an object; None: one with the default settings.
+
+    Raises:
+        ShardError: truncation anywhere, a zero block in mid-file, a bad checksum, an absolute name or one with `..`, a
+            link or a device, members of one key that are not adjacent, a repeated extension in a sample, a compressed
+            file, or a shard without a sample.
+        StorageError: the store cannot be used.
     """
     path = os.fspath(place)
     builder = _IndexBuilder()
@@ -168,7 +187,7 @@ def index_shard(
 
 @contextmanager
 def _open_file(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """The open file and its size; refuses what cannot be a plain tar."""
+    """The open file and its size in bytes; refuses what cannot be a plain tar."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a fifo would wait for ever
             raise ShardError(f"{path}: not a regular file; only tar files on a file system can be indexed")
@@ -185,7 +204,7 @@ def _open_file(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 @contextmanager
 def _open_object(url: str, storage: Storage) -> Iterator[tuple[BinaryIO, int]]:
-    """The same of an object."""
+    """The open object and its size in bytes; refuses what cannot be a plain tar."""
     with storage.open(url) as file:
         size_bytes = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -199,7 +218,15 @@ def _open_object(url: str, storage: Storage) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def _check_is_plain(name: str, head: bytes) -> None:
-    """Raises ShardError for an empty or compressed file; `head` is its first 8 bytes."""
+    """Refuses a file that is no plain tar.
+
+    Args:
+        name: of the file, for the message.
+        head: its first 8 bytes.
+
+    Raises:
+        ShardError: the file is empty or compressed.
+    """
     if not head:
         raise ShardError(f"{name}: the file is empty (0 bytes); copy or pack the shard again from its source")
     for magic, compression in _COMPRESSED.items():
