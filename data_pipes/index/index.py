@@ -19,25 +19,12 @@ from pathlib import Path
 
 from data_pipes.errors import ShardError
 from data_pipes.index.progress import IndexJournal
-from data_pipes.index.walk import index_shard, split_name
+from data_pipes.index.walk import index_shard
 from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.load_index import read_index
-from data_pipes.shards.manifest import INDEX_SUFFIX, MANIFEST_NAME, Manifest, ShardEntry, check_class_names, index_url
+from data_pipes.shards.manifest import Manifest, ShardEntry, check_class_names, index_url
 from data_pipes.store.storage import Storage
 from data_pipes.store.urls import check_url, is_remote, join_url, local_path, scheme_of
-
-__all__ = [
-    "INDEX_SUFFIX",
-    "MANIFEST_NAME",
-    "IndexedShard",
-    "Manifest",
-    "ShardEntry",
-    "ShardError",
-    "ShardIndex",
-    "index_shard",
-    "index_shards",
-    "split_name",
-]
 
 
 @dataclass(frozen=True)
