@@ -1,7 +1,7 @@
 """One or several data sets read as one: their shards are numbered in turn, their classes share one list.
 
-Enters: manifests. Leaves: the place of any shard, and labels that mean the same in every source. Why it exists: a
-mixture reads from several data sets, and nothing behind the order should have to know.
+Enters: manifests. Leaves: where any shard lies, and labels that mean the same in every source. Why it exists: a mixture
+reads from several data sets, and nothing behind the order should have to know.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from data_pipes.shards.manifest import Manifest, ShardEntry
 
 
 class Place(NamedTuple):
-    """Where a sample lies. `first` and `size` are the samples of its chunk, which is what is read and cached together;
-    size 0: not known.
-    """
+    """Where a sample lies, and in which chunk: that is what is read and cached together."""
 
     shard: int
+    """Number of the shard, counted over all data sets."""
     sample: int
+    """Number of the sample in the shard."""
     first: int = 0
+    """Number of the chunk's first sample in the shard."""
     size: int = 0
+    """Number of samples of the chunk; 0 where the chunk is not known."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Collection:
 
     manifests: tuple[Manifest, ...]
     names: tuple[str, ...]
-    # of the sources, for reports
+    """Names of the data sets, for reports."""
 
     @classmethod
     def of(cls, source: Manifest | Collection) -> Collection:
@@ -46,6 +48,7 @@ class Collection:
 
     @cached_property
     def num_samples(self) -> int:
+        """Samples of all data sets."""
         return sum(manifest.num_samples for manifest in self.manifests)
 
     @cached_property
@@ -63,6 +66,7 @@ class Collection:
         return bisect_right(self._first_shards, shard) - 1
 
     def _local(self, shard: int) -> tuple[Manifest, int]:
+        """The manifest that lists a shard, and the shard's number there."""
         source = self.source(shard)
         return self.manifests[source], shard - self._first_shards[source]
 
@@ -82,7 +86,16 @@ class Collection:
         return manifest.index_url(local)
 
     def common_label(self, shard: int, label: int) -> int:
-        """A source's own label as a number of the common list; -1 stays -1, as does the label of an only source."""
+        """A source's own label as a number of the common list of classes.
+
+        Args:
+            shard: a shard of the source.
+            label: the label in that source, -1 for none.
+
+        Returns:
+            The number in the list; -1 for no label, and for a source that numbers its classes without naming them. The
+            labels of a single source stay as they are.
+        """
         if label < 0 or len(self.manifests) == 1:
             return label
         source = self.source(shard)
@@ -92,5 +105,6 @@ class Collection:
 
     @cached_property
     def _label_maps(self) -> Sequence[tuple[int, ...]]:
+        """The common number of each label, for each source."""
         number = {name: label for label, name in enumerate(self.classes)}
         return [tuple(number[name] for name in manifest.classes) for manifest in self.manifests]

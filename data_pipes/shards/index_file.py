@@ -1,10 +1,9 @@
 """Where each sample of one shard lies: `ShardIndex` and its file `<shard>.tar.idx`.
 
-Enters: arrays made by data_pipes.index.index, or an index file. Leaves: offsets and sizes of samples and members. Why
-it
-exists: with it one sample, or one run of samples, is a single ranged read. An index file: 8 bytes magic, 32 bytes
-sha256 of all that follows, 4 bytes length of the JSON head (little endian), the JSON head, the keys, the arrays one
-after another. No pickle.
+Enters: arrays made by data_pipes.index.walk, or an index file. Leaves: offsets and sizes of samples and members. Why it
+exists: with it one sample, or one run of samples, is a single ranged read. An index file consists of 8 bytes of magic,
+the sha256 of all that follows (32 bytes), the length of the JSON head (4 bytes, little endian), the JSON head, the
+keys, and the arrays one after another. There is no pickle in it.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from data_pipes.store.files import write_atomically
 
 _MAGIC = b"TSRIDX1\n"
 _HEAD_START = len(_MAGIC) + 32 + 4
+"""Where the JSON head begins, in bytes."""
 _ARRAYS = (
     "key_end",
     "sample_offset",
@@ -34,37 +34,46 @@ _ARRAYS = (
     "member_offset",
     "member_size",
 )
+"""The fields of `ShardIndex` that are arrays, in the order of the file."""
 
 Uint64s = NDArray[np.uint64]
 
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """The places of n samples with m members in one tar. All arrays are uint64; offsets and sizes are bytes of the tar.
-
-    `sample_offset[n]` is the first header byte of a sample's first member, `sample_size[n]` reaches to the padded end
-    of its last member's data. The members of sample i are `first_member[i]` to `first_member[i + 1]` (so [n + 1]) of
-    the `member_*[m]` arrays; `member_extension` points into `extensions`; `member_offset` is where the data begins.
+    """The places of n samples with m members in one tar. All arrays are uint64; offsets and sizes are bytes of the
+    tar.
     """
 
     size_bytes: int
-    # of the tar file
+    """Size of the tar file."""
     num_skipped: int
-    # members that belong to no sample: folders, names without an extension, hidden files, webdataset's __meta__ names
+    """Members that belong to no sample: folders, names without an extension, hidden files, webdataset's __meta__
+    names."""
     has_end_marker: bool
+    """Whether the tar ends with two zero blocks, as every usual writer ends it."""
     extensions: tuple[str, ...]
+    """The different extensions of the members, in lower case without a leading dot."""
     key_bytes: bytes
-    # the keys in UTF-8, one after another; key i ends at key_end[i]
+    """The keys in UTF-8, one after another."""
     key_end: Uint64s
+    """[n]: key i ends before `key_bytes[key_end[i]]`."""
     sample_offset: Uint64s
+    """[n]: the first header byte of a sample's first member."""
     sample_size: Uint64s
+    """[n]: bytes from there to the padded end of the data of the sample's last member."""
     first_member: Uint64s
+    """[n + 1]: the members of sample i are those from first_member[i] to before first_member[i + 1]."""
     member_extension: Uint64s
+    """[m]: the number of a member's extension in `extensions`."""
     member_offset: Uint64s
+    """[m]: where a member's data begins."""
     member_size: Uint64s
+    """[m]: the size of a member's data."""
 
     @property
     def num_samples(self) -> int:
+        """n."""
         return len(self.sample_offset)
 
     @cached_property
@@ -78,8 +87,11 @@ class ShardIndex:
         return self.key_bytes[start : int(self.key_end[sample])].decode("utf-8", "surrogateescape")
 
     def members(self, sample: int) -> dict[str, tuple[int, int]]:
-        """Extension without its leading dot, lower case ("jpg", "seg.png") -> (offset of the data in the tar, size),
-        both in bytes.
+        """The members of one sample: extension in lower case without its leading dot ("jpg", "seg.png") -> (offset of
+        the data in the tar, size), both in bytes.
+
+        Raises:
+            IndexError: there is no such sample.
         """
         if not 0 <= sample < self.num_samples:
             raise IndexError(f"sample {sample} of a shard with {self.num_samples} samples")
@@ -135,8 +147,14 @@ class ShardIndex:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], sha256: str | None = None) -> ShardIndex:
-        """Reads and checks an index file. `sha256` is the digest that the manifest names. Raises ShardError when the
-        file is missing, damaged or another one.
+        """Reads and checks an index file on a disk.
+
+        Args:
+            path: of the file.
+            sha256: the digest (hex) that the manifest names; None: any file will do.
+
+        Raises:
+            ShardError: the file is missing, damaged or has another digest.
         """
         try:
             data = Path(path).read_bytes()
@@ -146,7 +164,16 @@ class ShardIndex:
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str, sha256: str | None = None) -> ShardIndex:
-        """Checks and parses the content of an index file; as `load`, with the file's name for messages."""
+        """Checks and parses the content of an index file.
+
+        Args:
+            data: the content.
+            name: path or URL of the file, for messages.
+            sha256: see `load`.
+
+        Raises:
+            ShardError: the content is damaged or has another digest.
+        """
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
             raise ShardError(
                 f"{name}: this is not the index that the manifest names (its sha256 differs); run `tessera "
@@ -161,6 +188,7 @@ class ShardIndex:
 
     @classmethod
     def _parse(cls, data: bytes) -> ShardIndex:
+        """Parses the content, without a name for messages; raises nearly anything on damage."""
         if not data.startswith(_MAGIC) or len(data) < _HEAD_START:
             raise ValueError("it does not begin as an index file does")
         body_start = len(_MAGIC) + 32
@@ -192,7 +220,11 @@ class ShardIndex:
         return index
 
     def _check(self) -> None:
-        """No place may point out of the tar: a reader trusts these numbers."""
+        """Checks that no place points out of the tar: a reader trusts these numbers.
+
+        Raises:
+            ValueError: the arrays contradict each other.
+        """
         n, m = self.num_samples, len(self.member_offset)
         size, first = self.size_bytes, self.first_member
         valid = (
@@ -214,10 +246,11 @@ class ShardIndex:
 
 
 def _lie_within(offset: Uint64s, length: Uint64s, size: int) -> bool:
+    """Whether all ranges [offset, offset + length) lie within `size` bytes; computed so that no sum overflows."""
     limit = np.uint64(size)
     return bool(((offset <= limit) & (length <= limit - np.minimum(offset, limit))).all())
 
 
 def _narrow(array: Uint64s) -> NDArray[Any]:
-    """4 bytes per number where that suffices: half the file for shards below 4 GiB."""
+    """The array with 4 bytes per number where that suffices: half the file for shards below 4 GiB."""
     return array.astype("<u4" if int(array.max(initial=0)) < 1 << 32 else "<u8")

@@ -1,6 +1,6 @@
-"""The manifest: which shards a dataset has, and how many samples, bytes and which index belong to each.
+"""The manifest: which shards a data set has, and how many samples, bytes and which index belong to each.
 
-Enters and leaves: `manifest.json` in a dataset's folder, on disk or in an object store. Why it exists: only the counts
+Enters and leaves: `manifest.json` in a data set's folder, on disk or in an object store. Why it exists: only the counts
 per shard stay in memory, a known count turns a silently truncated shard into an error, and the hash of the entries (the
 fingerprint) ties a training run's data position to exactly this data, wherever it is stored.
 """
@@ -21,50 +21,55 @@ from data_pipes.store.storage import Storage
 from data_pipes.store.urls import check_url, is_remote, join_url, local_path
 
 MANIFEST_NAME = "manifest.json"
+"""The manifest's file in a data set's folder."""
 INDEX_SUFFIX = ".idx"
+"""What the name of a shard's index has behind that of the shard."""
 _FORMAT, _VERSION = "tessera-manifest", 1
 _MAX_MANIFEST_BYTES = 1 << 30
-# of a manifest in a store: 3 million shards
+"""Size of a manifest in a store, at most: about 3 million shards."""
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard of a dataset."""
+    """One shard of a data set."""
 
     url: str
-    # path relative to the manifest's folder (with "/"), or absolute: a path or the URL of an object
+    """Path relative to the manifest's folder (with "/"), or absolute: a path or the URL of an object."""
     num_samples: int
     size_bytes: int
-    # of the tar file
+    """Size of the tar file."""
     index_sha256: str
-    # hex digest of the whole index file
+    """Hex digest of the whole index file."""
     etag: str | None = None
-    # what the store calls this version of the object; a run stops when it changes
+    """What the store calls this version of the object; a run stops when it changes. None for a file, and for a store
+    that has no etags."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The shards of one dataset, in order, and its class names (empty: unlabelled)."""
+    """The shards of one data set, in order, and the names of its classes."""
 
     root: str
-    # the folder (path or URL) that relative urls and a relative index_dir start from
+    """The folder (path or URL) from which relative urls and a relative index_dir start."""
     shards: tuple[ShardEntry, ...]
     classes: tuple[str, ...] = ()
-    # the name of label i is classes[i]
+    """The name of label i is classes[i]; empty where classes have no names, or there are none."""
     index_dir: str | None = None
-    # folder of the index files; None: beside the shards
+    """Folder of the index files; None: they lie beside the shards."""
 
     @cached_property
     def num_samples(self) -> int:
+        """Samples of all shards."""
         return sum(shard.num_samples for shard in self.shards)
 
     @cached_property
     def size_bytes(self) -> int:
+        """Bytes of all tar files."""
         return sum(shard.size_bytes for shard in self.shards)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over url, samples, bytes and index digest of every shard; times, etags and the root do not
+        """The sha256 (hex) over url, samples, bytes and index digest of every shard; times, etags and the root do not
         count, so that a moved or uploaded folder keeps it.
         """
         digest = hashlib.sha256()
@@ -87,12 +92,16 @@ class Manifest:
         return join_url(self.root, self.shards[shard].url)
 
     def index_url(self, shard: int) -> str:
-        """Where the index of a shard lies."""
+        """Where the index of a shard lies: a local path, or the URL of an object."""
         index_dir = None if self.index_dir is None else join_url(self.root, self.index_dir)
         return index_url(self.shard_url(shard), self.shards[shard].url, index_dir)
 
     def shard_path(self, shard: int) -> Path:
-        """Where the tar of a local shard lies. Raises ValueError for an object in a store."""
+        """Where the tar of a local shard lies.
+
+        Raises:
+            ValueError: the shard is an object in a store.
+        """
         url = self.shard_url(shard)
         if is_remote(url):
             raise ValueError(
@@ -101,7 +110,11 @@ class Manifest:
         return local_path(url)
 
     def index_path(self, shard: int) -> Path:
-        """Where the index of a local shard lies."""
+        """Where the index of a local shard lies.
+
+        Raises:
+            ValueError: the shard is an object in a store.
+        """
         self.shard_path(shard)
         return local_path(self.index_url(shard))
 
@@ -112,8 +125,16 @@ class Manifest:
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], storage: Storage | None = None) -> Manifest:
-        """Reads and checks a manifest. source: a folder or a .json file, as a path or URL. Raises ValueError when there
-        is none, when it is malformed, of an unknown version, edited by hand, or without a sample.
+        """Reads and checks a manifest.
+
+        Args:
+            source: a folder or a .json file, as a path or URL.
+            storage: for a URL; None: one with the default settings.
+
+        Raises:
+            ValueError: there is no manifest, or it is malformed, of an unknown version, edited by hand, or without a
+                sample.
+            StorageError: the store cannot be used.
         """
         root, path, data = _read(source, storage)
         try:
@@ -136,6 +157,16 @@ class Manifest:
 
     @classmethod
     def _parse(cls, content: Any, root: str, path: str) -> Manifest:
+        """The manifest in the file's JSON.
+
+        Args:
+            content: the parsed JSON, of whatever type.
+            root: the folder of the manifest.
+            path: the place of the file, for messages.
+
+        Raises:
+            ValueError: it is no manifest, of an unknown version or malformed.
+        """
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(
                 f'{path}: not a manifest of tessera (expected "format": "{_FORMAT}"); write it with `tessera index`'
@@ -195,9 +226,13 @@ class Manifest:
 
 
 def index_url(shard_url: str, url: str, index_dir: str | None) -> str:
-    """`<shard>.tar.idx` beside the shard, or in `index_dir` under a name that keeps a/000.tar and b/000.tar apart.
+    """Where the index of a shard lies: `<shard>.tar.idx` beside the shard, or in `index_dir` under a name that keeps
+    a/000.tar and b/000.tar apart.
 
-    shard_url: where the shard lies; url: its name in the manifest.
+    Args:
+        shard_url: where the shard lies.
+        url: how the manifest names the shard.
+        index_dir: path or URL of the folder of the index files; None: they lie beside the shards.
     """
     if index_dir is None:
         return shard_url + INDEX_SUFFIX
@@ -206,7 +241,11 @@ def index_url(shard_url: str, url: str, index_dir: str | None) -> str:
 
 
 def check_class_names(classes: Iterable[str]) -> tuple[str, ...]:
-    """The class names as a tuple. Raises ValueError on an empty or a repeated name."""
+    """The class names as a tuple.
+
+    Raises:
+        ValueError: a name is empty or repeated.
+    """
     names = tuple(classes)
     seen: set[str] = set()
     for name in names:
@@ -219,7 +258,7 @@ def check_class_names(classes: Iterable[str]) -> tuple[str, ...]:
 
 
 def _read(source: str | os.PathLike[str], storage: Storage | None) -> tuple[str, str, bytes]:
-    """(root, place of the file, content) of a manifest."""
+    """The folder of a manifest, the place of its file, and the content of the file."""
     given = os.fspath(source)
     check_url(given)
     if not is_remote(given):
@@ -240,6 +279,7 @@ def _read(source: str | os.PathLike[str], storage: Storage | None) -> tuple[str,
 
 
 def _no_manifest(path: Path) -> str:
+    """What to tell a user who named a local folder without a manifest."""
     folder = path.parent
     if not folder.is_dir():
         return (

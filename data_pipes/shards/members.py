@@ -26,19 +26,26 @@ from data_pipes.shards.reader import RawSample
 IMAGE_EXTENSIONS = (
     "jpg jpeg png webp npy tif tiff bmp gif ppm pgm pbm pnm jp2 avif tga qoi".split()  # noqa: SIM905
 )
-"""Members that are pictures, in the order of preference where a sample has several."""
+"""Extensions of members that are pictures, in the order of preference where a sample has several."""
 LABEL_EXTENSIONS = ("cls", "json")
-"""Members that hold a label; the first that is there counts."""
+"""Extensions of members that hold a label; the first that is there counts."""
 CAPTION_EXTENSIONS = ("txt", "caption", "json")
-"""Members that hold a caption; the first that is there counts."""
+"""Extensions of members that hold a caption; the first that is there counts."""
 
 MAX_METADATA_BYTES = 1 << 20
+"""Size of a `json` member, at most."""
 MAX_METADATA_DEPTH = 32
+"""Levels of nested objects and lists in a `json` member, at most."""
 MAX_CAPTION_BYTES = 1 << 16
+"""Bytes of a caption in UTF-8, at most."""
 
 
 def encoded_picture(raw: RawSample) -> bytes:
-    """The bytes of a sample's picture. Raises SampleError "no_image"."""
+    """The bytes of a sample's picture.
+
+    Raises:
+        SampleError: "no_image".
+    """
     data = _first_of(raw, IMAGE_EXTENSIONS)
     if data is None:
         raise SampleError("no_image", f"no picture among the members {list(raw.found)}")
@@ -46,7 +53,11 @@ def encoded_picture(raw: RawSample) -> bytes:
 
 
 def encoded_video(raw: RawSample) -> bytes:
-    """The bytes of a sample's video. Raises SampleError "no_video"."""
+    """The bytes of a sample's video.
+
+    Raises:
+        SampleError: "no_video".
+    """
     data = _first_of(raw, VIDEO_EXTENSIONS)
     if data is None:
         raise SampleError("no_video", f"no video among the members {list(raw.found)}")
@@ -54,11 +65,20 @@ def encoded_video(raw: RawSample) -> bytes:
 
 
 def _first_of(raw: RawSample, extensions: Sequence[str]) -> bytes | None:
+    """The member with the first of the extensions that the sample has; None if it has none of them."""
     return next((raw.members[extension] for extension in extensions if extension in raw.members), None)
 
 
 def with_bit_depth(image: Tensor, dtype: torch.dtype) -> Tensor:
-    """A uint8 or uint16 picture as `dtype`; 8 bits are widened. Raises SampleError "bit_depth" rather than cut 16."""
+    """A picture in the bit depth of its data set; 8 bits are widened to 16 where they must.
+
+    Args:
+        image: uint8 or uint16, of any shape.
+        dtype: torch.uint8 or torch.uint16.
+
+    Raises:
+        SampleError: "bit_depth": 16 bits would have to be cut to 8.
+    """
     if image.dtype == dtype:
         return image
     if dtype == torch.uint8:
@@ -67,16 +87,38 @@ def with_bit_depth(image: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def picture_of(raw: RawSample, channels: int | None, dtype: torch.dtype, max_pixels: int) -> Tensor:
-    """The decoded picture [C, H, W] of a sample. Raises SampleError: "no_image", "bit_depth" and as decode_image."""
+    """The decoded picture of a sample.
+
+    Args:
+        raw: the sample.
+        channels: see `decode_image`.
+        dtype: torch.uint8 or torch.uint16.
+        max_pixels: see `decode_image`.
+
+    Returns:
+        [C, H, W] of `dtype`.
+
+    Raises:
+        SampleError: "no_image", "bit_depth", or see `decode_image`.
+    """
     return with_bit_depth(decode_image(encoded_picture(raw), channels, max_pixels), dtype)
 
 
 def label_of(raw: RawSample, classes: Sequence[str] | int, label_key: str = "label") -> int:
-    """The class of a sample: from `cls` (an integer in ASCII digits), else from `json` under `label_key` (an integer,
-    or the name of a class); -1 where there is none.
+    """The class of a sample: from `cls` (an integer in ASCII digits), else from `json` (an integer, or the name of a
+    class).
 
-    classes: the names of the classes, or their number; empty or 0: unknown. Raises SampleError "label" for anything
-    else and for a label beyond the classes, "metadata" for unreadable JSON.
+    Args:
+        raw: the sample.
+        classes: the names of the classes, or their number; empty or 0 where they are not known.
+        label_key: the key of the label in the object of `json`.
+
+    Returns:
+        The number of the class, -1 where the sample has no label.
+
+    Raises:
+        SampleError: "label" where the label is anything else or beyond the classes; "metadata" where the JSON cannot be
+            read.
     """
     if "cls" in raw.members:
         text = raw.members["cls"].strip()
@@ -93,6 +135,17 @@ def label_of(raw: RawSample, classes: Sequence[str] | int, label_key: str = "lab
 
 
 def _checked_label(number: int | None, found: object, place: str, classes: Sequence[str] | int) -> int:
+    """The number of a class, if it is one.
+
+    Args:
+        number: the label; None: it is no number and no name of a class.
+        found: what stands in the member, for the message.
+        place: where it stands, for the message.
+        classes: see `label_of`.
+
+    Raises:
+        SampleError: "label".
+    """
     num_classes = classes if isinstance(classes, int) else len(classes)
     if number is None or not 0 <= number < (num_classes or 10**9):
         expected = f"0 to {num_classes - 1}" if num_classes else "an integer in ASCII digits"
@@ -105,7 +158,11 @@ def _checked_label(number: int | None, found: object, place: str, classes: Seque
 
 def caption_of(raw: RawSample) -> str | None:
     """The text of a sample without white space around it: from `txt`, `caption`, or `json` under "caption"; None where
-    there is none. Raises SampleError "caption" when it is no UTF-8 text of at most `MAX_CAPTION_BYTES`.
+    there is none.
+
+    Raises:
+        SampleError: "caption" where it is no UTF-8 text of at most `MAX_CAPTION_BYTES`; "metadata" where the JSON
+            cannot be read.
     """
     for extension in ("txt", "caption"):
         if extension in raw.members:
@@ -131,7 +188,11 @@ def caption_of(raw: RawSample) -> str | None:
 
 
 def metadata_of(raw: RawSample) -> dict[str, Any] | None:
-    """The object in the member `json`, None without one. Raises SampleError "metadata", see the module's head."""
+    """The object in the member `json`; None without such a member.
+
+    Raises:
+        SampleError: "metadata" where the JSON is not as strict as the module's head says.
+    """
     data = raw.members.get("json")
     if data is None:
         return None

@@ -4,7 +4,7 @@ Enters: a manifest and its index files. Leaves: keys and members, each sample by
 local file in the page cache, where walking the tar costs 120). Why it exists: random access to plain tars, on disk or
 in an object store, with a check that what was read is what was indexed.
 
-Objects in a store: a sample comes out of the node's chunk cache where the prefetcher has put its chunk, else by a
+A sample of an object in a store comes out of the node's chunk cache where the prefetcher has put its chunk, else by a
 request for exactly its bytes, many at once; so a miss costs one round trip for a whole batch and no needless byte.
 """
 
@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection as Names
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -32,17 +31,19 @@ from data_pipes.store.transport import ByteRange, StorageError
 from data_pipes.store.urls import is_remote, local_path
 
 _MAX_OPEN_SHARDS = 256
-# file handles per reader; processes usually may have 1,024
+"""File handles per reader; processes usually may have 1,024."""
 _MAX_INDEXED_SAMPLES = 1 << 20
-# samples of the loaded indexes of a reader: about 100 MB
+"""Samples of the loaded indexes of a reader: about 100 MB."""
 
 
 class RawSample(NamedTuple):
     """A sample as it is stored."""
 
     key: str
-    members: dict[str, bytes]  # by extension, lower case, without the leading dot
-    found: tuple[str, ...]  # the extensions of all members, wanted or not
+    members: dict[str, bytes]
+    """The wanted members by extension, in lower case without the leading dot."""
+    found: tuple[str, ...]
+    """The extensions of all members, wanted or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,15 @@ class _Wanted:
     key: str
     found: tuple[str, ...]
     members: dict[str, tuple[int, int]]
-    # extension -> (offset of the data, size) in the shard
+    """Extension -> (offset of the data, size) in the shard, in bytes."""
     begin: int
-    # of the bytes to read: the first member's header
+    """Where the bytes to read begin in the shard: at the first member's header."""
     length: int
+    """How many bytes to read."""
     chunk_begin: int
+    """Where the chunk around the sample begins in the shard."""
     chunk_length: int
-    # of the chunk around it; 0: not known
+    """Bytes of that chunk; 0 where it is not known."""
 
 
 class ShardReader:
@@ -70,12 +73,17 @@ class ShardReader:
     def __init__(
         self,
         source: Manifest | Collection,
-        extensions: Names[str] | None = None,
+        extensions: Iterable[str] | None = None,
         storage: Storage | None = None,
         cache: ChunkCache | None = None,
     ) -> None:
-        """extensions: the members to read (None: all); the others are passed over where that saves reading. storage,
-        cache: for objects in a store.
+        """Opens nothing yet: indexes and shards are opened when they are first needed.
+
+        Args:
+            source: the data set, or several of them.
+            extensions: the members to read, None for all; the others are passed over where that saves reading.
+            storage: for objects in a store; None: one with the default settings.
+            cache: where chunks and indexes of a store are looked up first; None: nowhere.
         """
         self.collection = Collection.of(source)
         self.storage, self.cache = storage or Storage(), cache
@@ -103,14 +111,20 @@ class ShardReader:
         return self._index(shard).key(sample)
 
     def read(self, shard: int, sample: int) -> RawSample:
-        """One sample. Raises ShardError, naming the shard, when the shard is missing, is not the one that was indexed,
-        or cannot be read; a training run must not go on with other data than it began with.
+        """One sample.
+
+        Raises:
+            ShardError: the shard is missing, is not the one that was indexed, or cannot be read; a training run must
+                not go on with other data than it began with. The message names the shard.
         """
         return next(self.read_many([Place(shard, sample)]))
 
     def read_many(self, places: Sequence[Place]) -> Iterator[RawSample]:
         """Samples in the order of `places`. Local ones are read when they are taken; those of a store are all under way
-        at once before the first is given out. Raises as `read`.
+        at once before the first is given out.
+
+        Raises:
+            ShardError: see `read`.
         """
         if not self.collection.is_remote:
             for place in places:
@@ -129,7 +143,7 @@ class ShardReader:
                     answer.cancel()
 
     def chunk_range(self, place: Place) -> tuple[str, ByteRange]:
-        """(key in the cache, range of bytes) of the chunk around a place whose chunk is known."""
+        """The chunk around a place whose chunk is known: its key in the cache, and its range of bytes."""
         index = self._index_of(place)
         begin, length = _chunk_bounds(index, place)
         wanted = self._byte_range(place.shard, begin, length)
@@ -152,6 +166,7 @@ class ShardReader:
         self.storage.close()
 
     def _look_up(self, place: Place) -> _Wanted:
+        """What has to be read of the sample at a place, from the index."""
         index, sample = self._index_of(place), place.sample
         if place.size and index.num_samples == place.size:  # a part begins at the chunk's first sample
             sample -= place.first
@@ -165,6 +180,11 @@ class ShardReader:
         return _Wanted(place, key, tuple(places), members, begin, end - begin, *bounds)
 
     def _split(self, wanted: _Wanted, data: bytes) -> RawSample:
+        """The sample in the bytes that were read for it.
+
+        Raises:
+            ShardError: a member's header is not there.
+        """
         members = {}
         for extension, (offset, size) in wanted.members.items():
             start = offset - wanted.begin
@@ -178,7 +198,7 @@ class ShardReader:
         return RawSample(wanted.key, members, wanted.found)
 
     def _start(self, wanted: _Wanted) -> bytes | Future[bytes]:
-        """The bytes of a sample where they are at hand, else a request that is under way."""
+        """The bytes of a sample where they are on this node, else a request that is under way."""
         if not wanted.members:
             return b""
         url, entry = self.collection.shard_url(wanted.place.shard), self.collection.entry(wanted.place.shard)
@@ -273,6 +293,7 @@ class ShardReader:
 
 
 def _result(answer: Future[bytes]) -> bytes:
+    """The answer of a store; its failures become ShardErrors."""
     try:
         return answer.result()
     except (StorageError, FileNotFoundError, PermissionError) as error:
@@ -280,7 +301,7 @@ def _result(answer: Future[bytes]) -> bytes:
 
 
 def _chunk_bounds(index: ShardIndex, place: Place) -> tuple[int, int]:
-    """(first byte, length) of a place's chunk in its shard."""
+    """The first byte and the length of a place's chunk in its shard."""
     first = 0 if index.num_samples == place.size else place.first
     begin, last = int(index.sample_offset[first]), first + place.size - 1
     return begin, int(index.sample_offset[last] + index.sample_size[last]) - begin

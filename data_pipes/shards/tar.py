@@ -17,15 +17,18 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 BLOCK = 512
-# An extended header holds a name and a few numbers; a larger one would only fill the memory.
+"""Bytes of a header; data are padded to a multiple of it."""
 MAX_EXTENDED_HEADER_BYTES = 1 << 20
+"""An extended header holds a name and a few numbers; a larger one would only fill the memory."""
 MAX_NAME_LENGTH = 4096
+"""Characters of a member's name, at most."""
 
 RECOPY = "copy or pack the shard again from its source"
 _DISTRUST = "the file is damaged or was not made by a usual tar writer; pack the shard again"
 _OCTAL = re.compile(rb"[0-7]+")
 _PAX_RECORD = re.compile(rb"([0-9]{1,20}) ([^=\n]+)=")
 LONG_NAME, LONG_LINK, PAX, PAX_SOLARIS, PAX_GLOBAL, _SPARSE = b"L", b"K", b"x", b"X", b"g", b"S"
+"""Kinds of members, as their headers say them."""
 _REFUSED = {
     b"1": "a hard link",
     b"2": "a symbolic link",
@@ -34,30 +37,40 @@ _REFUSED = {
     b"6": "a fifo",
     _SPARSE: "a sparse file",
 }
+"""Kinds of members that are refused -> what they are, for messages."""
 
 
 class TarProblem(ValueError):
-    """What is wrong with a tar file: `problem` (what was found), `offset` (byte of the file), `advice` (what to do)."""
+    """What is wrong with a tar file."""
 
     def __init__(self, problem: str, offset: int, advice: str) -> None:
+        """Makes the error.
+
+        Args:
+            problem: what was found.
+            offset: where, as a byte of the file.
+            advice: what to do.
+        """
         super().__init__(f"{problem} (at byte {offset:,}); {advice}")
         self.problem, self.offset, self.advice = problem, offset, advice
 
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """One member: `header` is the first byte of its first header block (extended headers included), `end` the first
-    byte behind its padded data.
-    """
+    """One member, with its places in the file, in bytes."""
 
     name: str
     is_folder: bool
     header: int
+    """First byte of its first header block, extended headers included."""
     data: int
+    """First byte of its data."""
     size: int
+    """Size of its data."""
 
     @property
     def end(self) -> int:
+        """First byte behind its padded data."""
         return self.data + padded(self.size)
 
 
@@ -66,10 +79,18 @@ class Extended:
     """What extended headers say about the member that follows them."""
 
     start: int
+    """First byte of the first of them."""
     name: str | None = None
+    """The member's name, where they say it."""
     size: int | None = None
+    """The size of the member's data, where they say it."""
 
     def set_name(self, name: str, offset: int) -> None:
+        """Takes the member's name.
+
+        Raises:
+            TarProblem: the member has a name already, or the name is too long; `offset` is where.
+        """
         if self.name is not None:
             raise TarProblem("two extended headers name the same member", offset, _DISTRUST)
         if len(name) > MAX_NAME_LENGTH:
@@ -78,12 +99,20 @@ class Extended:
 
 
 def walk_tar(stream: BinaryIO, size_bytes: int, *, allow_missing_end: bool = False) -> Iterator[TarMember]:
-    """Yields the regular files and folders of a tar file in order.
+    """Walks over a tar file.
 
-    `size_bytes` is the size of the file behind `stream`. `allow_missing_end` accepts a file that ends at a member's
-    boundary without the two zero blocks (not what any usual writer makes: such a file looks the same as one that was
-    cut there). Raises `TarProblem` on truncation anywhere, a wrong checksum, a zero block between members, bytes behind
-    the end marker, absolute names and names with `..`, links, devices, sparse files and unknown kinds of members.
+    Args:
+        stream: the file.
+        size_bytes: its size.
+        allow_missing_end: accept a file that ends at a member's boundary without the two zero blocks. No usual writer
+            makes such a file, and it looks the same as one that was cut there.
+
+    Yields:
+        The regular files and folders in order.
+
+    Raises:
+        TarProblem: truncation anywhere, a wrong checksum, a zero block between members, bytes behind the end marker,
+            an absolute name or one with `..`, a link, a device, a sparse file or an unknown kind of member.
     """
     position, extended = 0, None
     while True:
@@ -126,6 +155,7 @@ def walk_tar(stream: BinaryIO, size_bytes: int, *, allow_missing_end: bool = Fal
 
 
 def padded(size: int) -> int:
+    """The bytes that data of this size take, up to the next block."""
     return -(-size // BLOCK) * BLOCK
 
 
@@ -142,6 +172,15 @@ def _truncated(size_bytes: int, where: str) -> TarProblem:
 
 
 def parse_header(block: bytes, offset: int) -> tarfile.TarInfo:
+    """Parses a header block.
+
+    Args:
+        block: its bytes.
+        offset: where it begins in the file, for messages.
+
+    Raises:
+        TarProblem: it is no valid header.
+    """
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
@@ -152,7 +191,16 @@ def parse_header(block: bytes, offset: int) -> tarfile.TarInfo:
 
 
 def checked_member(info: tarfile.TarInfo, extended: Extended, data: int) -> TarMember:
-    """The header `info` with its extended headers applied; refuses what a dataset must not hold."""
+    """The member of a header; what a data set must not hold is refused.
+
+    Args:
+        info: the header.
+        extended: what its extended headers say.
+        data: where the member's data begin.
+
+    Raises:
+        TarProblem: the member is no regular file or folder, or has a name or a size that cannot be.
+    """
     name = info.name if extended.name is None else extended.name
     kind = info.type
     if kind not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE):
@@ -179,6 +227,17 @@ def checked_member(info: tarfile.TarInfo, extended: Extended, data: int) -> TarM
 
 
 def apply_extended(kind: bytes, payload: bytes, extended: Extended, offset: int) -> None:
+    """Adds what one extended header says to what earlier ones said.
+
+    Args:
+        kind: of the header.
+        payload: its data.
+        extended: what is known so far; changed in place.
+        offset: where the data begin in the file, for messages.
+
+    Raises:
+        TarProblem: the header is malformed, contradicts another one, or announces a sparse file.
+    """
     if kind == LONG_LINK:
         return  # the link itself is refused
     if kind == LONG_NAME:
@@ -200,10 +259,16 @@ def apply_extended(kind: bytes, payload: bytes, extended: Extended, offset: int)
 
 
 def is_header_of(block: bytes, key: str, extension: str, size: int) -> bool:
-    """Whether a tar header block belongs to the member KEY.EXTENSION of `size` bytes. Takes 1 us.
+    """Whether a header block belongs to a certain member; it takes 1 us.
 
-    Names beyond ASCII or 100 bytes may stand in an extended header before this one; there the size alone is compared,
-    and sizes of 8 GiB and more are not.
+    A name that is not ASCII or longer than 100 bytes may be in an extended header before this one; then the size alone
+    is compared. A size of 8 GiB or more is not compared.
+
+    Args:
+        block: the bytes of the header.
+        key: the key of the sample: the member is called KEY.EXTENSION.
+        extension: in lower case; the name in the header may have it in upper case.
+        size: of the member's data, in bytes.
     """
     digits = block[124:136].strip(b" \0")
     known = size < 1 << 33 and not digits.startswith(b"\x80")
@@ -219,7 +284,7 @@ def is_header_of(block: bytes, key: str, extension: str, size: int) -> bool:
 
 
 def _pax_records(payload: bytes, offset: int) -> Iterator[tuple[str, bytes]]:
-    """The records "<length> <key>=<value>\\n" of a PAX header."""
+    """The keys and values of a PAX header, which consists of records "<length> <key>=<value>\\n"."""
     position = 0
     while position < len(payload):
         record = _PAX_RECORD.match(payload, position)
@@ -233,7 +298,7 @@ def _pax_records(payload: bytes, offset: int) -> Iterator[tuple[str, bytes]]:
 
 
 def _check_end(stream: BinaryIO, position: int, size_bytes: int, allow_missing_end: bool) -> None:
-    """From the first zero block on, the file must hold nothing but zeros: at least two blocks."""
+    """Checks that from the first zero block on the file holds nothing but zeros, and at least two blocks of them."""
     length = size_bytes - position
     for start in range(position, size_bytes, 1 << 20):
         chunk = _read(stream, start, min(1 << 20, size_bytes - start))

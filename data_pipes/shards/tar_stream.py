@@ -1,4 +1,4 @@
-"""The strict walk of data_pipes.shards.tar over a stream: no size is known, and there is no way back.
+"""The strict walk of data_pipes.shards.tar over a stream, where no size is known and there is no way back.
 
 Enters: a file that can only be read forward, such as an unpacking one. Leaves: each member with a function that reads
 its data. Why it exists: a compressed tar tells its size only at its end; it is held to the same rules all the same.
@@ -28,13 +28,20 @@ from data_pipes.shards.tar import (
 )
 
 _PIECE = 1 << 20
+"""Bytes that are read at once, at most."""
 _EXTENDED = (LONG_NAME, LONG_LINK, PAX, PAX_SOLARIS, PAX_GLOBAL)
 
 
 def walk_tar_stream(stream: BinaryIO) -> Iterator[tuple[TarMember, Callable[[], bytes]]]:
-    """(member, read) of the regular files and folders. `read` gives the data, until the next member is asked for; data
-    that is not asked for is read over. Raises TarProblem as `walk_tar` does. The whole stream is read: an error in the
-    compression of its last byte is found, too.
+    """Walks over a tar that can only be read forward, to its last byte: an error in the compression of that byte is
+    found too.
+
+    Yields:
+        Each regular file and folder, with a function that reads its data. The function may be called until the next
+        member is asked for; data that nobody reads are passed over.
+
+    Raises:
+        TarProblem: see `walk_tar`.
     """
     forward, extended = _Forward(stream), None
     while True:
@@ -59,21 +66,23 @@ def walk_tar_stream(stream: BinaryIO) -> Iterator[tuple[TarMember, Callable[[], 
 
 
 class _Forward:
-    """Counts the bytes; an early end is a TarProblem."""
+    """A stream whose bytes are counted, and in which an early end is a TarProblem."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self.position = stream, 0
 
     def read(self, length: int, where: str) -> bytes:
+        """The next bytes; `where` says for the message what would be cut."""
         parts = list(self._pieces(length, where))
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def skip_to(self, position: int, where: str) -> None:
+        """Passes over the bytes before `position`; `where` as in `read`."""
         for _ in self._pieces(position - self.position, where):
             pass
 
     def check_end(self) -> None:
-        """Behind the first zero block there must be another, and zeros only."""
+        """Checks that behind the first zero block there is another one, and nothing but zeros."""
         begin, what = self.position - BLOCK, "a zero block in mid-file"
         piece = self.read(BLOCK, "inside the end marker (two zero blocks)")
         while piece:
