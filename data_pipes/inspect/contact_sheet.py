@@ -1,7 +1,8 @@
 """A sheet of samples as the model gets them: `tessera data peek`.
 
 Enters: a batch of the training data set. Leaves: a PNG with key and label under each picture. Why it exists: wrong
-channels, crops that cut everything off, labels shifted by one and a bad shuffle are seen at a glance, and in no figure.
+channels, crops that cut everything off, labels shifted by one and a bad shuffle are seen at a glance here, and in no
+number.
 Legend: B samples, C channels, H/W pixels, T frames, R clips of one video.
 """
 
@@ -19,14 +20,26 @@ from torch import Tensor
 
 from data_pipes.transforms.image import resize
 
-_GAP, _LINE, _MAX_COLUMNS = 8, 15, 16
-# pixels between cells, pixels of a line of text, cells in a row
+_GAP = 8
+"""Pixels between cells."""
+_LINE = 15
+"""Pixels of a line of text."""
+_MAX_COLUMNS = 16
+"""Cells in a row, at most."""
 _INK, _GREY, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
 
 def contact_sheet(title: str, images: Tensor, captions: Sequence[tuple[str, str]], cell: int = 128) -> bytes:
-    """A PNG. images: [B, C, H, W], or [B, R, C, T, H, W] of which the first frame is shown; uint8 or uint16. captions:
-    [B] of two lines each. cell: pixels of a picture's longer side.
+    """Draws the sheet.
+
+    Args:
+        title: the line above all pictures.
+        images: uint8 or uint16 [B, C, H, W], or [B, R, C, T, H, W], of which the first frame is shown.
+        captions: [B], two lines below each picture.
+        cell: the longer side of a picture on the sheet, in pixels.
+
+    Returns:
+        The bytes of a PNG.
     """
     if images.ndim == 6:
         images = images[:, 0, :, 0]
@@ -50,7 +63,7 @@ def contact_sheet(title: str, images: Tensor, captions: Sequence[tuple[str, str]
 
 
 def _displayable(image: Tensor, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """[C, H, W] -> uint8 [*size, 3]: of many channels the first three, of 16 bits the upper eight."""
+    """A picture [C, H, W] as uint8 [*size, 3]: the first three of many channels, the upper eight of 16 bits."""
     if image.dtype == torch.uint16:
         image = (image.to(torch.int32) >> 8).to(torch.uint8)
     image = image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
@@ -59,7 +72,9 @@ def _displayable(image: Tensor, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def _fit(draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, text: str, width: int) -> str:
-    """The text, its beginning replaced by dots where it is too long: keys differ at their ends."""
+    """The text in at most `width` pixels; its beginning gives way to dots where it is too long, as keys differ at their
+    ends.
+    """
     text = "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in text[-200:])
     shown = text
     while shown and draw.textlength(shown, font) > width:

@@ -1,6 +1,6 @@
 """What a data set consists of, without reading it whole: `tessera data stats`.
 
-Enters: a manifest. Leaves: counts, sizes and shares from the index files alone; labels and picture headers from a
+Enters: a manifest. Leaves: counts, sizes and fractions from the index files alone; labels and picture headers from a
 bounded number of samples, drawn without replacement by a key, so that the same command gives the same figures. Why it
 exists: a data set is looked at before it is trained on for weeks. Works on any storage that the manifest can live in.
 """
@@ -30,22 +30,30 @@ from data_pipes.shards.reader import RawSample, ShardReader
 from data_pipes.store.storage import Storage
 
 PERCENTILES = (1, 10, 50, 90, 99)
+"""The percentiles that are reported of sizes."""
 _BINS_PER_E = 100
-# the sizes are counted in bins that are 1 % wide, so percentiles are exact to that; bounded for any number of samples
+"""Bins in which sizes that differ by a factor of e are counted: a bin is 1 % wide, so percentiles are exact to that,
+and their memory is the same for any number of samples."""
 _NUM_BINS = 45 * _BINS_PER_E
+"""Enough for sizes up to e**45, which is more than 64 bits hold."""
 _AT_ONCE = 64
-# samples that are requested together
+"""Samples that are requested together."""
 _DRAW = 4
+"""Hashed with the seed into the key by which samples are drawn."""
 
 
 @dataclass
 class SizeHistogram:
-    """Positive integers, counted in bins of 1 %."""
+    """Positive integers, counted in bins that are 1 % wide."""
 
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_NUM_BINS, np.int64))
+    """How many sizes fell into each bin."""
     total: int = 0
+    """Sum of all sizes."""
     low: int | None = None
+    """The least size; None before the first one."""
     high: int = 0
+    """The largest size."""
 
     def add(self, sizes: NDArray[Any]) -> None:
         """Counts sizes [n]."""
@@ -61,11 +69,12 @@ class SizeHistogram:
             self.merge_bounds(other.total, other.low, other.high)
 
     def merge_bounds(self, total: int, low: int, high: int) -> None:
+        """Adds the sum, the least and the largest of further sizes."""
         self.total += total
         self.low, self.high = low if self.low is None else min(self.low, low), max(self.high, high)
 
     def summary(self) -> dict[str, float]:
-        """mean, min, max and percentiles."""
+        """The figures "mean", "min", "max" and "p1" to "p99"; empty without a size."""
         ends = np.cumsum(self.counts)
         number = int(ends[-1])
         if number == 0 or self.low is None:
@@ -82,8 +91,11 @@ class _ShardSums:
     """What the index of one shard says."""
 
     sizes: SizeHistogram = field(default_factory=SizeHistogram)
+    """Bytes of the samples: of all their members' data together."""
     samples_with: Counter[str] = field(default_factory=Counter)
+    """Extension -> how many samples have such a member."""
     bytes_of: Counter[str] = field(default_factory=Counter)
+    """Extension -> bytes of all such members."""
 
 
 def dataset_statistics(
@@ -96,9 +108,19 @@ def dataset_statistics(
     threads: int = 8,
     on_shard: Callable[[], None] | None = None,
 ) -> dict[str, object]:
-    """Everything as one JSON object. num_read: samples that are read for labels and picture headers, at most.
+    """The statistics of a data set, as one JSON object.
 
-    Raises ShardError for an index that is missing or damaged.
+    Args:
+        manifest: of the data set.
+        num_read: samples that are read for labels and picture headers, at most.
+        seed: chooses these samples.
+        label_key: see `label_of`.
+        storage: for a data set in a store; None: one with the default settings.
+        threads: index files that are read at once.
+        on_shard: called after each shard, for progress.
+
+    Raises:
+        ShardError: an index is missing or damaged.
     """
     storage = storage or Storage()
     total = _ShardSums()
@@ -125,6 +147,7 @@ def dataset_statistics(
 
 
 def _count(manifest: Manifest, shard: int, storage: Storage) -> _ShardSums:
+    """Counts the samples and members of one shard in its index."""
     index = load_index(manifest, shard, storage)
     sums = _ShardSums()
     sums.sizes.add(np.add.reduceat(index.member_size, index.first_member[:-1].astype(np.int64)))
@@ -142,7 +165,7 @@ def _spread(values: Sequence[int]) -> dict[str, float]:
 
 
 def _read_some(manifest: Manifest, num_read: int, seed: int, label_key: str, storage: Storage) -> dict[str, object]:
-    """Labels and headers of `num_read` samples."""
+    """Counts labels and picture headers in `num_read` samples."""
     ends = np.cumsum([shard.num_samples for shard in manifest.shards])
     drawn = np.sort(feistel(np.arange(num_read), manifest.num_samples, hash_words(seed, _DRAW)))
     shards = np.searchsorted(ends, drawn, side="right")
@@ -197,7 +220,14 @@ def _class_name(manifest: Manifest, label: int) -> str | None:
 
 
 def picture_header(raw: RawSample) -> tuple[str, int, int]:
-    """(format and mode, height, width) of a sample's picture, from its header alone. Raises SampleError."""
+    """What the header of a sample's picture says; nothing is decoded.
+
+    Returns:
+        Format and mode in words, height and width in pixels.
+
+    Raises:
+        SampleError: the sample has no picture, or its header cannot be read.
+    """
     data = encoded_picture(raw)
     if data.startswith(tiff.MAGICS):
         height, width, channels, bits = tiff.describe(data)

@@ -1,12 +1,12 @@
-"""Is a data set what its manifest says? Every shard, and if wanted every picture: `tessera data verify`.
+"""Whether a data set is what its manifest says: every shard, and if wanted every picture. `tessera data verify`.
 
 Enters: a manifest, on any storage. Leaves: a `Verdict` per shard with its `Flaw`s. Why it exists: copies get cut, disks
 flip bits, and a run should not be where that is found out.
 
-What is found without decoding: a missing shard, another size, an index that is not the manifest's, and any damage to
+Without decoding, these are found: a missing shard, another size, an index that is not the manifest's, and any damage to
 any header, as the strict walk must give the very index that is there. The bytes of the members have no checksum in a
-plain tar: damage there is found only by decoding, as far as the format of the picture notices (PNG: always, as every
-checksum is compared; JPEG: often not; arrays, BMP and uncompressed TIFF: never).
+plain tar: damage there is found only by decoding, as far as the format of the picture notices (PNG always, as every
+checksum is compared; JPEG often not; arrays, BMP and uncompressed TIFF never).
 """
 
 from __future__ import annotations
@@ -41,23 +41,26 @@ from data_pipes.shards.reader import RawSample, ShardReader
 from data_pipes.store.storage import Storage
 
 _MAX_FLAWS = 10_000
-# listed per shard; all are counted
+"""Flaws that are listed per shard; all are counted."""
 _AT_ONCE = 64
-# samples that are requested together
+"""Samples that are requested together."""
 _Found = tuple[str | None, str, str]
-# key, cause, error
+"""Key, cause and error of a `Flaw`."""
 
 
 @dataclass(frozen=True)
 class Flaw:
-    """One thing that is wrong. `key` is None where it concerns the whole shard."""
+    """One thing that is wrong."""
 
     shard: str
-    # its url in the manifest
+    """The shard's url in the manifest."""
     key: str | None
+    """The key of the sample; None where the whole shard is concerned."""
     cause: str
-    # "shard" (missing, cut, damaged headers), "size", "index" (missing, another, not the shard's), or as SampleError's
+    """A short name to count by: "shard" (missing, cut, damaged headers), "size", "index" (missing, another, not the
+    shard's), or a cause of SampleError."""
     error: str
+    """What was found, in words."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,14 @@ class Verdict:
     """What was found in one shard."""
 
     shard: str
+    """The shard's url in the manifest."""
     num_samples: int
-    # as the manifest says
+    """As the manifest says."""
     num_decoded: int
-    # pictures
+    """Pictures that were decoded."""
     num_flaws: int
     flaws: tuple[Flaw, ...]
-    # the first ones
+    """The first flaws, at most `_MAX_FLAWS`."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,27 @@ class Check:
     """What is checked beyond the headers."""
 
     decode: bool = False
-    # every picture, label and caption
+    """Whether every picture is decoded, and every label and caption read."""
     label_key: str = "label"
-    # of labels in json members
+    """The key of labels in `json` members."""
     max_pixels: int = DEFAULT_MAX_PIXELS
+    """Pixels of a picture (height * width), at most."""
 
 
 def verify(manifest: Manifest, check: Check, workers: int = 1) -> Iterator[Verdict]:
-    """The verdicts in the order of the shards. workers: processes."""
+    """Checks a data set.
+
+    Args:
+        manifest: of the data set.
+        check: what is checked beyond the headers.
+        workers: processes.
+
+    Yields:
+        The verdict on each shard, in their order.
+
+    Raises:
+        ValueError: `workers` is below 1.
+    """
     if workers < 1:
         raise ValueError(f"workers is {workers}; expected a number of processes >= 1")
     shards = iter(range(len(manifest.shards)))
@@ -95,33 +112,33 @@ def verify(manifest: Manifest, check: Check, workers: int = 1) -> Iterator[Verdi
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data_pipes.inspect.verify"])  # torch is imported once, not in every worker
-    with ProcessPoolExecutor(min(workers, len(manifest.shards)), context, _begin, (manifest, check)) as pool:
-        waiting = [pool.submit(_verify_here, shard) for shard in islice(shards, 2 * workers)]
+    with ProcessPoolExecutor(min(workers, len(manifest.shards)), context, _begin_worker, (manifest, check)) as pool:
+        waiting = [pool.submit(_verify_in_worker, shard) for shard in islice(shards, 2 * workers)]
         try:
             while waiting:
                 yield waiting.pop(0).result()
-                waiting.extend(pool.submit(_verify_here, shard) for shard in islice(shards, 1))
+                waiting.extend(pool.submit(_verify_in_worker, shard) for shard in islice(shards, 1))
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-_here: tuple[Manifest, Check, Storage]
-# of a worker process: sent once, not with every shard
+_worker_task: tuple[Manifest, Check, Storage]
+"""What a worker process checks with: sent to it once, not with every shard."""
 
 
-def _begin(manifest: Manifest, check: Check) -> None:
-    global _here
-    _here = manifest, check, Storage()
+def _begin_worker(manifest: Manifest, check: Check) -> None:
+    global _worker_task
+    _worker_task = manifest, check, Storage()
     torch.set_num_threads(1)
 
 
-def _verify_here(shard: int) -> Verdict:
-    manifest, check, storage = _here
+def _verify_in_worker(shard: int) -> Verdict:
+    manifest, check, storage = _worker_task
     return verify_shard(manifest, check, shard, storage)
 
 
 def verify_shard(manifest: Manifest, check: Check, shard: int, storage: Storage) -> Verdict:
-    """One shard: its size, its index, its headers, and with `check.decode` the content of each sample."""
+    """Checks one shard: its size, its index, its headers, and with `check.decode` the content of each sample."""
     entry = manifest.shards[shard]
     flaws: list[Flaw] = []
     num_decoded = num_flaws = 0
@@ -136,7 +153,7 @@ def verify_shard(manifest: Manifest, check: Check, shard: int, storage: Storage)
 
 
 def _flaws(manifest: Manifest, check: Check, shard: int, storage: Storage) -> Iterator[_Found | None]:
-    """Each flaw; None for each picture that was decoded."""
+    """Gives each flaw of a shard, and None for each picture that was decoded."""
     url, entry, index = manifest.shard_url(shard), manifest.shards[shard], None
     try:
         index = load_index(manifest, shard, storage)
@@ -162,6 +179,7 @@ def _flaws(manifest: Manifest, check: Check, shard: int, storage: Storage) -> It
 
 
 def _difference(walked: ShardIndex, index: ShardIndex) -> str:
+    """In what a walk over a shard differs from its index, in words."""
     if walked.num_samples != index.num_samples:
         return f"it holds {walked.num_samples:,} samples, its index lists {index.num_samples:,}"
     for sample in range(walked.num_samples):
@@ -171,6 +189,7 @@ def _difference(walked: ShardIndex, index: ShardIndex) -> str:
 
 
 def _content_flaws(manifest: Manifest, check: Check, shard: int, storage: Storage) -> Iterator[_Found | None]:
+    """Gives each flaw in the samples of a shard, and None for each picture that was decoded."""
     reader = ShardReader(manifest, {*IMAGE_EXTENSIONS, *LABEL_EXTENSIONS, *CAPTION_EXTENSIONS}, storage)
     places = [Place(shard, sample) for sample in range(manifest.shards[shard].num_samples)]
     try:
@@ -182,7 +201,12 @@ def _content_flaws(manifest: Manifest, check: Check, shard: int, storage: Storag
 
 
 def _check_picture(data: bytes, max_pixels: int) -> None:
-    """Decodes it; of a PNG also compares every checksum, which decoding passes over where the pixels are complete."""
+    """Decodes a picture; of a PNG also every checksum is compared, which decoding does not do once the pixels are
+    complete.
+
+    Raises:
+        DecodeError: see `decode_image`; "checksum" for a damaged PNG that still decodes.
+    """
     decode_image(data, None, max_pixels)
     if not data.startswith(PNG_MAGIC):
         return
@@ -197,6 +221,7 @@ def _check_picture(data: bytes, max_pixels: int) -> None:
 
 
 def _sample_flaws(raw: RawSample, manifest: Manifest, check: Check) -> Iterator[_Found | None]:
+    """Gives each flaw of a sample, and None for a picture that was decoded."""
     has_picture = any(extension in raw.members for extension in IMAGE_EXTENSIONS)
     checks = (
         lambda: label_of(raw, manifest.classes, check.label_key),
