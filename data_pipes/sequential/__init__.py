@@ -1,1 +1,1 @@
-"""Each sample once, in the manifest's order: what evaluation reads."""
+"""Each sample once, in the order of the manifest: what evaluation reads."""

@@ -29,13 +29,13 @@ from data_pipes.transforms.clips import ClipSampling
 from data_pipes.transforms.image import MAX_ASPECT, size_of_short_side
 
 _BELOW_ONE = 1 - 2**-53
-# the last of the uniform numbers: the end of a video
+"""The largest uniform number below 1: the end of a video."""
 
 
 class SequentialClips(Sequential):
-    """[i] -> (views uint8 [V, C, T, *size], label).
+    """By index, the views of a video (uint8 [V, C, T, *size]) and its label.
 
-    The views of the first clip come first, its crops from left to right (top to bottom).
+    The views of the first clip come first, its crops from left to right (or from top to bottom).
     """
 
     def __init__(
@@ -51,9 +51,21 @@ class SequentialClips(Sequential):
         label_key: str | None = None,
         storage: StorageConfig | None = None,
     ) -> None:
-        """sampling: frames, stride and mode of a clip; `views` replaces its repeats. size: (height, width) of the
-        views, in pixels. channels: 3 (RGB) or 1 (luma). views: (clips, crops). short_side: of the resized frames, in
-        pixels; None: the smallest that `size` fits into. The others: see `Sequential`. Raises ValueError.
+        """Opens a data set of videos.
+
+        Args:
+            source: see `Sequential`.
+            sampling: frames, stride and mode of a clip; `views` replaces its repeats.
+            size: height and width of the views, in pixels.
+            channels: 3 (RGB) or 1 (luma).
+            views: the number of clips, and of crops of each clip.
+            short_side: of the resized frames, in pixels; None: the smallest that `size` fits into.
+            max_pixels: of a frame (height * width), at most.
+            label_key: see `Sequential`.
+            storage: see `Sequential`.
+
+        Raises:
+            ValueError: the views cannot be made so, or there is no such data set.
         """
         if min(views) < 1 or min(size) < 1:
             raise ValueError(
@@ -76,7 +88,7 @@ class SequentialClips(Sequential):
             return self._views_of(video)
 
     def _views_of(self, video: Video) -> Tensor:
-        """[V, C, T, *size]; all frames of all clips are decoded and resized once."""
+        """The views of an open video, uint8 [V, C, T, *size]; all frames of all clips are decoded and resized once."""
         clips, crops = self.views
         windows = clip_windows(video, self.sampling)
         wanted, places = np.unique(windows, return_inverse=True)
@@ -94,10 +106,17 @@ class SequentialClips(Sequential):
 
 
 def clip_windows(video: Video, sampling: ClipSampling) -> Int64s:
-    """Frames [repeats, T] of clips at evenly spread times; a single one lies in the middle.
+    """The frames of clips at evenly spread times; a single clip lies in the middle.
 
-    Dense: the first clip starts with the video and the last one ends with it. Segments: clip k of n takes the frame at
-    k/n of every segment, as VideoMAE tests on Something-Something.
+    In the mode "dense", the first clip starts with the video and the last one ends with it. In the mode "segments",
+    clip k of n takes the frame at k/n of every segment, as VideoMAE tests on Something-Something.
+
+    Args:
+        video: the open video.
+        sampling: frames, stride and mode of a clip, and `repeats`, the number of clips.
+
+    Returns:
+        The numbers of the frames, int64 [repeats, T].
     """
     count, dense = sampling.repeats, sampling.mode == "dense"
     last = count - 1 if dense else count
@@ -106,9 +125,19 @@ def clip_windows(video: Video, sampling: ClipSampling) -> Int64s:
 
 
 def resized_size(height: int, width: int, size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
-    """(height, width) that frames are resized to before views of `size` are cut; frames of that very size stay.
+    """The size that frames are resized to before views are cut from them; frames of the size of a view stay.
 
-    Raises SampleError "aspect" for frames that are too thin.
+    Args:
+        height: of the frames, in pixels.
+        width: of the frames, in pixels.
+        size: height and width of the views, in pixels.
+        short_side: of the resized frames, in pixels; None: the smallest that `size` fits into.
+
+    Returns:
+        Height and width, in pixels.
+
+    Raises:
+        SampleError: "aspect" for frames that are too thin.
     """
     if (height, width) == size:
         return size
@@ -121,12 +150,19 @@ def resized_size(height: int, width: int, size: tuple[int, int], short_side: int
 
 
 def crop_places(resized: tuple[int, int], size: tuple[int, int], crops: int) -> list[tuple[int, int]]:
-    """(top, left) of the views: spread from one end to the other where there is more room; a single one in the centre.
+    """Where views are cut: spread from one end of the frames to the other, along the side that leaves more room; a
+    single view is cut from the centre.
 
-    resized, size: (height, width) of the frames and of the views, in pixels.
+    Args:
+        resized: height and width of the frames, in pixels.
+        size: height and width of the views, in pixels.
+        crops: how many views.
+
+    Returns:
+        Top and left of each view, in pixels.
     """
     room = resized[0] - size[0], resized[1] - size[1]
-    shares = [0.5] if crops == 1 else [number / (crops - 1) for number in range(crops)]
+    fractions = [0.5] if crops == 1 else [number / (crops - 1) for number in range(crops)]
     if room[0] > room[1]:
-        return [(round(room[0] * share), round(room[1] / 2)) for share in shares]
-    return [(round(room[0] / 2), round(room[1] * share)) for share in shares]
+        return [(round(room[0] * fraction), round(room[1] / 2)) for fraction in fractions]
+    return [(round(room[0] / 2), round(room[1] * fraction)) for fraction in fractions]

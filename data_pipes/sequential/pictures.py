@@ -28,7 +28,9 @@ from data_pipes.transforms.image import EvalTransform
 
 
 class Sequential(Dataset[tuple[Tensor, int]], ABC):
-    """[i] -> (tensor, label; -1 where there is none), in the manifest's order. Cheap to pickle, safe for threads."""
+    """By index in the manifest's order, the tensor of a sample and its label (-1 where there is none). Cheap to pickle,
+    safe for threads.
+    """
 
     def __init__(
         self,
@@ -38,8 +40,16 @@ class Sequential(Dataset[tuple[Tensor, int]], ABC):
         label_key: str | None,
         storage: StorageConfig | None,
     ) -> None:
-        """source: a data set's folder or URL, or its manifest. extensions: the members that are read beside the label.
-        label_key: see DataConfig. storage: how shards in a store are requested.
+        """Opens a data set.
+
+        Args:
+            source: a data set's folder or URL, or its manifest.
+            extensions: the members that are read beside the label.
+            label_key: the key of labels in `json` members, see `DataConfig`; None: these members are not read.
+            storage: how shards in a store are requested; None: the default settings.
+
+        Raises:
+            ValueError: there is no such data set, or its manifest is damaged.
         """
         self.manifest = source if isinstance(source, Manifest) else Manifest.load(source, Storage(storage))
         self.label_key = label_key
@@ -49,17 +59,31 @@ class Sequential(Dataset[tuple[Tensor, int]], ABC):
 
     @abstractmethod
     def decoded(self, raw: RawSample) -> Tensor:
-        """What a sample becomes. Raises SampleError."""
+        """The tensor of a sample.
+
+        Raises:
+            SampleError: the sample cannot be used.
+        """
 
     def __len__(self) -> int:
         return self.manifest.num_samples
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Raises SampleError for a bad sample, ShardError for a changed shard, both with their names."""
+        """One sample's tensor and label.
+
+        Raises:
+            SampleError: the sample cannot be used; the message names it.
+            ShardError: the shard is not the one that was indexed; the message names it.
+        """
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        """Several at once, as DataLoader asks for them: from a store they come in one round trip."""
+        """Several samples at once, as DataLoader asks for them: from a store they come in one round trip.
+
+        Raises:
+            SampleError: see `__getitem__`.
+            ShardError: see `__getitem__`.
+        """
         places = [self._place(index) for index in indices]
         raws = self._reader.read_many([Place(shard, sample) for shard, sample in places])
         return [self._usable(shard, raw) for (shard, _), raw in zip(places, raws, strict=True)]
@@ -69,6 +93,7 @@ class Sequential(Dataset[tuple[Tensor, int]], ABC):
         return self._reader.key(*self._place(index))
 
     def _usable(self, shard: int, raw: RawSample) -> tuple[Tensor, int]:
+        """The tensor and the label of a sample; its errors name the sample."""
         try:
             label = label_of(raw, self.manifest.classes, self.label_key or "")
             return self.decoded(raw), label
@@ -78,6 +103,7 @@ class Sequential(Dataset[tuple[Tensor, int]], ABC):
             ) from error
 
     def _place(self, index: int) -> tuple[int, int]:
+        """The shard that holds the sample of this index, and the sample's number in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a data set of {len(self)}")
         shard = int(np.searchsorted(self._ends, index, side="right"))
@@ -85,7 +111,7 @@ class Sequential(Dataset[tuple[Tensor, int]], ABC):
 
 
 class SequentialImages(Sequential):
-    """[i] -> (image uint8 or uint16 [C, *size], label)."""
+    """By index, a picture (uint8 or uint16 [C, *size]) and its label."""
 
     def __init__(
         self,
@@ -98,7 +124,20 @@ class SequentialImages(Sequential):
         label_key: str | None = None,
         storage: StorageConfig | None = None,
     ) -> None:
-        """bit_depth: 8 or 16, of the pictures returned. The others: see `Sequential`."""
+        """Opens a data set of pictures.
+
+        Args:
+            source: see `Sequential`.
+            transform: makes all pictures the same size.
+            channels: C; see `decode_image`.
+            bit_depth: of the pictures returned, 8 or 16.
+            max_pixels: see `decode_image`.
+            label_key: see `Sequential`.
+            storage: see `Sequential`.
+
+        Raises:
+            ValueError: the bit depth is another one, or there is no such data set.
+        """
         if bit_depth not in (8, 16):
             raise ValueError(f"bit_depth is {bit_depth}; expected 8 or 16")
         super().__init__(source, tuple(IMAGE_EXTENSIONS), label_key=label_key, storage=storage)

@@ -1,1 +1,1 @@
-"""Pixels to training samples: crops, flips, clips; seeded by the sample's position."""
+"""From pixels to training samples: crops, flips, clips; seeded by the sample's position."""

@@ -32,9 +32,12 @@ from data_pipes.order.hashing import Int64s
 from data_pipes.transforms.image import TrainTransform
 
 Uniforms = NDArray[Any] | Sequence[float]
+"""Uniform numbers in [0, 1)."""
 _SCALES = (1, 0.875, 0.75, 0.66)
+"""Sides of a part in the "multi_scale" crop, as fractions of the frame's shorter side."""
 _PLACES = [(y, x) for y in (0, 2, 4) for x in (0, 2, 4)] + [(y, x) for y in (1, 3) for x in (1, 3)]
-# (above, left of) the part, in quarters of the free room: corners, edges, centre, and half-way to the corners
+"""The room above and left of such a part, in quarters of the free room: corners, edges, centre, and half-way to the
+corners."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +45,20 @@ class ClipSampling:
     """Which frames of a video become clips."""
 
     num_frames: int = 16
-    # of a clip
+    """T, frames of a clip."""
     stride: int = 4
-    # frames from one frame of a dense clip to the next
+    """Frames from one frame of a dense clip to the next."""
     mode: Literal["dense", "segments"] = "dense"
-    # dense: a window at a random time; segments: one random frame of each of num_frames equal parts (TSN, 1608.00859)
+    """How frames are chosen: "dense" takes a window at a random time, "segments" one random frame of each of
+    `num_frames` equal parts of the video (TSN, arXiv 1608.00859)."""
     fps: float | None = None
-    # frames per second that `stride` counts in, whatever the video's own rate; None: the video's frames
+    """Frames per second in which `stride` counts, whatever the video's own rate; null counts the video's own frames."""
     repeats: int = 1
-    # clips per decoded video
+    """R, clips per decoded video."""
     shared_window: bool = False
-    # the clips of a video show the same frames and differ in their crops; False: each has its own
+    """Whether the clips of a video show the same frames and differ in their crops only; else each has its own time."""
     short: Literal["last", "loop"] = "last"
-    # a video shorter than a dense clip repeats its last frame, or starts again
+    """How a video that is shorter than a dense clip goes on: "last" repeats its last frame, "loop" starts again."""
 
     def __post_init__(self) -> None:
         if min(self.num_frames, self.stride, self.repeats) < 1:
@@ -70,15 +74,24 @@ class ClipSampling:
 
     @property
     def num_windows(self) -> int:
-        """Sets of frames per video."""
+        """Different sets of frames per video."""
         return 1 if self.shared_window else self.repeats
 
     @property
     def num_uniforms(self) -> int:
+        """Uniform numbers that `indices` takes."""
         return self.num_windows * (self.num_frames if self.mode == "segments" else 1)
 
     def indices(self, video: Video, uniforms: Uniforms) -> Int64s:
-        """uniforms: [num_uniforms] in [0, 1). Returns frames [num_windows, T]; each row ascends unless it loops."""
+        """Chooses the frames of a video's clips.
+
+        Args:
+            video: the open video.
+            uniforms: [num_uniforms].
+
+        Returns:
+            The numbers of the frames, int64 [num_windows, T]; each row ascends unless it loops.
+        """
         values = np.asarray(uniforms, np.float64).reshape(self.num_windows, -1)
         steps, frames = np.arange(self.num_frames), video.num_frames
         if self.mode == "segments":
@@ -98,22 +111,22 @@ class ClipTransform:
     """Clips of a video, each with one random part and flip for all of its frames."""
 
     size: tuple[int, int]
-    # (height, width) of the result
+    """Height and width of the result, in pixels."""
     scale: tuple[float, float] = (0.5, 1.0)
-    # area of a random part, as a fraction of the frame
+    """Least and largest area of a random part, as a fraction of the frame."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    # width / height of a random part, log-uniform
+    """Least and largest width / height of a random part, log-uniform."""
     flip: float = 0.5
-    # probability of a left-right flip
+    """Probability of a left-right flip."""
     sampling: ClipSampling = field(default_factory=ClipSampling)
-    # which frames
+    """Which frames."""
     crop: Literal["random", "multi_scale"] = "random"
-    # random: by `scale` and `ratio`, as pictures; multi_scale: VideoMAE's, sides of 1, 7/8, 3/4 or 0.66 of the shorter
-    # side at one of 13 places
+    """How the part is chosen: "random" goes by `scale` and `ratio`, as for pictures; "multi_scale" is VideoMAE's: sides
+    of 1, 7/8, 3/4 or 0.66 of the shorter side at one of 13 places."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    # with antialias; the papers' is bilinear
+    """How parts are resized, with antialias; the papers' is bilinear."""
     channels: int = 3
-    # 3: RGB; 1: luma
+    """3 for RGB, 1 for luma."""
 
     def __post_init__(self) -> None:
         TrainTransform(self.size, self.scale, self.ratio, self.flip)
@@ -131,21 +144,31 @@ class ClipTransform:
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
-        """[R, C, T, H, W] of the result."""
+        """The shape [R, C, T, H, W] of the result."""
         return (self.sampling.repeats, self.channels, self.sampling.num_frames, *self.size)
 
     def load(
         self, data: bytes, uniforms: Uniforms, *, channels: int | None = None, max_pixels: int = DEFAULT_MAX_PIXELS
     ) -> Tensor:
-        """The clips of an encoded video: uint8 [R, C, T, H, W], a view of [R, T, H, W, C] memory.
+        """The clips of an encoded video.
 
-        uniforms: [num_uniforms] in [0, 1). channels: 3 or 1; None: the transform's. Raises SampleError as `Video` does.
+        Args:
+            data: the bytes of the video.
+            uniforms: [num_uniforms].
+            channels: 3 or 1; None: the transform's.
+            max_pixels: of a frame (height * width), at most.
+
+        Returns:
+            uint8 [R, C, T, H, W], a view of [R, T, H, W, C] memory.
+
+        Raises:
+            SampleError: see `Video`.
         """
         with Video(data, max_pixels=max_pixels) as video:
             return self(video, uniforms, channels=channels)
 
     def __call__(self, video: Video, uniforms: Uniforms, *, channels: int | None = None) -> Tensor:
-        """The same from an open video; all frames of all clips are decoded in one pass."""
+        """The clips of an open video, as `load` gives them; all frames of all clips are decoded in one pass."""
         sampling, channels = self.sampling, self.channels if channels is None else channels
         windows = sampling.indices(video, uniforms[: sampling.num_uniforms])
         wanted, places = np.unique(windows, return_inverse=True)
@@ -159,13 +182,31 @@ class ClipTransform:
         return clips.permute(0, 4, 1, 2, 3)
 
     def crop_box(self, height: int, width: int, uniforms: Uniforms) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of a clip's part. uniforms: [TrainTransform.num_uniforms]."""
+        """The part of the frames that a clip shows.
+
+        Args:
+            height: of the frames, in pixels.
+            width: of the frames, in pixels.
+            uniforms: [TrainTransform.num_uniforms].
+
+        Returns:
+            Top, left, height and width, in pixels.
+        """
         if self.crop == "multi_scale":
             return multi_scale_box(height, width, uniforms)
         return TrainTransform(self.size, self.scale, self.ratio).crop_box(height, width, uniforms)
 
     def _part(self, frames: Tensor, places: NDArray[np.intp], uniforms: Uniforms) -> Tensor:
-        """frames: [all, C, H, W] of channels-last memory; places: [T], in them. Returns [T, C, *size]."""
+        """One clip.
+
+        Args:
+            frames: the decoded frames of all clips, uint8 [all, C, H, W] of channels-last memory.
+            places: [T], the clip's frames among them.
+            uniforms: [TrainTransform.num_uniforms].
+
+        Returns:
+            uint8 [T, C, *size].
+        """
         top, left, height, width = self.crop_box(frames.shape[2], frames.shape[3], uniforms)
         part = frames[:, :, top : top + height, left : left + width]
         if len(places) != len(frames) or (places != np.arange(len(frames))).any():
@@ -176,8 +217,17 @@ class ClipTransform:
 
 
 def multi_scale_box(height: int, width: int, uniforms: Uniforms) -> tuple[int, int, int, int]:
-    """(top, left, height, width): sides from `_SCALES`, equal or neighbours in it, at one of `_PLACES`. Uses two of the
-    uniforms. Source: VideoMAE, arXiv 2203.12602; the multi-scale crop with 13 fixed places is TSN's, 1608.00859.
+    """A part whose sides are from `_SCALES`, equal or neighbours in it, at one of `_PLACES`.
+
+    Source: VideoMAE, arXiv 2203.12602; the multi-scale crop with 13 fixed places is TSN's, arXiv 1608.00859.
+
+    Args:
+        height: of the frames, in pixels.
+        width: of the frames, in pixels.
+        uniforms: the first two of them are used.
+
+    Returns:
+        Top, left, height and width, in pixels.
     """
     sides = [max(1, int(min(height, width) * scale)) for scale in _SCALES]
     pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]

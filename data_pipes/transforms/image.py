@@ -25,8 +25,10 @@ from data_pipes.decode.picture import decode_image
 from data_pipes.errors import SampleError
 
 _TRIES = 10
+"""Random parts that are tried, as in torchvision's RandomResizedCrop."""
 MAX_ASPECT = 100
-# of the sides of a picture in evaluation: resizing the short side of a thinner one would fill the memory
+"""Longer over shorter side of a picture or frame in evaluation, at most: resizing the short side of a thinner one would
+fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,18 @@ class TrainTransform:
     """A random part of the picture, resized; then maybe mirrored."""
 
     size: tuple[int, int]
-    # (height, width) of the result
+    """Height and width of the result, in pixels."""
     scale: tuple[float, float] = (0.2, 1.0)
-    # area of the part, as a fraction of the picture
+    """Least and largest area of the part, as a fraction of the picture."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    # width / height of the part, log-uniform
+    """Least and largest width / height of the part, log-uniform."""
     flip: float = 0.5
-    # probability of a left-right flip
+    """Probability of a left-right flip."""
     scaled_decode: bool = True
-    # of JPEGs, in `load`: decode a part that will shrink to a half or less at 1/2, 1/4 or 1/8, see there
+    """Whether `load` decodes a part of a JPEG that will shrink to a half or less at 1/2, 1/4 or 1/8 of its size."""
 
     num_uniforms = 2 * _TRIES + 3
+    """Uniform numbers per picture."""
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
@@ -57,7 +60,15 @@ class TrainTransform:
             raise ValueError(f"data.flip is {self.flip}; expected a probability, 0 to 1")
 
     def __call__(self, image: Tensor, uniforms: NDArray[Any] | Sequence[float]) -> Tensor:
-        """image: [C, H, W]; uniforms: [num_uniforms] in [0, 1). Returns [C, *size]."""
+        """Transforms a decoded picture.
+
+        Args:
+            image: uint8 or uint16 [C, H, W].
+            uniforms: [num_uniforms] in [0, 1).
+
+        Returns:
+            [C, *size] of the same type.
+        """
         top, left, height, width = self.crop_box(image.shape[1], image.shape[2], uniforms)
         part = resize(image[:, top : top + height, left : left + width], self.size)
         return part.flip(-1) if uniforms[2 * _TRIES + 2] < self.flip else part
@@ -70,12 +81,24 @@ class TrainTransform:
         channels: int | None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
     ) -> Tensor:
-        """From an encoded picture to [C, *size], the cheapest way. Raises DecodeError as decode_image does.
+        """Decodes and transforms a picture in the cheapest way.
 
-        Equals `self(decode_image(data, channels, max_pixels), uniforms)` to the bit, unless a JPEG's part is decoded at
-        1 / n of its size: then the part's edges lie on the nearest multiples of n pixels, and the picture differs by
-        43 dB (median of 201 photographs; n = 2). To compare: bilinear for bicubic 40 dB, storing the result as a JPEG
-        of quality 95 36 dB.
+        The result equals `self(decode_image(data, channels, max_pixels), uniforms)` to the bit, unless a JPEG's part is
+        decoded at 1 / n of its size: then the part's edges lie on the nearest multiples of n pixels, and the picture
+        differs by 43 dB (median of 201 photographs; n = 2). For comparison: bilinear in place of bicubic resizing makes
+        40 dB, storing the result as a JPEG of quality 95 makes 36 dB.
+
+        Args:
+            data: the bytes of the picture.
+            uniforms: [num_uniforms] in [0, 1).
+            channels: see `decode_image`.
+            max_pixels: see `decode_image`.
+
+        Returns:
+            uint8 or uint16 [C, *size].
+
+        Raises:
+            DecodeError: see `decode_image`.
         """
         header = jpeg.read_header(data) if data.startswith(jpeg.JPEG_MAGIC) and channels in (None, 1, 3) else None
         if header is None:
@@ -95,8 +118,16 @@ class TrainTransform:
         return 8 if most >= 8 else 4 if most >= 4 else 2 if most >= 2 else 1
 
     def crop_box(self, height: int, width: int, uniforms: NDArray[Any] | Sequence[float]) -> tuple[int, int, int, int]:
-        """(top, left, height, width) as torchvision's RandomResizedCrop.get_params draws them: ten tries, then the
-        largest centred part of an allowed ratio.
+        """The part of a picture, as torchvision's RandomResizedCrop.get_params draws it: ten tries, then the largest
+        centred part of an allowed ratio.
+
+        Args:
+            height: of the picture, in pixels.
+            width: of the picture, in pixels.
+            uniforms: [num_uniforms] in [0, 1).
+
+        Returns:
+            Top, left, height and width, in pixels.
         """
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for attempt in range(_TRIES):
@@ -120,9 +151,9 @@ class EvalTransform:
     """The centre of the picture, after its short side was resized. A picture of the right size is left alone."""
 
     size: tuple[int, int]
-    # (height, width) of the result
+    """Height and width of the result, in pixels."""
     short_side: int | None = None
-    # in pixels, before the crop; None: the longer side of `size` / 0.875 (256 for 224)
+    """Short side of the picture before the crop, in pixels; None: the longer side of `size` / 0.875 (256 for 224)."""
 
     def __post_init__(self) -> None:
         if min(self.size) < 1 or self._short_side < max(self.size):
@@ -136,7 +167,17 @@ class EvalTransform:
         return round(max(self.size) / 0.875) if self.short_side is None else self.short_side
 
     def __call__(self, image: Tensor) -> Tensor:
-        """image: [C, H, W]. Returns [C, *size]. Raises SampleError for a picture over 100 times as long as wide."""
+        """Transforms a decoded picture.
+
+        Args:
+            image: uint8 or uint16 [C, H, W].
+
+        Returns:
+            [C, *size] of the same type.
+
+        Raises:
+            SampleError: "aspect" for a picture that is over 100 times as long as wide.
+        """
         height, width = image.shape[1:]
         if (height, width) == self.size:
             return image
@@ -151,21 +192,28 @@ class EvalTransform:
 
 
 def _nearest(first: int, length: int, shrink: int) -> slice:
-    """The pixels [first, first + length) in a picture that was divided by `shrink`."""
+    """Where the pixels [first, first + length) of a picture are after its sides were divided by `shrink`."""
     return slice(round(first / shrink), round((first + length) / shrink))  # half to even: up and down alike
 
 
 def size_of_short_side(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """(height, width) after the shorter side became `short_side` pixels; the longer one is rounded down."""
+    """Height and width after the shorter side became `short_side` pixels; the longer one is rounded down."""
     long_side = short_side * max(height, width) // min(height, width)
     return (long_side, short_side) if height > width else (short_side, long_side)
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bicubic with antialias, as torchvision's and PIL's. image: [C, H, W] uint8 or uint16. Returns [C, *size].
+    """Resizes bicubically with antialias, as torchvision and PIL do.
 
-    [C, H, W] memory takes twice as long as [H, W, C]. The result of 3 or 4 channels of uint8 lies in memory as
-    [H, W, C] too: torch would need 0.06 ms for the other order, a quarter of the whole at 224.
+    [C, H, W] memory takes twice as long as [H, W, C].
+
+    Args:
+        image: uint8 or uint16 [C, H, W].
+        size: height and width of the result, in pixels.
+
+    Returns:
+        [C, *size] of the same type. With 3 or 4 channels of uint8 it lies in memory as [H, W, C]: torch would need 0.06
+        ms for the other order, a quarter of the whole at 224 pixels.
     """
     if tuple(image.shape[1:]) == size:
         return image

@@ -22,7 +22,7 @@ from data_pipes.transforms.clips import ClipTransform
 from data_pipes.transforms.image import TrainTransform
 
 DTYPES = {8: torch.uint8, 16: torch.uint16}
-"""By bit depth."""
+"""Bit depth -> type of a sample's tensor."""
 
 
 class Recipe(ABC):
@@ -31,7 +31,7 @@ class Recipe(ABC):
     @property
     @abstractmethod
     def extensions(self) -> tuple[str, ...]:
-        """The members that it reads."""
+        """The extensions of the members that it reads, in the order of preference."""
 
     @property
     @abstractmethod
@@ -41,31 +41,43 @@ class Recipe(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Of the result."""
+        """The shape of the result."""
 
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Of the result."""
+        """The type of the result."""
 
     @abstractmethod
     def __call__(self, raw: RawSample, uniforms: Sequence[float]) -> Tensor:
-        """The tensor. Raises SampleError."""
+        """Makes the tensor of a sample.
+
+        Args:
+            raw: the sample.
+            uniforms: [num_uniforms] in [0, 1).
+
+        Raises:
+            SampleError: the sample cannot be used.
+        """
 
     def empty_batch(self, size: int) -> Tensor:
-        """[size, *shape] of memory, in the order in which the results lie: transposing here would cost 5% of all."""
+        """Memory for a batch, [size, *shape], in the order in which the results lie: transposing them into another one
+        would cost 5% of all.
+        """
         return torch.empty((size, *self.shape), dtype=self.dtype)
 
 
 @dataclass(frozen=True)
 class ImageRecipe(Recipe):
-    """A picture: decode, crop, resize, mirror. [C, H, W] uint8 or uint16."""
+    """A picture, decoded, cropped, resized and maybe mirrored: uint8 or uint16 [C, H, W]."""
 
     transform: TrainTransform
     channels: int = 3
+    """C."""
     bit_depth: int = 8
-    # 8 or 16; in a data set of 16 bits, 8-bit pictures are widened
+    """8 or 16; in a data set of 16 bits, 8-bit pictures are widened."""
     max_pixels: int = DEFAULT_MAX_PIXELS
+    """Pixels of an encoded picture (height * width), at most."""
 
     def __post_init__(self) -> None:
         if self.bit_depth not in DTYPES:
@@ -99,10 +111,11 @@ class ImageRecipe(Recipe):
 
 @dataclass(frozen=True)
 class ClipRecipe(Recipe):
-    """R clips of one decoded video, [R, C, T, H, W] uint8."""
+    """R clips of one decoded video: uint8 [R, C, T, H, W]."""
 
     transform: ClipTransform
     max_pixels: int = DEFAULT_MAX_PIXELS
+    """Pixels of a frame (height * width), at most."""
 
     @property
     def extensions(self) -> tuple[str, ...]:
@@ -128,6 +141,6 @@ class ClipRecipe(Recipe):
 
 
 def _channels_last(size: int, shape: tuple[int, ...], dtype: torch.dtype, axis: int) -> Tensor:
-    """[size, *shape] of memory in which the channels, `axis` of the shape, are the innermost dimension."""
+    """Memory of the shape [size, *shape] in which the channels, `axis` of the shape, are the innermost dimension."""
     others = shape[:axis] + shape[axis + 1 :]
     return torch.empty((size, *others, shape[axis]), dtype=dtype).movedim(-1, axis + 1)
