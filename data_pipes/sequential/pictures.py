@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -25,6 +24,7 @@ from data_pipes.shards.reader import RawSample, ShardReader
 from data_pipes.store.storage import Storage
 from data_pipes.store.transport import StorageConfig
 from data_pipes.transforms.image import EvalTransform
+from data_pipes.transforms.recipe import DTYPES
 
 
 class Sequential(Dataset[tuple[Tensor, int]], ABC):
@@ -138,11 +138,11 @@ class SequentialImages(Sequential):
         Raises:
             ValueError: the bit depth is another one, or there is no such data set.
         """
-        if bit_depth not in (8, 16):
+        if bit_depth not in DTYPES:
             raise ValueError(f"bit_depth is {bit_depth}; expected 8 or 16")
         super().__init__(source, tuple(IMAGE_EXTENSIONS), label_key=label_key, storage=storage)
         self.transform, self.channels, self.max_pixels = transform, channels, max_pixels
-        self._dtype = torch.uint8 if bit_depth == 8 else torch.uint16
+        self._dtype = DTYPES[bit_depth]
 
     def decoded(self, raw: RawSample) -> Tensor:
         return self.transform(picture_of(raw, self.channels, self._dtype, self.max_pixels)).contiguous()
