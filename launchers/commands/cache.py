@@ -20,13 +20,17 @@ DIR is the folder that runs have as data.cache.dir. Either action removes what k
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to do, and where."""
+    """Declares what to do, and where."""
     parser.add_argument("action", choices=("status", "clear"), help="show it, or empty it")
     parser.add_argument("folder", metavar="DIR", help="folder of the cache")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
-    """Does it. Raises ValueError for a folder that is no cache."""
+    """Shows or empties the cache.
+
+    Raises:
+        ValueError: the folder is no cache.
+    """
     from data_pipes.cache.cache import open_cache
 
     cache = open_cache(arguments.folder)
@@ -48,6 +52,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _describe(status: CacheStatus, freed_bytes: int | None) -> list[str]:
+    """The status in lines for people; `freed_bytes` is None where nothing was emptied."""
     freed = "" if freed_bytes is None else f"{decimal(freed_bytes)} freed; "
     lines = [
         f"{status.dir}: {freed}{status.num_chunks:,} chunks, {decimal(status.chunk_bytes)}, {status.num_pinned:,} of "

@@ -32,7 +32,7 @@ files: a damaged JPEG that still decodes to some picture cannot be told from an 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The actions, each with its own arguments."""
+    """Declares the actions, each with its own arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="stats|verify|peek")
     stats = actions.add_parser("stats", help="counts, sizes, labels and formats")
     stats.add_argument("source", metavar="DIR_OR_URL", help="the data set: its folder, with manifest.json")
@@ -66,15 +66,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
-    """Does one action. Raises ValueError for a data set that cannot be used, SystemExit(1) where `verify` finds flaws.
+    """Does one action.
 
-    The command line's own exit codes know errors only, and flaws are a result.
+    Raises:
+        ValueError: the data set cannot be used.
+        SystemExit: with 1 where `verify` finds flaws: they are a result, and the command line's own exit codes know
+            errors only.
     """
     actions = {"stats": _stats, "verify": _verify, "peek": _peek}
     return actions[arguments.action](arguments, Console(stderr=True))
 
 
 def _say(console: Console, *lines: str) -> None:
+    """Prints lines as they are, of whatever length."""
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -97,6 +101,7 @@ def _stats(arguments: argparse.Namespace, console: Console) -> dict[str, object]
 
 
 def _describe(source: str, statistics: dict[str, Any]) -> list[str]:
+    """The statistics in lines for people."""
     sizes, members = statistics["sample_bytes"], list(statistics["extensions"].items())[:20]
     lines = [
         f"{source}: {statistics['num_samples']:,} samples in {statistics['num_shards']:,} shards, "
@@ -174,6 +179,7 @@ def _verify(arguments: argparse.Namespace, console: Console) -> dict[str, object
 
 
 def _write_flaws(out: Path, verdict: Verdict, append: bool) -> None:
+    """Writes the flaws of a shard as JSON lines; without one, the file is left alone."""
     if verdict.flaws:
         with open(out, "a" if append else "w", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(flaw)) + "\n" for flaw in verdict.flaws)
@@ -216,7 +222,7 @@ def _peek(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
 
 
 def _training_set(arguments: argparse.Namespace) -> SampleDataset:
-    """The data set as a run with the default transform would open it; of videos, clips."""
+    """The data set as a run with the default transform would open it; videos become clips."""
     from data_pipes.config import DataConfig
     from data_pipes.open import open_collection, open_dataset
     from data_pipes.order.order import OrderConfig
@@ -240,6 +246,7 @@ def _training_set(arguments: argparse.Namespace) -> SampleDataset:
 
 
 def _bad_note(loaded: Loaded) -> str:
+    """What to say of bad samples, behind the line about the sheet."""
     if not loaded.bad:
         return ""
     first = loaded.bad[0]

@@ -33,10 +33,11 @@ interrupted run continues when repeated. Tars in ustar, PAX or GNU format; compr
 damaged headers and samples whose files are not adjacent are errors that name the shard."""
 
 _SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+"""What is taken for a shard in a folder; compressed ones are then refused, not passed over."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The shards and where the index goes."""
+    """Declares the shards and where the index goes."""
     parser.add_argument(
         "shards",
         nargs="+",
@@ -64,7 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
-    """Indexes. Raises ShardError (a ValueError) for shards that are damaged or not there, StorageError (an OSError)."""
+    """Indexes the shards.
+
+    Raises:
+        ShardError: a shard is damaged or not there; it is a ValueError.
+        StorageError: a store cannot be used; it is an OSError.
+    """
     from data_pipes.store.storage import Storage
 
     storage = Storage()
@@ -119,8 +125,17 @@ def _run(arguments: argparse.Namespace, storage: Storage) -> dict[str, object]:
 
 
 def find_shards(patterns: Sequence[str], storage: Storage | None = None) -> list[Path | str]:
-    """The shards that paths, URLs, folders and patterns name, each argument in natural order: a Path if local, else the
-    URL. Raises ShardError for none.
+    """The shards that a user names.
+
+    Args:
+        patterns: paths, URLs, folders and patterns; the shards of each are put into natural order.
+        storage: for URLs; None: one with the default settings.
+
+    Returns:
+        A Path for each local shard, the URL for each other one.
+
+    Raises:
+        ShardError: a pattern names no shard.
     """
     from data_pipes.errors import ShardError
     from data_pipes.pack.sources import natural_key
@@ -145,6 +160,7 @@ def _as_place(text: str) -> Path | str:
 
 
 def _expand(path: Path) -> Iterator[Path]:
+    """The local shards that a path, folder or pattern names, in any order."""
     pattern = str(path)
     if path.is_dir():
         yield from (child for child in path.iterdir() if child.name.endswith(_SHARD_SUFFIXES) and child.is_file())
@@ -159,6 +175,7 @@ def _expand(path: Path) -> Iterator[Path]:
 
 
 def _expand_url(pattern: str, storage: Storage | None) -> Iterator[str]:
+    """The shards in a store that a URL, a folder there or a pattern names, in any order."""
     from webdataset.shardlists import expand_urls
 
     from data_pipes.store.storage import Storage
@@ -175,6 +192,11 @@ def _expand_url(pattern: str, storage: Storage | None) -> Iterator[str]:
 
 
 def _common_folder(shards: Sequence[Path | str]) -> Path | str:
+    """The folder of all shards, where the manifest goes if no other is named.
+
+    Raises:
+        ShardError: they lie in several folders, or where no file can be written.
+    """
     from data_pipes.errors import ShardError
     from data_pipes.store.urls import scheme_of
 
@@ -189,7 +211,7 @@ def _common_folder(shards: Sequence[Path | str]) -> Path | str:
 
 
 def _class_names(file: str | None, out: Path | str, storage: Storage) -> tuple[str, ...]:
-    """From the file, else those of the manifest that is replaced: indexing again must not lose them."""
+    """The class names in the file, else those of the manifest that is replaced: indexing again must not lose them."""
     from data_pipes.shards.manifest import Manifest
 
     if file is not None:

@@ -38,7 +38,7 @@ ends with the same bytes. A finished OUT is never overwritten."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """SRC, OUT and how to pack."""
+    """Declares SRC, OUT and how to pack."""
     parser.add_argument("source", metavar="SRC", help="folder, zip or built-in set")
     parser.add_argument("out", metavar="OUT", help="folder to create")
     validation = parser.add_mutually_exclusive_group()
@@ -96,7 +96,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
-    """Packs. Raises ValueError for unusable sources, pictures and folders, OSError when OUT cannot be written."""
+    """Packs the source.
+
+    Raises:
+        ValueError: a source, a file or the folder cannot be used.
+        OSError: OUT cannot be written.
+        ImportError: the files are videos, and PyAV is missing.
+    """
     from data_pipes.pack.pack import pack
 
     options = _options(arguments)
@@ -172,4 +178,5 @@ def _print_result(console: Console, out: str, result: PackResult, seconds: float
 
 
 def _by_cause(result: PackResult) -> dict[str, int]:
+    """How many files were left out for each cause."""
     return dict(Counter(entry["cause"] for entry in result.skipped).most_common())
