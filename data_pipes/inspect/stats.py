@@ -60,15 +60,15 @@ class SizeHistogram:
         if len(sizes):
             bins = np.ceil(np.log(np.maximum(sizes, 1)) * _BINS_PER_E).astype(np.int64)
             self.counts += np.bincount(bins, minlength=_NUM_BINS)[:_NUM_BINS]
-            self.merge_bounds(int(sizes.sum()), int(sizes.min()), int(sizes.max()))
+            self._merge_bounds(int(sizes.sum()), int(sizes.min()), int(sizes.max()))
 
     def merge(self, other: SizeHistogram) -> None:
         """Adds what another one counted."""
         self.counts += other.counts
         if other.low is not None:
-            self.merge_bounds(other.total, other.low, other.high)
+            self._merge_bounds(other.total, other.low, other.high)
 
-    def merge_bounds(self, total: int, low: int, high: int) -> None:
+    def _merge_bounds(self, total: int, low: int, high: int) -> None:
         """Adds the sum, the least and the largest of further sizes."""
         self.total += total
         self.low, self.high = low if self.low is None else min(self.low, low), max(self.high, high)

@@ -70,7 +70,7 @@ class Verdict:
     shard: str
     """The shard's url in the manifest."""
     num_samples: int
-    """As the manifest says."""
+    """Number of samples that the manifest says."""
     num_decoded: int
     """Pictures that were decoded."""
     num_flaws: int
@@ -138,7 +138,14 @@ def _verify_in_worker(shard: int) -> Verdict:
 
 
 def verify_shard(manifest: Manifest, check: Check, shard: int, storage: Storage) -> Verdict:
-    """Checks one shard: its size, its index, its headers, and with `check.decode` the content of each sample."""
+    """Checks one shard: its size, its index, its headers, and with `check.decode` the content of each sample.
+
+    Args:
+        manifest: of the data set.
+        check: what is checked beyond the headers.
+        shard: the number of the shard.
+        storage: for a shard in a store.
+    """
     entry = manifest.shards[shard]
     flaws: list[Flaw] = []
     num_decoded = num_flaws = 0

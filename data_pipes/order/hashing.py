@@ -22,7 +22,7 @@ Uint64s = NDArray[np.uint64]
 WEYL_INCREMENT = 0x9E3779B97F4A7C15
 """The step of splitmix64's counter: 2**64 divided by the golden ratio, made odd."""
 _ROUNDS = 4
-"""Of a Feistel network."""
+"""Rounds of a Feistel network."""
 _UNIFORM_TAG = 0x756E69666F726D
 """Keeps `hash_uniform` apart from every other use of the same seed."""
 
@@ -44,7 +44,7 @@ def finalise64(word: Any, shift_right: Callable[[Any, int], Any], constant: Call
 
 
 def mix64(value: Uint64s) -> Uint64s:
-    """splitmix64's output function; a bijection of 64-bit words. Arrays only: numpy warns of scalars."""
+    """The output function of splitmix64, a bijection of 64-bit words; for arrays only, as numpy warns of scalars."""
     mixed: Uint64s = finalise64(value + np.uint64(WEYL_INCREMENT), _shift_right, np.uint64)
     return mixed
 
@@ -116,6 +116,12 @@ def _walk(
 ) -> Int64s:
     """Applies `rounds` until the value is back in the domain, which is expected to take 4 times at most; with the
     rounds of the inverse, the same cycle is walked the other way round.
+
+    Args:
+        start: [B], in the domain.
+        size: of the domain, one for all or [B].
+        key: one for all or [B].
+        rounds: a permutation of the words of 2 * half bits, given the words, `half` and the keys of its rounds.
     """
     out: Uint64s = np.atleast_1d(np.asarray(start).astype(np.uint64))
     sizes: Uint64s = np.asarray(size).astype(np.uint64)

@@ -42,9 +42,9 @@ class SourceCounts(NamedTuple):
     """What the order needs to know of one source."""
 
     samples_per_shard: ArrayLike
-    """[shards], integers."""
+    """Integers, [shards]."""
     bytes_per_shard: ArrayLike
-    """[shards], integers."""
+    """Integers, [shards]."""
     fingerprint: str
     """The fingerprint of its manifest."""
 

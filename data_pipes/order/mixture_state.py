@@ -22,7 +22,7 @@ class Segment(NamedTuple):
     from_sample: int
     """Its first sample, counted over all ranks from the run's start."""
     weights: tuple[int, ...]
-    """[D], with the sum TOTAL."""
+    """The weight of each source, [D], with the sum TOTAL."""
 
 
 def plan_segments(mixture: MixtureConfig, round_samples: int) -> list[Segment]:

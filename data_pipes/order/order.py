@@ -55,10 +55,10 @@ class OrderConfig:
     seed: int = 0
     """Seed of the order and of the augmentation."""
     streams: int | None = None
-    """S, the number of streams; null chooses it from the global batch at the run's start (see `with_streams`), and
-    keeps it in the state."""
+    """Number of streams (S); null chooses it from the global batch at the run's start (see `with_streams`), and keeps
+    it in the state."""
     run: int = 8
-    """g, neighbouring positions from one stream; a batch of G samples draws from G / g streams."""
+    """Neighbouring positions from one stream (g); a batch of G samples draws from G / g streams."""
     window: int = 4096
     """Samples shuffled together in a stream."""
     chunk_bytes: int = 8 << 20
@@ -91,13 +91,13 @@ class Located(NamedTuple):
     """The places of B positions."""
 
     shard: Int64s
-    """[B], counted over all sources."""
+    """Number of the shard, counted over all sources, [B]."""
     sample: Int64s
-    """[B], within the shard."""
+    """Number of the sample in its shard, [B]."""
     chunk: Int64s
-    """[B], number of the chunk, counted over all shards."""
+    """Number of the chunk, counted over all shards, [B]."""
     source: Int64s
-    """[B], 0 where there is only one."""
+    """Number of the source, [B]; 0 where there is only one."""
 
 
 class ChunkUse(NamedTuple):

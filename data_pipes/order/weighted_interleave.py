@@ -73,7 +73,7 @@ class _Node:
     weight: int
     """Sum of the weights of all sources below the node."""
     phase: Int64s
-    """[Q], 0 <= phase < weight."""
+    """The phase of each column, [Q], 0 <= phase < weight."""
 
     def to_left(self, rows: Int64s, columns: Int64s) -> Int64s:
         """How many of the first `rows` rows of these columns go to the left; computed so that no product overflows."""
@@ -150,7 +150,15 @@ class WeightedInterleave:
         return source, before
 
     def rows_of(self, source: int, numbers: Int64s, columns: Int64s) -> Int64s:
-        """The inverse of `locate`: the rows of columns [B] that are the source's rows `numbers` [B] there.
+        """The inverse of `locate` for one source.
+
+        Args:
+            source: its number.
+            numbers: [B], how many earlier rows of its column the source has.
+            columns: [B].
+
+        Returns:
+            The rows, [B].
 
         Raises:
             KeyError: the source has weight 0.

@@ -58,7 +58,7 @@ class Listing:
     """Names in the list of labels that the source does not have."""
 
     def digest(self) -> str:
-        """sha256 (hex) over names, sizes, checksums and labels; equal for a folder that was moved."""
+        """The sha256 (hex) over names, sizes, checksums and labels; equal for a folder that was moved."""
         digest = hashlib.sha256(repr(self.classes).encode("utf-8", "surrogateescape"))
         for entry in self.entries:
             file = entry.file

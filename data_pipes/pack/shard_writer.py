@@ -39,7 +39,7 @@ class ShardPlan:
     split: str
     """The name of the split, "train" or "val"."""
     number: int
-    """Of the shard in its split, from 0."""
+    """Number of the shard in its split, from 0."""
     entries: list[Entry]
 
     @property
@@ -59,7 +59,7 @@ class ShardResult:
 
     num_samples: int
     size_bytes: int
-    """Of the tar file."""
+    """Size of the tar file."""
     index_sha256: str
     """Hex digest of the index file."""
     skipped: list[dict[str, str]]

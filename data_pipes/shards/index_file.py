@@ -57,23 +57,23 @@ class ShardIndex:
     key_bytes: bytes
     """The keys in UTF-8, one after another."""
     key_end: Uint64s
-    """[n]: key i ends before `key_bytes[key_end[i]]`."""
+    """Where each key ends in `key_bytes`, [n]; key i + 1 begins there."""
     sample_offset: Uint64s
-    """[n]: the first header byte of a sample's first member."""
+    """The first header byte of each sample's first member, [n]."""
     sample_size: Uint64s
-    """[n]: bytes from there to the padded end of the data of the sample's last member."""
+    """Bytes from there to the padded end of the data of each sample's last member, [n]."""
     first_member: Uint64s
-    """[n + 1]: the members of sample i are those from first_member[i] to before first_member[i + 1]."""
+    """The members of sample i are those from first_member[i] to before first_member[i + 1], [n + 1]."""
     member_extension: Uint64s
-    """[m]: the number of a member's extension in `extensions`."""
+    """The number of each member's extension in `extensions`, [m]."""
     member_offset: Uint64s
-    """[m]: where a member's data begins."""
+    """Where each member's data begin, [m]."""
     member_size: Uint64s
-    """[m]: the size of a member's data."""
+    """The size of each member's data, [m]."""
 
     @property
     def num_samples(self) -> int:
-        """n."""
+        """How many samples the shard has: n."""
         return len(self.sample_offset)
 
     @cached_property

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
-    """Does one action.
+    """Looks at, checks or shows a data set.
 
     Raises:
         ValueError: the data set cannot be used.
