@@ -1,4 +1,4 @@
-"""Picture files made by the words of their formats, where PIL cannot write them."""
+"""Picture files by PIL and numpy, and by the words of their formats where PIL cannot write them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import tifffile
+from PIL import Image
 
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
 """Colour types of PNG."""
@@ -22,6 +23,21 @@ def noise(channels: int, depth: int, height: int = 23, width: int = 31) -> np.nd
     values = random.integers(0, 2**depth, (height, width, channels))
     values[5:9] = values[5:6, 5:6] if height > 5 else values[:0]
     return values.astype(np.uint16 if depth == 16 else np.uint8)
+
+
+def encode(pixels: np.ndarray, kind: str = "JPEG", mode: str | None = None, **options: object) -> bytes:
+    """A file by PIL."""
+    file = io.BytesIO()
+    image = Image.fromarray(pixels)
+    (image if mode is None else image.convert(mode)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def as_numpy(array: np.ndarray) -> bytes:
+    """A .npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 def png(pixels: np.ndarray, kind: int, depth: int, extra: bytes = b"") -> bytes:

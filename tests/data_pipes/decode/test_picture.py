@@ -15,24 +15,22 @@ from PIL import Image
 
 from data_pipes.decode.picture import decode_image
 from data_pipes.errors import DecodeError
-from tests.data_pipes.decode.picture_files import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, noise, png
+from tests.data_pipes.decode.picture_files import (
+    GREY,
+    GREY_ALPHA,
+    PALETTE,
+    RGB,
+    RGBA,
+    as_numpy,
+    chunk,
+    encode,
+    noise,
+    png,
+)
 from tests.data_pipes.tiny_shards import jpeg_header, png_header
 
 RAMP = (np.indices((40, 56)).sum(0) * 2).astype(np.uint8)
 COLOUR = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], axis=2)
-
-
-def encode(pixels: np.ndarray, kind: str, mode: str | None = None, **options: object) -> bytes:
-    file = io.BytesIO()
-    image = Image.fromarray(pixels)
-    (image if mode is None else image.convert(mode)).save(file, kind, **options)
-    return file.getvalue()
-
-
-def as_numpy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
 
 
 def with_pil(data: bytes, mode: str = "RGB") -> torch.Tensor:

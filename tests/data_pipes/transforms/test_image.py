@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as reference
 
@@ -17,6 +15,7 @@ from data_pipes.decode.picture import decode_image
 from data_pipes.errors import DecodeError, SampleError
 from data_pipes.order.hashing import hash_uniform
 from data_pipes.transforms.image import EvalTransform, TrainTransform, _nearest, resize
+from tests.data_pipes.decode.picture_files import as_numpy, encode
 
 
 def noise(channels: int, height: int, width: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
@@ -139,19 +138,6 @@ def test_wrong_parameters(fields: dict[str, tuple[float, float]], name: str) -> 
         TrainTransform(**{"size": (8, 8), **fields})
 
 
-def encoded(pixels: np.ndarray, kind: str = "JPEG", mode: str | None = None, **options: object) -> bytes:
-    file = io.BytesIO()
-    image = Image.fromarray(pixels)
-    (image if mode is None else image.convert(mode)).save(file, kind, **options)
-    return file.getvalue()
-
-
-def as_numpy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
 def waves(height: int, width: int) -> np.ndarray:
     """[H, W, 3] smooth."""
     rows, columns = np.indices((height, width))
@@ -162,12 +148,12 @@ def waves(height: int, width: int) -> np.ndarray:
 
 COLOUR = waves(90, 120)
 STORED = {
-    "jpeg": encoded(COLOUR),
-    "progressive": encoded(COLOUR, progressive=True),
-    "grey jpeg": encoded(COLOUR, mode="L"),
-    "cmyk": encoded(COLOUR, mode="CMYK"),
-    "png": encoded(COLOUR, "PNG"),
-    "16 bits": encoded(COLOUR[..., 0].astype(np.uint16) * 200, "PNG"),
+    "jpeg": encode(COLOUR),
+    "progressive": encode(COLOUR, progressive=True),
+    "grey jpeg": encode(COLOUR, mode="L"),
+    "cmyk": encode(COLOUR, mode="CMYK"),
+    "png": encode(COLOUR, "PNG"),
+    "16 bits": encode(COLOUR[..., 0].astype(np.uint16) * 200, "PNG"),
     "array": as_numpy(COLOUR),
 }
 
@@ -198,7 +184,7 @@ def test_load_decodes_only_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         jpeg, "_decode_into", lambda pixels, *rest: sizes.append(pixels.shape[:2]) or decode_into(pixels, *rest)
     )
-    data, row = encoded(waves(400, 600)), np.full(23, 0.5)
+    data, row = encode(waves(400, 600)), np.full(23, 0.5)
     row[20] = 0.0  # a part at the top
     box = TrainTransform((64, 64)).crop_box(400, 600, row)
     assert box[0] == 0
@@ -212,7 +198,7 @@ def test_load_decodes_only_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(("size", "shrinks"), [((20, 20), {8}), ((40, 60), {2, 4, 8}), ((100, 130), {1, 2})])
 def test_scaled_decoding_is_close(size: tuple[int, int], shrinks: set[int]) -> None:
     """To the whole picture's part whose edges are those of the scaled part."""
-    data = encoded(waves(424, 568), quality=95, subsampling=0)
+    data = encode(waves(424, 568), quality=95, subsampling=0)
     whole, transform, found = decode_image(data, 3), TrainTransform(size, flip=0.0), set()
     for row in hash_uniform(4, np.arange(40), 0, transform.num_uniforms):
         top, left, height, width = transform.crop_box(424, 568, row)
@@ -248,7 +234,7 @@ def test_a_scaled_part_is_never_enlarged() -> None:
 
 
 def test_load_distrusts_its_bytes() -> None:
-    row, data = np.full(23, 0.5), encoded(COLOUR)
+    row, data = np.full(23, 0.5), encode(COLOUR)
     with pytest.raises(DecodeError, match="more than max_pixels") as caught:
         TrainTransform((8, 8)).load(data, row, channels=3, max_pixels=90 * 120 - 1)
     assert caught.value.cause == "pixels"
