@@ -7,6 +7,7 @@ import io
 import os
 import tarfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,15 @@ def test_a_foreign_index_is_an_error(manifest: Manifest) -> None:
     manifest.index_path(0).write_bytes(manifest.index_path(2).read_bytes())
     with pytest.raises(ShardError, match="not the index that the manifest names"):
         ShardReader(manifest).read(0, 0)
+
+
+@pytest.mark.parametrize("field", ["num_samples", "size_bytes"])
+def test_an_index_that_contradicts_the_manifest_is_an_error(manifest: Manifest, field: str) -> None:
+    entry = manifest.shards[0]
+    wrong = replace(entry, **{field: getattr(entry, field) + 1})
+    changed = replace(manifest, shards=(wrong, *manifest.shards[1:]))
+    with pytest.raises(ShardError, match=r"3 samples in .* bytes, the manifest says"):
+        ShardReader(changed).key(0, 0)
 
 
 def test_few_handles_and_indexes_stay_open(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
