@@ -46,10 +46,7 @@ def encoded_picture(raw: RawSample) -> bytes:
     Raises:
         SampleError: "no_image".
     """
-    data = _first_of(raw, IMAGE_EXTENSIONS)
-    if data is None:
-        raise SampleError("no_image", f"no picture among the members {list(raw.found)}")
-    return data
+    return _first_of(raw, IMAGE_EXTENSIONS, "no_image", "picture")
 
 
 def encoded_video(raw: RawSample) -> bytes:
@@ -58,15 +55,15 @@ def encoded_video(raw: RawSample) -> bytes:
     Raises:
         SampleError: "no_video".
     """
-    data = _first_of(raw, VIDEO_EXTENSIONS)
-    if data is None:
-        raise SampleError("no_video", f"no video among the members {list(raw.found)}")
-    return data
+    return _first_of(raw, VIDEO_EXTENSIONS, "no_video", "video")
 
 
-def _first_of(raw: RawSample, extensions: Sequence[str]) -> bytes | None:
-    """The member with the first of the extensions that the sample has; None if it has none of them."""
-    return next((raw.members[extension] for extension in extensions if extension in raw.members), None)
+def _first_of(raw: RawSample, extensions: Sequence[str], cause: str, what: str) -> bytes:
+    """The member with the first of the extensions that the sample has; an error with the given cause without one."""
+    for extension in extensions:
+        if extension in raw.members:
+            return raw.members[extension]
+    raise SampleError(cause, f"no {what} among the members {list(raw.found)}")
 
 
 def with_bit_depth(image: Tensor, dtype: torch.dtype) -> Tensor:
