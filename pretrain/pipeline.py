@@ -18,8 +18,8 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import newest_complete
-from pretrain.checkpoint.store import store_of
 from pretrain.config import ConfigError, RunConfig, load_config, load_typed
 from pretrain.memory.dry_run import dry_run
 from pretrain.parallel.world import Launch, World, join_world, leave_world
@@ -47,11 +47,11 @@ class Phase:
     name: str
     """Its file's name without `.yaml`."""
     path: Path
-    """Its file."""
+    """Its YAML file."""
     overrides: list[str]
-    """What is changed of it."""
+    """What is changed of it, as `key=value`."""
     config: RunConfig
-    """The result."""
+    """The file with these overrides."""
 
 
 def is_pipeline(path: Path) -> bool:
@@ -63,7 +63,14 @@ def is_pipeline(path: Path) -> bool:
 
 
 def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> list[Phase]:
-    """The phases, each starting from the run before it. Raises ConfigError."""
+    """The phases of a pipeline, each starting from the run before it.
+
+    Args:
+        path: the pipeline's YAML file.
+        overrides: `key=value` for every phase, `<phase>.key=value` for one.
+    Raises:
+        ConfigError: the pipeline or one of its phases is not valid.
+    """
     names = [Path(name).stem for name in OmegaConf.to_container(OmegaConf.load(path))["phases"]]  # type: ignore[index, call-overload]
     own = [text for text in overrides if text.split("=")[0] in ("name", "output_dir")]
     shared = [text for text in overrides if text not in own and text.split(".")[0] not in names]
@@ -83,8 +90,16 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> list[Phase]:
 def run_pipeline(path: Path, overrides: Sequence[str] = (), world: World | None = None) -> dict[str, Any]:
     """Runs all phases on this process, or on those that torchrun started, until the end or a stop signal.
 
-    Everything that can be wrong with any phase is looked at before the first begins. Returns the last phase's summary
-    with all of them under `phases`. Raises ValueError (ConfigError, ShardError, CheckpointError).
+    Everything that can be wrong with any phase is looked at before the first begins.
+
+    Args:
+        path: the pipeline's YAML file.
+        overrides: see `load_pipeline`.
+        world: from `join_world`, where the processes have joined already and stay joined; None: they join here.
+    Returns:
+        The last phase's summary, with the summaries of all phases under `phases`.
+    Raises:
+        ValueError: a mistake of the user's (ConfigError, ShardError, CheckpointError).
     """
     phases = load_pipeline(path, overrides)
     launch = Launch.from_environment()
@@ -112,7 +127,16 @@ def run_pipeline(path: Path, overrides: Sequence[str] = (), world: World | None 
 def dry_run_pipeline(
     path: Path, overrides: Sequence[str], processes: int, ranks_per_node: int | None
 ) -> list[dict[str, Any]]:
-    """`dry_run` of each phase."""
+    """Checks each phase and estimates its memory.
+
+    Args:
+        path: the pipeline's YAML file.
+        overrides: see `load_pipeline`.
+        processes: ranks in all.
+        ranks_per_node: ranks of a node; None: all of them.
+    Returns:
+        The result of `dry_run` for each phase.
+    """
     phases = load_pipeline(path, overrides)
     return [dry_run(without_start(phase.config), processes, ranks_per_node) for phase in phases]
 
@@ -124,8 +148,8 @@ def without_start(config: RunConfig) -> RunConfig:
 
 def is_finished(config: RunConfig, num_samples: int) -> bool:
     """Whether a run's newest complete checkpoint is that of its last step."""
-    checkpoint = newest_complete(config.run_dir)
+    checkpoint = newest_complete(open_folder(config.run_dir))
     if checkpoint is None:
         return False
-    state = RunState.from_dict(json.loads(store_of(checkpoint).read(checkpoint, "state.json")))
+    state = RunState.from_dict(json.loads(checkpoint.read("state.json")))
     return state.steps_left(total_samples(config, num_samples), config.train.global_batch) == 0

@@ -1,7 +1,7 @@
 """When and where a run saves, what it keeps, and how much trouble with storage it bears.
 
 Enters: the `checkpoint` section of a run's configuration. Leaves: the same, checked. Apart from
-pretrain.checkpoint.checkpointer because both that and the saver below it read it.
+pretrain.checkpoint.checkpoints because pretrain/config.py reads it too, without the rest.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pretrain.checkpoint.store import check_writable
+from pretrain.checkpoint.open_folder import check_writable
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.utils import find_tensor_shard
 
 from pretrain.checkpoint.errors import CheckpointError
-from pretrain.checkpoint.store import Place, store_of
+from pretrain.checkpoint.folder import Folder
 
-_ALLOWED = {
+_ALLOWED_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "Metadata",
         "TensorStorageMetadata",
@@ -44,25 +44,28 @@ _ALLOWED = {
     "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
 }
+"""The names, by module, that a description of tensors refers to; dtypes come on top."""
 
 
-class _TensorsOnly(pickle.Unpickler):
+class _TensorDescriptions(pickle.Unpickler):
+    """Unpickles descriptions of tensors and refuses everything else before it is imported."""
+
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in _ALLOWED.get(module, ()):
+        if is_dtype or name in _ALLOWED_CLASSES.get(module, ()):
             return super().find_class(module, name)
         raise CheckpointError(f"it refers to {module}.{name}, which no description of tensors needs")
 
 
-class _FilesOf(FileSystemBase):
+class _CheckpointFiles(FileSystemBase):
     """One checkpoint's files for DCP's reader, which only opens them; a path is a file's name."""
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
+    def __init__(self, checkpoint: Folder) -> None:
+        self._checkpoint = checkpoint
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Generator[io.IOBase, None, None]:
-        with store_of(self._place).open(self._place, str(path)) as file:
+        with self._checkpoint.open(str(path)) as file:
             yield cast(io.IOBase, file)
 
     def concat_path(self, path: Any, suffix: str) -> str:
@@ -81,7 +84,7 @@ class _FilesOf(FileSystemBase):
         raise NotImplementedError("this reader writes nothing")
 
     def exists(self, path: Any) -> bool:
-        return str(path) in store_of(self._place).files(self._place)
+        return str(path) in self._checkpoint.files()
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -91,17 +94,26 @@ class _FilesOf(FileSystemBase):
 class TensorReader(FileSystemReader):
     """A FileSystemReader whose metadata may only describe tensors that lie inside the checkpoint's folder."""
 
-    def __init__(self, place: Place) -> None:
-        super().__init__(str(place))
-        self._place = place
-        self.fs = _FilesOf(place)  # type: ignore[assignment]
+    def __init__(self, checkpoint: Folder) -> None:
+        super().__init__(str(checkpoint))
+        self._checkpoint = checkpoint
+        self.fs = _CheckpointFiles(checkpoint)  # type: ignore[assignment]
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        where = f"{self._place}/.metadata"
+        """What DCP knows of the checkpoint: each tensor's shape and dtype, and which bytes of which file hold it.
+
+        Args:
+            args: not used; DCP's own reader has them.
+            kwargs: not used; DCP's own reader has them.
+        Raises:
+            CheckpointError: there is no `.metadata`, it holds more than descriptions of tensors, or it names files
+                outside of the checkpoint.
+        """
+        where = f"{self._checkpoint}/.metadata"
         try:
-            metadata = _TensorsOnly(io.BytesIO(store_of(self._place).read(self._place, ".metadata"))).load()
+            metadata = _TensorDescriptions(io.BytesIO(self._checkpoint.read(".metadata"))).load()
         except FileNotFoundError as error:
-            raise CheckpointError(f"{self._place} is no checkpoint: it has no .metadata file") from error
+            raise CheckpointError(f"{self._checkpoint} is no checkpoint: it has no .metadata file") from error
         except Exception as error:  # a corrupt pickle can raise nearly anything
             raise CheckpointError(
                 f"{where} was not read: {error}. Only tensors are loaded from a checkpoint, and nothing was executed; "
@@ -134,8 +146,12 @@ class _Planner(DefaultLoadPlanner):
         return find_tensor_shard(self.state_dict[index.fqn], index)
 
 
-def tensor_shapes(checkpoint: Place) -> dict[str, TensorStorageMetadata]:
-    """The flat names of the tensors in a checkpoint, with their shapes and dtypes. Raises CheckpointError."""
+def tensor_shapes(checkpoint: Folder) -> dict[str, TensorStorageMetadata]:
+    """The shapes and dtypes of the tensors in a checkpoint, by their flat names.
+
+    Raises:
+        CheckpointError: it is no checkpoint, or holds more than tensors.
+    """
     entries = TensorReader(checkpoint).read_metadata().state_dict_metadata
     others = sorted(name for name, entry in entries.items() if not isinstance(entry, TensorStorageMetadata))
     if others:
@@ -143,10 +159,16 @@ def tensor_shapes(checkpoint: Place) -> dict[str, TensorStorageMetadata]:
     return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
-def read_into(checkpoint: Place, tensors: dict[str, Any], group: ProcessGroup | None) -> None:
-    """Reads a checkpoint into tensors by their flat names, in place. A collective of `group`, if there is one.
+def read_into(checkpoint: Folder, tensors: dict[str, Any], group: ProcessGroup | None) -> None:
+    """Reads a checkpoint into tensors, in place.
 
-    Raises CheckpointError; DCP's own exception is no `Exception` and would pass by every handler.
+    Args:
+        checkpoint: the checkpoint's folder.
+        tensors: what to fill, by flat names: plain tensors, DTensors, or objects of DCP's checkpointable protocol.
+        group: of the ranks that read together, for whom this is a collective; None: this process reads alone.
+    Raises:
+        CheckpointError: a tensor is missing or has another shape. (DCP's own exception is no `Exception` and would pass
+            by every handler.)
     """
     planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
@@ -166,8 +188,12 @@ def read_into(checkpoint: Place, tensors: dict[str, Any], group: ProcessGroup | 
         ) from error
 
 
-def read_tensors(checkpoint: Place, prefix: str) -> dict[str, Tensor]:
-    """The full tensors below `prefix`, on the CPU, with the prefix removed; needs no process group."""
+def read_tensors(checkpoint: Folder, prefix: str) -> dict[str, Tensor]:
+    """The full tensors whose flat names begin with `prefix`, on the CPU, with the prefix removed.
+
+    Raises:
+        CheckpointError: it is no checkpoint, or cannot be read.
+    """
     wanted = {name: entry for name, entry in tensor_shapes(checkpoint).items() if name.startswith(prefix)}
     tensors: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in wanted.items()

@@ -28,6 +28,7 @@ from pretrain.checkpoint.errors import CheckpointError
 from pretrain.parallel.world import World
 
 _ALIGN_BYTES = 64
+"""Each piece begins in the buffer at a multiple of this."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,13 @@ class RankPlan:
     structure: tuple[Any, ...]
     """`structure_of` the state that it was made for."""
     plan: SavePlan
+    """The pieces that this rank writes, and its file's name."""
     metadata: Metadata | None
-    """Of the whole checkpoint; on rank 0 only."""
+    """The description of the whole checkpoint, on rank 0; None on the others."""
 
     @property
     def size_bytes(self) -> int:
-        """Of the pieces that this rank writes."""
+        """Bytes of the pieces that this rank writes."""
         written = [item.tensor_data for item in self.plan.items if item.tensor_data is not None]
         return sum(data.chunk.sizes.numel() * data.properties.dtype.itemsize for data in written)
 
@@ -55,12 +57,19 @@ def flatten(state: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def structure_of(values: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What has to stay the same for a plan to hold: names, kinds, shapes, dtypes. Microseconds per tensor."""
+    """What has to stay the same for a plan to hold: names, kinds, shapes and dtypes. Takes microseconds per tensor."""
     return tuple((name, type(value), tuple(value.shape), value.dtype) for name, value in values.items())
 
 
 def make_plan(values: Mapping[str, Any], world: World) -> RankPlan:
-    """Divides the writing of a state among ranks. A collective; raises CheckpointError on every rank."""
+    """Divides the writing of a state among the ranks. A collective.
+
+    Args:
+        values: the state by flat names, as this rank holds it.
+        world: the ranks.
+    Raises:
+        CheckpointError: on every rank, where DCP cannot plan it.
+    """
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(values), is_coordinator=world.is_main)
     own = planner.create_local_plan()
@@ -98,6 +107,7 @@ class StagingBuffer:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of memory held."""
         return self._memory.numel()
 
     def lay_out(self, plan: RankPlan) -> None:
@@ -119,9 +129,16 @@ class StagingBuffer:
         self._pieces = [_piece(memory, begin, shape, dtype) for begin, shape, dtype in places]
         self._plan = plan
 
-    def take(self, values: Mapping[str, Any]) -> None:
-        """Copies the pieces. On the CPU they are copied when this returns; on CUDA the copies are queued, the stream
-        of training waits for them on the device, and `wait` waits for them on the host.
+    def copy_from(self, values: Mapping[str, Any]) -> None:
+        """Copies the pieces of the plan that the buffer was laid out for.
+
+        On the CPU they are copied when this returns. On CUDA the copies are queued, the stream of training waits for
+        them on the device, and `wait` waits for them on the host.
+
+        Args:
+            values: the live state by flat names.
+        Raises:
+            CheckpointError: a piece has another shape than in the plan.
         """
         assert self._plan is not None
         if self._stream is None:

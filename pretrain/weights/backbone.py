@@ -10,27 +10,32 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from data_pipes.store.urls import local_path
 from data_pipes.transforms.clips import ClipSampling
-from pretrain.checkpoint.read import find_damage, load_weights, newest_complete, read_complete
-from pretrain.checkpoint.store import Place, RemoteFolder
+from pretrain.checkpoint.folder import Folder
+from pretrain.checkpoint.open_folder import open_folder
+from pretrain.checkpoint.read import find_damage, load_weights, read_complete
 from pretrain.config import load_run_config
 from pretrain.models.normalise import default_mean, default_std
 from pretrain.models.video_vit import VideoViT
 from pretrain.models.vit import ViT, ViTConfig
-from pretrain.weights.files import EXPORT_WEIGHTS, describe_encoder, load_encoder, parse_architecture, read_canonical
+from pretrain.weights.files import EXPORT_WEIGHTS
+from pretrain.weights.finding import EXPORT_CONFIG, find_checkpoint, named_file, run_dir_of
+from pretrain.weights.image import describe_encoder, load_encoder, parse_architecture, read_canonical
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
+    from pretrain.objectives.base import Objective
 
 Weights = Literal["trained", "untrained", "ema", "imported"]
-EXPORT_CONFIG = "config.json"
+"""Which weights a model has; `imported` ones came from a file without a run."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +43,29 @@ class Backbone:
     """A frozen backbone and where it comes from."""
 
     model: ViT | VideoViT
-    """on the CPU, fp32, in eval mode; a VideoViT takes clips"""
+    """On the CPU, fp32, in evaluation mode; a VideoViT takes clips."""
     mean: tuple[float, ...]
-    """per channel, on the scale where the stored range is [0, 1]"""
+    """Per channel, on the scale where the stored range is [0, 1]."""
     std: tuple[float, ...]
-    """per channel, on the same scale"""
+    """Per channel, on the same scale."""
     weights: Weights
-    """which weights these are; `imported` ones came from a file without a run"""
+    """Which weights these are."""
     label: str
-    """short name for folders and tables, e.g. `step-00001200` or `step-00001200-ema`"""
-    source: Place
-    """the checkpoint folder, export folder or file that was read"""
+    """Short name for folders and tables, e.g. `step-00001200` or `step-00001200-ema`."""
+    source: str
+    """Path or URL of the checkpoint, export folder or file that was read."""
     digest: str
-    """`weights_digest` of the model"""
+    """`weights_digest` of the model."""
     step: int | None = None
-    """optimizer step of the checkpoint"""
+    """Optimizer step of the checkpoint; None: it is from no checkpoint."""
     config: RunConfig | None = None
-    """the run's configuration, when the backbone comes from a checkpoint"""
+    """The run's configuration; None: it is from no checkpoint."""
+    checkpoint: Folder | None = None
+    """The checkpoint that was read; None: it is from an export folder or a file."""
     complete: Mapping[str, Any] | None = None
-    """the checkpoint's COMPLETE record"""
-    named_by: Path | None = None
-    """the run's folder, when it names a checkpoint that lies elsewhere (`checkpoint.folder`)"""
+    """The checkpoint's COMPLETE record; None: it is from no checkpoint."""
+    run_dir: Path | None = None
+    """The run's folder on this machine; None: it is not known."""
 
     @property
     def sampling(self) -> ClipSampling | None:
@@ -71,88 +78,67 @@ class Backbone:
         trained = None if self.config is None else self.config.data.video
         return trained or ClipSampling(self.model.config.num_frames)
 
-    @property
-    def run_dir(self) -> Path | None:
-        """The run's folder, when the checkpoint still lies in one or was found by one."""
-        return run_of(self.source, self.complete, self.named_by)
-
-
-def run_of(source: Place, complete: Mapping[str, Any] | None, named_by: Path | None) -> Path | None:
-    """The folder of the run that a model came from, by the fields that `Backbone` has; None: it is not known."""
-    if named_by is not None or isinstance(source, RemoteFolder):
-        return named_by
-    folder = source.parent if source.parent.name else source.resolve().parent
-    is_run = complete is not None and folder.name == "checkpoints" and (folder.parent / "run.json").is_file()
-    return folder.parent if is_run else None
-
 
 def load_backbone(
-    path: Place, *, ema: bool = False, untrained: bool = False, architecture: str | None = None, verify: bool = False
+    where: str | Path,
+    *,
+    ema: bool = False,
+    untrained: bool = False,
+    architecture: str | None = None,
+    verify: bool = False,
 ) -> Backbone:
-    """The backbone behind `path`.
+    """The backbone that a user names.
 
     Args:
-        path: run folder (its newest complete checkpoint), checkpoint folder, export folder, or weights file; in an
-            object store, a checkpoint or the folder that holds a run's checkpoints.
+        where: run folder (its newest complete checkpoint), checkpoint folder, the folder that holds a run's
+            checkpoints, or on this machine an export folder or a weights file.
         ema: the moving average of the weights; only checkpoints have one.
         untrained: the weights of step 0 instead, from the run's own seed: the baseline of every learning check.
         architecture: timm name or size; required for a weights file, refused otherwise.
         verify: check every file's sha256 of a checkpoint, not only sizes.
-
     Raises:
-        FileNotFoundError: nothing at `path`.
+        FileNotFoundError: nothing at `where`.
         ValueError: no such model there, a damaged checkpoint, weights that do not fit, or an option that cannot apply.
     """
     if ema and untrained:
         raise ValueError("the moving average and the untrained weights exclude each other: ask for one of them")
-    if isinstance(path, RemoteFolder):
+    file, folder = named_file(where), open_folder(where)
+    if file is None and not folder.exists():
+        raise FileNotFoundError(
+            f"no model at {folder}: expected a run, a checkpoint, an export folder or a weights file"
+        )
+    is_export = file is None and folder.files().keys() >= {EXPORT_CONFIG, EXPORT_WEIGHTS}
+    if ema and (file is not None or is_export):
+        raise ValueError(f"{folder} has no moving average beside its weights: only checkpoints do")
+    if file is not None:
+        return _from_file(file, architecture, untrained)
+    if is_export:
         if architecture is not None:
-            raise ValueError(f"{path} knows its architecture: leave it out")
-        return _from_checkpoint(find_checkpoint(path), ema=ema, untrained=untrained, verify=verify)
-    if not path.exists():
-        raise FileNotFoundError(f"no model at {path}: expected a run, a checkpoint, an export folder or a weights file")
-    is_export = path.is_dir() and (path / EXPORT_CONFIG).is_file() and (path / EXPORT_WEIGHTS).is_file()
-    if path.is_file() or is_export:
-        if ema:
-            raise ValueError(f"{path} has no moving average beside its weights: only checkpoints do")
-        if is_export and architecture is not None:
-            raise ValueError(f"{path} names its own architecture in {EXPORT_CONFIG}: leave the architecture out")
-        return _from_export(path, untrained) if is_export else _from_file(path, architecture, untrained)
+            raise ValueError(f"{folder} names its own architecture in {EXPORT_CONFIG}: leave the architecture out")
+        return _from_export(local_path(str(where)), untrained)
     if architecture is not None:
-        raise ValueError(f"{path} is a run's or a checkpoint's folder, which knows its architecture: leave it out")
-    found = find_checkpoint(path)
-    backbone = _from_checkpoint(found, ema=ema, untrained=untrained, verify=verify)
-    return replace(backbone, named_by=path) if found.parent != path / "checkpoints" and found != path else backbone
+        raise ValueError(f"{folder} is a run's or a checkpoint's folder, which knows its architecture: leave it out")
+    return _from_checkpoint(find_checkpoint(folder), folder, ema=ema, untrained=untrained, verify=verify)
 
 
-def find_checkpoint(path: Place) -> Place:
-    """The checkpoint folder that `path` is, or the newest complete one of the run folder that it is.
+def load_objective(source: Backbone) -> Objective:
+    """The objective that trained a backbone, on the CPU in evaluation mode: the whole model, decoder included.
 
-    Raises:
-        ValueError: neither, or a torn checkpoint.
+    Args:
+        source: from a checkpoint; its weights (trained or moving average) are taken for the whole model.
     """
-    if isinstance(path, RemoteFolder):
-        is_run = not path.name.startswith("step-")
-    else:
-        is_run = (path / "checkpoints").is_dir() or (path / "run.json").is_file()
-    if is_run:
-        newest = newest_complete(path)
-        if newest is None:
-            raise ValueError(f"{path} has no complete checkpoint yet: wait for the run's first save, or resume the run")
-        return newest
-    if isinstance(path, RemoteFolder) or (
-        path.is_dir() and (path.name.startswith("step-") or (path / "COMPLETE").is_file())
-    ):
-        read_complete(path)  # raises for a torn one
-        return path
-    raise ValueError(
-        f"{path} is no model: expected a run folder (with checkpoints/), a checkpoint folder (step-...), "
-        f"an export folder ({EXPORT_CONFIG} and {EXPORT_WEIGHTS}) or a weights file"
-    )
+    assert source.config is not None
+    assert source.checkpoint is not None
+    objective = source.config.build_objective()
+    player = objective.backbone_player
+    module = objective.players[player]
+    module.load_state_dict(load_weights(source.checkpoint, player, ema=source.weights == "ema"))
+    module.eval()
+    return objective
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """sha256, in hex, over every tensor's name, dtype, shape and bytes, in the order of the names."""
+    """The sha256, in hex, over every tensor's name, dtype, shape and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -161,7 +147,8 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _from_checkpoint(checkpoint: Place, *, ema: bool, untrained: bool, verify: bool) -> Backbone:
+def _from_checkpoint(checkpoint: Folder, named: Folder, *, ema: bool, untrained: bool, verify: bool) -> Backbone:
+    """See `load_backbone`; `named` is where the user pointed."""
     damage = find_damage(checkpoint, hashes=verify)
     if damage is not None:
         raise ValueError(f"{checkpoint} is damaged ({damage}): use another checkpoint of the run")
@@ -187,11 +174,13 @@ def _from_checkpoint(checkpoint: Place, *, ema: bool, untrained: bool, verify: b
         std=tuple(objective.std),
         weights="ema" if ema else "untrained" if untrained else "trained",
         label=checkpoint.name + suffix,
-        source=checkpoint,
+        source=str(checkpoint),
         digest=weights_digest(model.state_dict()),
         step=0 if untrained else int(complete["step"]),
         config=config,
+        checkpoint=checkpoint,
         complete=complete,
+        run_dir=run_dir_of(checkpoint, named),
     )
 
 
@@ -246,6 +235,6 @@ def _imported(
         std=std,
         weights="untrained" if untrained else "imported",
         label=f"{name}-untrained" if untrained else name,
-        source=path,
+        source=str(path),
         digest=weights_digest(model.state_dict()),
     )

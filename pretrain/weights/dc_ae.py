@@ -20,20 +20,22 @@ from torch import Tensor
 from pretrain.models.tokenizers.dc_ae import DCAE
 from pretrain.models.tokenizers.dc_ae_config import DCAE_PRESETS, DCAEConfig
 from pretrain.weights.dc_ae_names import config_from_diffusers, from_diffusers, from_official
-from pretrain.weights.files import WeightsError, read_tensor_file, unwrap_state
+from pretrain.weights.files import State, WeightsError, floats, misfits, read_state, shapes_of
 
 DIFFUSERS_CONFIG = "config.json"
+"""The file of a folder of diffusers that describes the model."""
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+"""The file of such a folder that holds the weights."""
 DIFFUSERS_INDEX = f"{DIFFUSERS_WEIGHTS}.index.json"
-
-State = dict[str, Tensor]
+"""The file that names the parts instead, where diffusers cut large weights into several files."""
 
 
 def load_dc_ae_weights(path: Path, model: DCAE) -> None:
     """Loads a file or folder, see `read_dc_ae_weights`, into a model with materialised parameters.
 
     Raises:
-        FileNotFoundError, WeightsError: as `read_dc_ae_weights`; nothing has been loaded then.
+        FileNotFoundError: nothing at `path`.
+        WeightsError: as `read_dc_ae_weights`; nothing has been loaded then.
     """
     model.load_state_dict(read_dc_ae_weights(path, model.config))
 
@@ -47,7 +49,6 @@ def read_dc_ae_weights(path: Path, config: DCAEConfig) -> State:
         config: the architecture that they must fit. Settings which leave no trace in names and shapes (an activation,
             shortcuts) are compared as far as the layout tells them: a folder tells all of them, an official file the
             shortcuts, a bare file of diffusers or of our own none.
-
     Raises:
         FileNotFoundError: nothing at `path`.
         WeightsError: unreadable, or another architecture; the message names a preset that fits, where one does.
@@ -62,7 +63,7 @@ def read_dc_ae_weights(path: Path, config: DCAEConfig) -> State:
         if differing:
             raise WeightsError(f"{path} does not fit the model: {'; '.join(differing)}. {_advice(state)}")
         return state
-    tensors = _tensors(path)
+    tensors = read_state(path)
     layout = layout_of(tensors)
     if layout == "official":
         _check_shortcuts(tensors, config, path)
@@ -70,8 +71,10 @@ def read_dc_ae_weights(path: Path, config: DCAEConfig) -> State:
 
 
 def read_dc_ae_folder(path: Path) -> tuple[DCAEConfig, State, float]:
-    """What a folder of diffusers' `AutoencoderDC` holds: (architecture, weights that fit it, scaling factor).
+    """What a folder of diffusers' `AutoencoderDC` holds.
 
+    Returns:
+        (architecture, weights that fit it under our names in float32, scaling factor).
     Raises:
         FileNotFoundError: no config.json or no weights in it.
         WeightsError: another model, an architecture that we do not have, or weights that do not fit it.
@@ -103,21 +106,15 @@ def fitting_preset(state: Mapping[str, Tensor]) -> str | None:
     if first is None or first.ndim != 4:
         return None
     for name, preset in DCAE_PRESETS.items():
-        if not _misfits(state, _shapes(replace(preset, in_channels=first.shape[1]))):
+        if not misfits(state, _shapes(replace(preset, in_channels=first.shape[1]))):
             return name
     return None
 
 
-def _tensors(path: Path) -> State:
-    """The state dict in a file, without the names that wrappers of training add."""
-    tensors = unwrap_state(read_tensor_file(path), path)
-    return {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): tensor for name, tensor in tensors.items()}
-
-
 def _folder_tensors(path: Path) -> State:
-    """The state dict of a folder, which diffusers cuts into several files when it is large."""
+    """The state dict of a folder of diffusers, in one file or in several."""
     if (path / DIFFUSERS_WEIGHTS).is_file():
-        return _tensors(path / DIFFUSERS_WEIGHTS)
+        return read_state(path / DIFFUSERS_WEIGHTS)
     if not (path / DIFFUSERS_INDEX).is_file():
         raise FileNotFoundError(
             f"no {DIFFUSERS_WEIGHTS} in {path}: give the weights file itself if it has another name"
@@ -129,11 +126,11 @@ def _folder_tensors(path: Path) -> State:
     outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if outside:
         raise WeightsError(f"{path / DIFFUSERS_INDEX} names {outside[0]!r}; expected files of that folder")
-    return {name: tensor for file in sorted(names) for name, tensor in _tensors(path / file).items()}
+    return {name: tensor for file in sorted(names) for name, tensor in read_state(path / file).items()}
 
 
 def _renamed(tensors: State, layout: str, path: Path) -> State:
-    """Under our names, in float32."""
+    """Tensors of a layout (see `layout_of`) under our names, in float32."""
     try:
         if layout == "diffusers":
             tensors = from_diffusers(tensors)
@@ -141,11 +138,16 @@ def _renamed(tensors: State, layout: str, path: Path) -> State:
             tensors = from_official(tensors)
     except ValueError as error:
         raise WeightsError(f"{path} cannot be read as a DC-AE: {error}") from error
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    return floats(tensors)
 
 
 def _check_shortcuts(tensors: Mapping[str, Tensor], config: DCAEConfig, path: Path) -> None:
-    """Official names say whether a residual lies around a layer ("main."); it has no weights, so shapes do not."""
+    """Checks that an official file was made with our shortcuts: its names say whether a residual lies around a layer
+    ("main."), and as that has no weights, the shapes do not.
+
+    Raises:
+        WeightsError: they differ.
+    """
     between = r"encoder\.stages\.\d+\.op_list\.\d+\.(main\.)?conv\."
     found = {
         "latent_shortcuts": any(name.startswith("encoder.project_out.main.") for name in tensors),
@@ -163,34 +165,20 @@ def _check_shortcuts(tensors: Mapping[str, Tensor], config: DCAEConfig, path: Pa
 
 
 def _fitted(state: State, config: DCAEConfig, path: Path) -> State:
-    """`state`, when its names and shapes are those of `config`."""
-    misfits = _misfits(state, _shapes(config))
-    if misfits:
-        raise WeightsError(f"{path} does not fit the model. {misfits}. {_advice(state)}")
+    """`state`, when its names and shapes are those of `config`.
+
+    Raises:
+        WeightsError: they are not.
+    """
+    problems = misfits(state, _shapes(config))
+    if problems:
+        raise WeightsError(f"{path} does not fit the model. {problems}. {_advice(state)}")
     return state
-
-
-def _misfits(state: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> str:
-    """What is missing, unexpected or of another shape, for a message; empty when everything fits."""
-    lists = {
-        "missing": sorted(wanted.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - wanted.keys()),
-        "of another shape": [
-            f"{name} is {list(state[name].shape)}, expected {list(shape)}"
-            for name, shape in sorted(wanted.items())
-            if name in state and state[name].shape != shape
-        ],
-    }
-    return "; ".join(
-        f"{len(names)} {what}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
-        for what, names in lists.items()
-        if names
-    )
 
 
 def _shapes(config: DCAEConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in DCAE(config).state_dict().items()}
+        return shapes_of(DCAE(config).state_dict())
 
 
 def _advice(state: Mapping[str, Tensor]) -> str:

@@ -22,11 +22,9 @@ from torch import Tensor
 
 from pretrain.models.tokenizers.dc_ae_config import DCAEConfig
 from pretrain.models.tokenizers.linear_attention import HEAD_WIDTH
+from pretrain.weights.files import State
 
-State = dict[str, Tensor]
-
-# Within a block: ours -> diffusers -> official. Norms and convolutions keep .weight, .bias and running statistics.
-_LEAVES = (
+_LAYERS = (
     ("conv1", "conv1", "main.conv1.conv"),
     ("conv2", "conv2", "main.conv2.conv"),
     ("norm", "norm", "main.conv2.norm"),
@@ -41,18 +39,24 @@ _LEAVES = (
     ("glu.norm", "conv_out.norm", "local_module.main.point_conv.norm"),
     ("conv", "conv", "main.conv.conv"),
 )
-# What AutoencoderDC did before it had these settings.
+"""Names of the layers within a block: ours, diffusers', the official ones. Norms and convolutions keep .weight, .bias
+and running statistics."""
 _OLDER_DEFAULTS = {
     "attention_head_dim": HEAD_WIDTH,
     "encoder_out_shortcut": True,
     "decoder_in_shortcut": True,
     "decoder_conv_act_fn": "relu",
 }
-_TO_DIFFUSERS = {ours: theirs for ours, theirs, _ in _LEAVES}
-_FROM_DIFFUSERS = {theirs: ours for ours, theirs, _ in _LEAVES}
-_TO_OFFICIAL = {ours: theirs for ours, _, theirs in _LEAVES}
-# Files differ in whether a layer has a residual around it ("main.") and in how deep a convolution is wrapped.
-_FROM_OFFICIAL = {theirs.replace("main.", ""): ours for ours, _, theirs in _LEAVES} | {"conv": "conv"}
+"""What diffusers' AutoencoderDC did before it had these settings."""
+_TO_DIFFUSERS = {ours: theirs for ours, theirs, _ in _LAYERS}
+"""Our layers -> diffusers'."""
+_FROM_DIFFUSERS = {theirs: ours for ours, theirs, _ in _LAYERS}
+"""diffusers' layers -> ours."""
+_TO_OFFICIAL = {ours: theirs for ours, _, theirs in _LAYERS}
+"""Our layers -> the official ones."""
+_FROM_OFFICIAL = {theirs.replace("main.", ""): ours for ours, _, theirs in _LAYERS} | {"conv": "conv"}
+"""The official layers -> ours. Official files differ in whether a layer has a residual around it ("main.", which is
+taken out first) and in how deep a convolution is wrapped."""
 _EDGES_FROM_OFFICIAL = {
     "encoder": {
         "project_in.conv": "project_in.conv",
@@ -66,6 +70,7 @@ _EDGES_FROM_OFFICIAL = {
         "project_out.2.conv.conv": "project_out.conv",
     },
 }
+"""The official layers before the first stage and after the last one -> ours, by part."""
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> State:
@@ -87,28 +92,37 @@ def to_diffusers(state: Mapping[str, Tensor]) -> State:
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> State:
-    """The inverse of `to_diffusers`. Raises ValueError for a name that no DC-AE has there."""
+    """The inverse of `to_diffusers`.
+
+    Raises:
+        ValueError: a name that no DC-AE has there.
+    """
     result: State = {}
     edges = {"conv_in": "project_in.conv", "conv_out": "project_out.conv", "norm_out": "project_out.norm"}
     for name, tensor in state.items():
         part, path, kind = _split_theirs(name)
         match = re.fullmatch(r"(?:down|up)_blocks\.(\d+\.\d+)\.(.+)", path)
         if match is None:
-            edge = _known(edges, path.removesuffix(".conv"), name)
+            edge = _look_up(edges, path.removesuffix(".conv"), name)
             result[f"{part}.{edge}.{kind}"] = tensor
             continue
         prefix, leaf = f"{part}.stages.{match[1]}", match[2]
         if leaf == "attn.to_q":
-            thirds = [_known(state, name.replace("to_q", f"to_{letter}"), name) for letter in "qkv"]
+            thirds = [_look_up(state, name.replace("to_q", f"to_{letter}"), name) for letter in "qkv"]
             result[f"{prefix}.attn.qkv.weight"] = torch.cat(thirds)[:, :, None, None]
         elif leaf not in ("attn.to_k", "attn.to_v"):
-            ours = _known(_FROM_DIFFUSERS, leaf, name)
+            ours = _look_up(_FROM_DIFFUSERS, leaf, name)
             result[f"{prefix}.{ours}.{kind}"] = tensor[:, :, None, None] if ours == "attn.proj" else tensor
     return result
 
 
 def to_official(state: Mapping[str, Tensor], config: DCAEConfig) -> State:
-    """Our state dict under the names of the authors' files for the same architecture."""
+    """Our state dict under the names of the authors' files.
+
+    Args:
+        state: of a DC-AE, under our names.
+        config: its architecture: names depend on shortcuts, on resampling and on whether there is a first stage.
+    """
     result: State = {}
     for name, tensor in state.items():
         part, block, leaf, kind = _split_ours(name)
@@ -127,23 +141,25 @@ def to_official(state: Mapping[str, Tensor], config: DCAEConfig) -> State:
 def from_official(state: Mapping[str, Tensor]) -> State:
     """Tensors of the authors' files (after their "state_dict" is unwrapped) under our names.
 
-    Raises ValueError for a name that no DC-AE has there.
+    Raises:
+        ValueError: a name that no DC-AE has there.
     """
     result: State = {}
     for name, tensor in state.items():
         part, path, kind = _split_theirs(name.replace("main.", "").replace("op_list.", ""))
         match = re.fullmatch(r"stages\.(\d+\.\d+)\.(.+)", path)
         if match is not None:
-            result[f"{part}.stages.{match[1]}.{_known(_FROM_OFFICIAL, match[2], name)}.{kind}"] = tensor
+            result[f"{part}.stages.{match[1]}.{_look_up(_FROM_OFFICIAL, match[2], name)}.{kind}"] = tensor
         else:
-            result[f"{part}.{_known(_EDGES_FROM_OFFICIAL[part], path, name)}.{kind}"] = tensor
+            result[f"{part}.{_look_up(_EDGES_FROM_OFFICIAL[part], path, name)}.{kind}"] = tensor
     return result
 
 
 def diffusers_config(config: DCAEConfig) -> dict[str, Any]:
     """Arguments of diffusers' `AutoencoderDC` for the same architecture.
 
-    Raises ValueError for what it cannot express: a gaussian latent, and changes of resolution without shortcuts.
+    Raises:
+        ValueError: it cannot express a gaussian latent, or changes of resolution without shortcuts.
     """
     if config.gaussian or not config.shortcuts:
         raise ValueError(
@@ -178,7 +194,8 @@ def diffusers_config(config: DCAEConfig) -> dict[str, Any]:
 def config_from_diffusers(described: Mapping[str, Any]) -> DCAEConfig:
     """The inverse of `diffusers_config`, for what a folder's config.json holds.
 
-    Raises ValueError, with the entries, for architectures that ours cannot express and for entries that are missing.
+    Raises:
+        ValueError: an architecture that ours cannot express, or entries that are missing; the message names them.
     """
     entries: dict[str, Any] = {**_OLDER_DEFAULTS, **described}
     missing = sorted(name for name in diffusers_config(DCAEConfig()).keys() - entries.keys())
@@ -211,7 +228,14 @@ def config_from_diffusers(described: Mapping[str, Any]) -> DCAEConfig:
 
 
 def _check_expressed(entries: Mapping[str, Any], config: DCAEConfig) -> None:
-    """Raises ValueError where `config` says something else than `entries`: ours has one setting for two of theirs."""
+    """Checks that nothing was lost: ours has one setting for two of theirs.
+
+    Args:
+        entries: diffusers' settings.
+        config: what was made of them.
+    Raises:
+        ValueError: `config` says something else than `entries`.
+    """
     num_stages = len(config.widths)
     has_attention = [block != "res" for block in config.blocks]
     for name, ours in (diffusers_config(config) | {"attention_head_dim": HEAD_WIDTH}).items():
@@ -225,7 +249,12 @@ def _check_expressed(entries: Mapping[str, Any], config: DCAEConfig) -> None:
             raise ValueError(f"{name} is {entries[name]!r}; what can be expressed beside the other entries is {ours!r}")
 
 
-def _known(table: Mapping[str, Any], key: str, name: str) -> Any:
+def _look_up(table: Mapping[str, Any], key: str, name: str) -> Any:
+    """table[key].
+
+    Raises:
+        ValueError: there is no such key, so the tensor `name` is none of a DC-AE.
+    """
     if key not in table:
         raise ValueError(f"the tensor {name!r} is none of a DC-AE")
     return table[key]
@@ -248,11 +277,18 @@ def _split_ours(name: str) -> tuple[str, str | None, str, str]:
 
 
 def _has_first_stage(state: Mapping[str, Tensor], part: str) -> bool:
+    """Whether the encoder or decoder has blocks at full resolution."""
     return any(name.startswith(f"{part}.stages.0.") for name in state)
 
 
 def _edge_to_diffusers(part: str, leaf: str, *, halves: bool) -> str:
-    """halves: the convolution next to the pixels changes the resolution, and diffusers wraps it once more."""
+    """diffusers' name of a layer outside of the stages.
+
+    Args:
+        part: "encoder" or "decoder".
+        leaf: our name.
+        halves: whether the convolution next to the pixels changes the resolution, so that diffusers wraps it once more.
+    """
     if leaf == "project_out.norm":
         return "norm_out"
     edge = "conv_in" if leaf == "project_in.conv" else "conv_out"
@@ -261,6 +297,7 @@ def _edge_to_diffusers(part: str, leaf: str, *, halves: bool) -> str:
 
 
 def _edge_to_official(part: str, leaf: str, config: DCAEConfig) -> str:
+    """The official name of a layer outside of the stages."""
     main = "main." if config.latent_shortcuts else ""
     if part == "encoder" and leaf == "project_out.conv":
         return f"project_out.{main}op_list.0.conv"

@@ -7,49 +7,64 @@ that fits half is an error with names rather than a model that is half random.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import Tensor, nn
 
+from data_pipes.store.urls import local_path
 from pretrain.checkpoint.dcp import read_tensors
-from pretrain.checkpoint.read import checkpoint_of, find_damage
-from pretrain.checkpoint.store import Place, RemoteFolder, place_of
+from pretrain.checkpoint.folder import Folder
+from pretrain.checkpoint.open_folder import open_folder
+from pretrain.checkpoint.read import checkpoint_of, find_damage, list_checkpoints
 from pretrain.models.mae import MAE
 from pretrain.models.tokenizers.dc_ae import DCAE
 from pretrain.models.video_mae import VideoMAE
 from pretrain.objectives.base import Objective
+from pretrain.weights.files import shapes_of
+from pretrain.weights.finding import named_file
 
 
 def initialize(objective: Objective, seed: int, init_from: str | None) -> None:
     """Fills all players with their starting values from `seed`, then with what `init_from` holds.
 
-    init_from: a run (its newest complete checkpoint), a checkpoint, an exported folder, or a weights file; runs and
-    checkpoints may lie in an object store. None: only the seed counts. From a checkpoint of the same model every player
-    that is in it is taken over, by its moving average where it has one.
-    Raises ValueError where there is nothing, or names or shapes do not fit.
+    From a checkpoint of the same model every player that is in it is taken over, by its moving average where it has
+    one.
+
+    Args:
+        objective: on the CPU, with materialised parameters.
+        seed: of the run.
+        init_from: a run (its newest complete checkpoint) or a checkpoint, also in an object store; an exported folder
+            or a weights file of this machine. None: only the seed counts.
+    Raises:
+        ValueError: there is nothing, or names or shapes do not fit.
     """
     objective.start(seed)
     if init_from is None:
         return
     checkpoint = checkpoint_at(init_from)
-    if checkpoint is not None and _take_players(objective, checkpoint):
+    if checkpoint is not None and _load_players(objective, checkpoint):
         return
-    _take_backbone(objective.players[objective.backbone_player], init_from)
+    _load_other_layout(objective.players[objective.backbone_player], init_from)
 
 
-def checkpoint_at(where: str) -> Place | None:
-    """The checkpoint that `where` is, or the newest complete one of the run that it is; None: it is neither.
+def checkpoint_at(where: str) -> Folder | None:
+    """The checkpoint that a path or URL names, or the newest complete one of the run that it names.
 
-    Raises ValueError where there is nothing at all, or a damaged checkpoint.
+    Args:
+        where: `objective.init_from`.
+    Returns:
+        None where it is neither, but a weights file or an exported folder.
+    Raises:
+        ValueError: there is nothing at all, or a damaged checkpoint.
     """
-    place = place_of(where)
-    if isinstance(place, Path) and not place.exists():
+    if named_file(where) is not None:
+        return None
+    folder = open_folder(where)
+    if not folder.exists():
         raise ValueError(
             f"objective.init_from is {where}, and nothing is there; give a run, a checkpoint or a weights file"
         )
-    checkpoint = checkpoint_of(place)
+    checkpoint = checkpoint_of(folder)
     if checkpoint is None:
-        if isinstance(place, RemoteFolder) or (place / "run.json").is_file():
+        if "run.json" in folder.files() or list_checkpoints(folder):
             raise ValueError(f"objective.init_from is {where}, which holds no complete checkpoint")
         return None
     damage = find_damage(checkpoint, hashes=False)
@@ -58,9 +73,13 @@ def checkpoint_at(where: str) -> Place | None:
     return checkpoint
 
 
-def _take_players(objective: Objective, checkpoint: Place) -> bool:
-    """Loads every player that the checkpoint holds. False, with nothing loaded: its main player is another model."""
-    found = {player: _saved(checkpoint, player) for player in objective.players}
+def _load_players(objective: Objective, checkpoint: Folder) -> bool:
+    """Loads every player that the checkpoint holds.
+
+    Returns:
+        False where its main player is another model; nothing is loaded then.
+    """
+    found = {player: _saved_weights(checkpoint, player) for player in objective.players}
     main = objective.backbone_player
     if not _fits(found[main], objective.players[main]):
         return False
@@ -70,22 +89,21 @@ def _take_players(objective: Objective, checkpoint: Place) -> bool:
     return True
 
 
-def _saved(checkpoint: Place, player: str) -> dict[str, Tensor]:
-    """A player's weights; the moving average where there is one; empty where the checkpoint has no such player."""
+def _saved_weights(checkpoint: Folder, player: str) -> dict[str, Tensor]:
+    """A player's weights: the moving average where there is one; empty where the checkpoint has no such player."""
     return read_tensors(checkpoint, f"ema.{player}.") or read_tensors(checkpoint, f"model.{player}.")
 
 
 def _fits(state: dict[str, Tensor], module: nn.Module) -> bool:
-    return {name: tensor.shape for name, tensor in state.items()} == {
-        name: tensor.shape for name, tensor in module.state_dict().items()
-    }
+    """Whether names and shapes are those of the module."""
+    return shapes_of(state) == shapes_of(module.state_dict())
 
 
-def _take_backbone(module: nn.Module, where: str) -> None:
-    """Loads the layouts of others, and of our own models of another kind or size."""
-    path = Path(where)
+def _load_other_layout(module: nn.Module, where: str) -> None:
+    """Loads the layouts of others, and of our own models of another kind or size, from a path of this machine."""
+    path = local_path(where)
     if isinstance(module, MAE):
-        from pretrain.weights.files import load_initial_weights
+        from pretrain.weights.image import load_initial_weights
 
         load_initial_weights(path, module)
     elif isinstance(module, VideoMAE):

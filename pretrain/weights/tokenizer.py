@@ -9,27 +9,27 @@ Legend: B batch, C image channels, L latent channels, H/W pixels, h/w latent pix
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from data_pipes.store.urls import local_path
 from pretrain.checkpoint.dcp import tensor_shapes
+from pretrain.checkpoint.folder import Folder
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import find_damage, load_weights, read_complete
-from pretrain.checkpoint.store import Place, RemoteFolder
 from pretrain.config import load_run_config
 from pretrain.models.tokenizers.autoencoder import Autoencoder
 from pretrain.models.tokenizers.dc_ae import DCAE
-from pretrain.weights.backbone import Weights, find_checkpoint, run_of, weights_digest
+from pretrain.weights.backbone import Weights, weights_digest
+from pretrain.weights.dc_ae import DIFFUSERS_CONFIG, DIFFUSERS_INDEX, DIFFUSERS_WEIGHTS, read_dc_ae_folder
+from pretrain.weights.finding import find_checkpoint, run_dir_of
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
     from pretrain.objectives.base import Objective
-
-FOLDER_CONFIG = "config.json"
-FOLDER_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
-"""What a folder of diffusers' AutoencoderDC holds beside `config.json`; the second where the weights are in parts."""
 
 
 @dataclass(frozen=True)
@@ -37,83 +37,74 @@ class LoadedTokenizer:
     """A tokenizer and where it comes from."""
 
     model: Autoencoder
-    """on the CPU, fp32, in eval mode"""
+    """On the CPU, fp32, in evaluation mode."""
     mean: tuple[float, ...]
-    """per channel, on the scale where the stored range is [0, 1]"""
+    """Per channel, on the scale where the stored range is [0, 1]."""
     std: tuple[float, ...]
-    """per channel, on the same scale"""
+    """Per channel, on the same scale."""
     label: str
-    """short name for folders and tables, e.g. `step-00001200` or `step-00001200-ema`"""
-    source: Place
-    """the checkpoint folder or exported folder that was read"""
+    """Short name for folders and tables, e.g. `step-00001200` or `step-00001200-ema`."""
+    source: str
+    """Path or URL of the checkpoint or exported folder that was read."""
     digest: str
-    """`weights_digest` of the model"""
+    """`weights_digest` of the model."""
     image_size: tuple[int, int] | None = None
-    """(height, width) in pixels of the images that the run trained on; it encodes any size"""
+    """(height, width) in pixels of the images that the run trained on; it encodes any size. None: it is from no run."""
     step: int | None = None
-    """optimizer step of the checkpoint"""
+    """Optimizer step of the checkpoint; None: it is from no checkpoint."""
     config: RunConfig | None = None
-    """the run's configuration, when the tokenizer comes from a checkpoint"""
+    """The run's configuration; None: it is from no checkpoint."""
+    checkpoint: Folder | None = None
+    """The checkpoint that was read; None: it is from an exported folder."""
     complete: Mapping[str, Any] | None = None
-    """the checkpoint's COMPLETE record"""
+    """The checkpoint's COMPLETE record; None: it is from no checkpoint."""
     weights: Weights = "trained"
-    """which weights these are; `imported` ones came from a folder without a run"""
+    """Which weights these are; `imported` ones came from a folder without a run."""
     scaling_factor: float | None = None
-    """1 / RMS of the latents over a data set, where the folder names it"""
-    named_by: Path | None = None
-    """the run's folder, when it names a checkpoint that lies elsewhere (`checkpoint.folder`)"""
-
-    @property
-    def run_dir(self) -> Path | None:
-        """The run's folder, when the checkpoint still lies in one or was found by one."""
-        return run_of(self.source, self.complete, self.named_by)
+    """1 / RMS of the latents over a data set, where the folder names it."""
+    run_dir: Path | None = None
+    """The run's folder on this machine; None: it is not known."""
 
 
-def load_tokenizer(path: Place, *, ema: bool | None = None, verify: bool = False) -> LoadedTokenizer:
-    """The tokenizer behind `path`.
+def load_tokenizer(where: str | Path, *, ema: bool | None = None, verify: bool = False) -> LoadedTokenizer:
+    """The tokenizer that a user names.
 
     Args:
-        path: run folder (its newest complete checkpoint), checkpoint folder, or a folder in diffusers' layout; in an
-            object store, a checkpoint or the folder that holds a run's checkpoints.
+        where: run folder (its newest complete checkpoint), checkpoint folder, the folder that holds a run's
+            checkpoints, or on this machine a folder in diffusers' layout.
         ema: True: the moving average of the weights, which only checkpoints have; False: the weights themselves; None:
             the moving average where there is one.
         verify: check every file's sha256 of a checkpoint, not only sizes.
-
     Raises:
-        FileNotFoundError: nothing at `path`.
+        FileNotFoundError: nothing at `where`.
         ValueError: no tokenizer there, a damaged checkpoint, weights that do not fit, or no moving average.
     """
-    if not isinstance(path, RemoteFolder) and not path.exists():
-        raise FileNotFoundError(f"no tokenizer at {path}: expected a run, a checkpoint or an exported folder")
-    if _is_folder(path):
-        assert isinstance(path, Path)
+    folder = open_folder(where)
+    if not folder.exists():
+        raise FileNotFoundError(f"no tokenizer at {folder}: expected a run, a checkpoint or an exported folder")
+    if _has_diffusers_layout(folder):
         if ema:
-            raise ValueError(f"{path} has no moving average beside its weights: only checkpoints do")
-        return _from_folder(path)
-    found = find_checkpoint(path)
-    tokenizer = _from_checkpoint(found, ema=ema, verify=verify)
-    if isinstance(path, RemoteFolder) or found == path or found.parent == path / "checkpoints":
-        return tokenizer
-    return replace(tokenizer, named_by=path)
+            raise ValueError(f"{folder} has no moving average beside its weights: only checkpoints do")
+        return _from_folder(local_path(str(where)))
+    return _from_checkpoint(find_checkpoint(folder), folder, ema=ema, verify=verify)
 
 
-def is_tokenizer(path: Place) -> bool:
+def is_tokenizer(where: str | Path) -> bool:
     """Whether `load_tokenizer` would find a tokenizer here; reads no weights."""
-    if not isinstance(path, RemoteFolder) and not path.is_dir():
+    folder = open_folder(where)
+    if not folder.exists():
         return False
-    if _is_folder(path):
+    if _has_diffusers_layout(folder):
         return True
     try:
-        return isinstance(_build(load_run_config(find_checkpoint(path)))[1], Autoencoder)
+        return isinstance(_build(load_run_config(find_checkpoint(folder)))[1], Autoencoder)
     except ValueError:  # neither a run nor a checkpoint
         return False
 
 
-def _is_folder(path: Place) -> bool:
-    """Whether it is a folder in diffusers' layout."""
-    if isinstance(path, RemoteFolder) or not (path / FOLDER_CONFIG).is_file():
-        return False
-    return any((path / name).is_file() for name in FOLDER_WEIGHTS)
+def _has_diffusers_layout(folder: Folder) -> bool:
+    files = folder.files()
+    return DIFFUSERS_CONFIG in files and (DIFFUSERS_WEIGHTS in files or DIFFUSERS_INDEX in files)
 
 
 def _build(config: RunConfig) -> tuple[Objective, Any]:
@@ -123,7 +114,8 @@ def _build(config: RunConfig) -> tuple[Objective, Any]:
     return objective, objective.build_backbone()
 
 
-def _from_checkpoint(checkpoint: Place, *, ema: bool | None, verify: bool) -> LoadedTokenizer:
+def _from_checkpoint(checkpoint: Folder, named: Folder, *, ema: bool | None, verify: bool) -> LoadedTokenizer:
+    """See `load_tokenizer`; `named` is where the user pointed."""
     damage = find_damage(checkpoint, hashes=verify)
     if damage is not None:
         raise ValueError(f"{checkpoint} is damaged ({damage}): use another checkpoint of the run")
@@ -144,19 +136,19 @@ def _from_checkpoint(checkpoint: Place, *, ema: bool | None, verify: bool) -> Lo
         mean=tuple(objective.mean),
         std=tuple(objective.std),
         label=checkpoint.name + ("-ema" if ema else ""),
-        source=checkpoint,
+        source=str(checkpoint),
         digest=weights_digest(model.state_dict()),
         image_size=objective.image_size,
         step=int(complete["step"]),
         config=config,
+        checkpoint=checkpoint,
         complete=complete,
         weights="ema" if ema else "trained",
+        run_dir=run_dir_of(checkpoint, named),
     )
 
 
 def _from_folder(path: Path) -> LoadedTokenizer:
-    from pretrain.weights.dc_ae import read_dc_ae_folder
-
     config, weights, scaling_factor = read_dc_ae_folder(path)
     model = DCAE(config)
     model.load_state_dict(weights)
@@ -166,7 +158,7 @@ def _from_folder(path: Path) -> LoadedTokenizer:
         mean=half,
         std=half,
         label=path.name or path.resolve().name,
-        source=path,
+        source=str(path),
         digest=weights_digest(model.state_dict()),
         weights="imported",
         scaling_factor=scaling_factor,

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,8 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint.dcp import read_tensors
-from pretrain.checkpoint.store import Place
+from pretrain.checkpoint.folder import Folder
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.config import load_run_config
 from pretrain.models.inflate import Inflation, inflate_encoder
 from pretrain.models.mae import MAEConfig
@@ -36,50 +36,49 @@ from pretrain.models.video_mae import VideoMAE, VideoMAEConfig
 from pretrain.models.video_positions import sinusoid_table
 from pretrain.models.video_vit import Family
 from pretrain.models.vit import sincos_position_embedding
-from pretrain.weights.files import (
-    EXPORT_WEIGHTS,
-    WeightsError,
-    canonical_names,
-    check_fit,
-    checkpoint_in,
-    is_fixed_position_embedding,
-    read_tensor_file,
-    unwrap_state,
-)
+from pretrain.weights.files import EXPORT_WEIGHTS, State, WeightsError, check_fit, floats, read_state, shapes_of
+from pretrain.weights.finding import EXPORT_CONFIG, checkpoint_in
+from pretrain.weights.image import is_fixed_position_embedding
+from pretrain.weights.image_names import canonical_names
 from pretrain.weights.video_names import from_mae_st, from_original_video_mae, from_transformers
 
 logger = logging.getLogger(__name__)
 
-State = dict[str, Tensor]
 Layout = Literal["tessera", "transformers", "video_mae", "mae_st", "image"]
+"""Whose names a state dict has."""
 _WEIGHTS_FILES = (EXPORT_WEIGHTS, "pytorch_model.bin")
-_FIXED_TABLES = ("encoder.positions.table", "decoder.positions.table")
+"""The files of a folder that may hold the weights; the first one that is there is read."""
+_FIXED_POSITIONS = ("encoder.positions.table", "decoder.positions.table")
+"""Our buffers with VideoMAE's sinusoids, of the encoder and of the decoder."""
 _NAMES_SHOWN = 6
+"""Names that a message lists of a file that is not recognised."""
 
 
 @dataclass(frozen=True)
-class _Found:
+class _StoredModel:
     """Tensors as they were stored, and what their shapes do not say."""
 
     state: State
+    """fp32, under the names that they were stored with, without wrappers'."""
     heads: int | None = None
-    """attention heads of the encoder; None: the source does not say"""
+    """Attention heads of the encoder; None: the source does not say."""
     decoder_heads: int | None = None
+    """Attention heads of the decoder; None: the source does not say, or has none."""
 
 
 def load_video_weights(path: Path, model: VideoMAE, *, inflation: Inflation = "centre") -> list[str]:
-    """Loads weights to start a run from into `model`; returns the names of `model` that the source does not hold.
+    """Loads weights to start a run from into `model`.
 
     The encoder must be complete. The decoder may be absent as a whole (an encoder's file, a classifier, an image
-    model), then its names are returned and its tensors stay as they are. Of a checkpoint with a moving average that is
-    taken.
+    model), then its tensors stay as they are. Of a checkpoint with a moving average that is taken.
 
     Args:
         path: a weights file, a folder with config.json and model.safetensors (transformers' or Tessera's), or a run or
             checkpoint of Tessera.
         model: with materialised parameters.
         inflation: how a patch projection of an image model becomes one of tubelets, see `inflate_encoder`.
-
+    Returns:
+        The names of `model` that the source does not hold.
     Raises:
         FileNotFoundError: nothing at `path`.
         WeightsError: an unreadable file, or a model that does not fit; nothing has been loaded then.
@@ -95,13 +94,20 @@ def load_video_weights(path: Path, model: VideoMAE, *, inflation: Inflation = "c
     has_decoder = any(name.startswith("decoder.") for name in state)
     wanted = {name: tensor for name, tensor in target.items() if has_decoder or name.startswith("encoder.")}
     _check_learned_positions(state, wanted, path)
-    check_fit(state, wanted, path)
+    check_fit(state, shapes_of(wanted), path, "Make the architecture agree with it")
     model.load_state_dict(state, strict=False)  # check_fit has seen every wanted name
     return sorted(name for name in target if name not in state)
 
 
 def layout_of(state: Mapping[str, Tensor], path: Path) -> Layout:
-    """Whose names these are. Raises WeightsError for weights that are none of the layouts above."""
+    """Whose names these are.
+
+    Args:
+        state: tensors under the names that they were stored with.
+        path: where they are from, for messages.
+    Raises:
+        WeightsError: they have none of the layouts above.
+    """
     if any(name.removeprefix("encoder.").startswith("positions.") for name in state):
         return "tessera"
     if "pos_embed_spatial" in state:
@@ -131,6 +137,11 @@ def layout_of(state: Mapping[str, Tensor], path: Path) -> Layout:
 
 
 def _check_learned_positions(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
+    """Checks that learned positions are as many as the model has.
+
+    Raises:
+        WeightsError: they were learned for clips of another length or size.
+    """
     for name in sorted(name for name in wanted if ".positions." in name and name in state):
         saved, own = state[name].shape, wanted[name].shape
         if saved[1] != own[1] and saved[2:] == own[2:]:
@@ -140,25 +151,25 @@ def _check_learned_positions(state: Mapping[str, Tensor], wanted: Mapping[str, T
             )
 
 
-def _read(path: Path) -> _Found:
-    """The tensors at `path` in fp32 under the names that they were stored with, without wrappers."""
+def _read(path: Path) -> _StoredModel:
+    """What lies at a path: a file, a folder with config.json, a checkpoint or a run.
+
+    Raises:
+        FileNotFoundError: nothing.
+        WeightsError: something else.
+    """
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}: expected a file, an exported folder, a checkpoint or a run")
     files = [path] if path.is_file() else [path / name for name in _WEIGHTS_FILES if (path / name).is_file()]
     if not files:
-        return _from_checkpoint(checkpoint_in(path))
-    loaded = read_tensor_file(files[0])
-    cleaned = {
-        re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): tensor.float()
-        for name, tensor in unwrap_state(loaded, files[0]).items()
-    }
-    described = _read_json(path / "config.json") if path.is_dir() else {}
+        return _from_checkpoint(checkpoint_in(open_folder(path)))
+    described = _read_json(path / EXPORT_CONFIG) if path.is_dir() else {}
     arguments = described.get("model_args") or {}  # of an export to timm
     heads = described.get("num_attention_heads", arguments.get("num_heads"))
-    return _Found(cleaned, heads, described.get("decoder_num_attention_heads"))
+    return _StoredModel(floats(read_state(files[0])), heads, described.get("decoder_num_attention_heads"))
 
 
-def _from_checkpoint(checkpoint: Place) -> _Found:
+def _from_checkpoint(checkpoint: Folder) -> _StoredModel:
     config = getattr(load_run_config(checkpoint).objective, "model", None)
     if not isinstance(config, (MAEConfig, VideoMAEConfig)):
         raise WeightsError(
@@ -166,30 +177,29 @@ def _from_checkpoint(checkpoint: Place) -> _Found:
             "video_mae or video_mae_v2"
         )
     state = read_tensors(checkpoint, "ema.model.") or read_tensors(checkpoint, "model.model.")
-    return _Found(dict(state), config.encoder.heads, config.decoder_heads)
+    return _StoredModel(state, config.encoder.heads, config.decoder_heads)
 
 
-def _under_our_names(
-    state: State, layout: Layout, config: VideoMAEConfig, inflation: Inflation, path: Path
-) -> dict[str, Tensor]:
+def _under_our_names(state: State, layout: Layout, config: VideoMAEConfig, inflation: Inflation, path: Path) -> State:
+    """Tensors of a layout as a model of this configuration has them; `path` is for messages."""
     if layout == "image":
         return _inflated(state, config, inflation, path)
     is_mae_st = layout == "mae_st" or any(name.endswith("positions.spatial") for name in state)
     _check_family("mae_st" if is_mae_st else "video_mae", config, path)
     if layout == "tessera":
-        return _own(state, config, path)
+        return _from_tessera(state, config, path)
     if layout == "mae_st":
         return from_mae_st(state)
     convert = from_transformers if layout == "transformers" else from_original_video_mae
     return convert(_without_fixed_positions(state, path), config)
 
 
-def _own(state: State, config: VideoMAEConfig, path: Path) -> State:
-    """Our names, also of an encoder alone; fixed positions are those of the model's clips."""
+def _from_tessera(state: State, config: VideoMAEConfig, path: Path) -> State:
+    """Our own names, also of an encoder alone, with the fixed positions of the model's clips."""
     if any(name.startswith("positions.") for name in state):
         state = {f"encoder.{name}": tensor for name, tensor in state.items()}
     result = dict(state)
-    for name, width in zip(_FIXED_TABLES, (config.encoder.width, config.decoder_width), strict=True):
+    for name, width in zip(_FIXED_POSITIONS, (config.encoder.width, config.decoder_width), strict=True):
         if name in result and result[name].shape[2:] == (width,):
             if result[name].shape[1] != config.encoder.num_tokens:
                 logger.info(
@@ -215,7 +225,14 @@ def _inflated(state: State, config: VideoMAEConfig, inflation: Inflation, path: 
 
 
 def _without_fixed_positions(state: State, path: Path) -> State:
-    """Without stored sinusoids, which the model computes. Raises WeightsError for positions that were learned."""
+    """The same without stored sinusoids, which the model computes.
+
+    Args:
+        state: under the names of transformers or of the original.
+        path: where it is from, for messages.
+    Raises:
+        WeightsError: the positions were learned.
+    """
     kept = {}
     for name, tensor in state.items():
         if not name.endswith(("pos_embed", "position_embeddings")):
@@ -228,6 +245,11 @@ def _without_fixed_positions(state: State, path: Path) -> State:
 
 
 def _check_family(found: Family, config: VideoMAEConfig, path: Path) -> None:
+    """Checks that the file is of the model's family.
+
+    Raises:
+        WeightsError: it is of the other one.
+    """
     if found != config.encoder.family:
         have = {"mae_st": "learned positions and a class token", "video_mae": "a fixed sinusoid and no class token"}
         raise WeightsError(
@@ -236,8 +258,13 @@ def _check_family(found: Family, config: VideoMAEConfig, path: Path) -> None:
         )
 
 
-def _check_heads(found: _Found, config: VideoMAEConfig, layout: Layout, path: Path) -> None:
-    """No tensor's shape shows the number of heads, and with another number the weights would mean nothing."""
+def _check_heads(found: _StoredModel, config: VideoMAEConfig, layout: Layout, path: Path) -> None:
+    """Checks the number of attention heads, as far as it is known: no tensor's shape shows it, and with another number
+    the weights would mean nothing.
+
+    Raises:
+        WeightsError: it is not the model's.
+    """
     has_decoder = layout != "image" and any(name.startswith("decoder.") for name in found.state)
     for part, heads, own in (
         ("encoder", found.heads, config.encoder.heads),
@@ -248,6 +275,7 @@ def _check_heads(found: _Found, config: VideoMAEConfig, layout: Layout, path: Pa
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where it is missing or unreadable, because the weights say the rest."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -15,23 +15,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pretrain.models.video_mae import VideoMAEConfig
 from pretrain.models.video_positions import sinusoid_table
-from pretrain.models.video_vit import VideoViTConfig
-from pretrain.models.vit import LAYER_NORM_EPS
+from pretrain.weights.files import State
 
-State = dict[str, Tensor]
-CANNOT = "This model cannot become a transformers VideoMAE"
-_LEARNED_POSITIONS = (
+LEARNED_POSITIONS = (
     "its positions are learned and it has a class token (MAE-ST); there they are a fixed sinusoid, without one"
 )
-_POSITIONS = ("encoder.positions.table", "decoder.positions.table")
-# Theirs -> ours; the longest matching prefix or name decides.
+"""The reason for which a VideoMAE's layout cannot hold a MAE-ST."""
+_FIXED_POSITIONS = ("encoder.positions.table", "decoder.positions.table")
+"""Our buffers with VideoMAE's sinusoids, which no file of theirs stores."""
 _TRANSFORMERS = {
     "videomae.embeddings.patch_embeddings.projection.": "encoder.patch_embed.proj.",
     "videomae.encoder.layer.": "encoder.blocks.",
@@ -42,6 +40,7 @@ _TRANSFORMERS = {
     "decoder.norm.": "decoder.norm.",
     "decoder.head.": "decoder.pred.",
 }
+"""transformers' names -> ours; the longest matching prefix or name decides."""
 _TRANSFORMERS_LAYER = {
     "layernorm_before.": "norm1.",
     "layernorm_after.": "norm2.",
@@ -54,6 +53,7 @@ _TRANSFORMERS_LAYER = {
     "intermediate.dense.": "mlp.fc1.",
     "output.dense.": "mlp.fc2.",
 }
+"""The same within a numbered block; those that end with q_bias and v_bias are of version 4."""
 _ORIGINAL = {
     "encoder.": "encoder.",
     "encoder_to_decoder.": "decoder.embed.",
@@ -62,6 +62,7 @@ _ORIGINAL = {
     "decoder.norm.": "decoder.norm.",
     "decoder.head.": "decoder.pred.",
 }
+"""The original VideoMAE's names -> ours."""
 _ORIGINAL_LAYER = {
     "norm1.": "norm1.",
     "norm2.": "norm2.",
@@ -71,6 +72,7 @@ _ORIGINAL_LAYER = {
     "attn.proj.": "attn.proj.",
     "mlp.": "mlp.",
 }
+"""The same within a numbered block."""
 _MAE_ST = {
     "cls_token": "encoder.cls_token",
     "pos_embed_spatial": "encoder.positions.spatial",
@@ -89,87 +91,44 @@ _MAE_ST = {
     "decoder_norm.": "decoder.norm.",
     "decoder_pred.": "decoder.pred.",
 }
+"""The original MAE-ST's names -> ours."""
 _MAE_ST_LAYER = {
     "norm1.": "norm1.",
     "norm2.": "norm2.",
     "attn.": "attn.",
     "mlp.": "mlp.",
 }
-
-
-def transformers_encoder_arguments(config: VideoViTConfig) -> dict[str, Any]:
-    """What `transformers.VideoMAEConfig` needs to build this encoder. Raises ValueError for MAE-ST's."""
-    if config.family != "video_mae":
-        raise ValueError(f"{CANNOT}: {_LEARNED_POSITIONS}")
-    return {
-        "image_size": side_or_sides(config.image_size),
-        "patch_size": side_or_sides(config.patch_size),
-        "num_channels": config.in_channels,
-        "num_frames": config.num_frames,
-        "tubelet_size": config.tubelet_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "intermediate_size": int(config.width * config.mlp_ratio),
-        "layer_norm_eps": LAYER_NORM_EPS,  # the default there is 1e-12
-        "qv_bias": True,
-        "use_mean_pooling": False,  # True leaves the encoder's norm out
-    }
-
-
-def transformers_arguments(config: VideoMAEConfig, norm_pixels: bool) -> dict[str, Any]:
-    """What `transformers.VideoMAEConfig` needs to build this model, decoder and target included.
-
-    One thing it cannot say: the norm after its decoder has an eps of 1e-5, ours and the original's 1e-6.
-    Raises ValueError, with the reason, for a model that transformers does not have.
-    """
-    encoder = config.encoder
-    arguments = transformers_encoder_arguments(encoder)
-    reasons = {
-        "it predicts a part of the frames; there all are predicted": (
-            config.num_predicted_frames != encoder.num_frames
-        ),
-        f"its patches are {encoder.patch_size[0]} x {encoder.patch_size[1]}; there the decoder's are square": (
-            len(set(encoder.patch_size)) != 1
-        ),
-        f"it predicts raw pixels of {encoder.in_channels} channels; there these must be 3": (
-            encoder.in_channels != 3 and not norm_pixels
-        ),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(f"{CANNOT}: {reason}")
-    return arguments | {
-        "decoder_hidden_size": config.decoder_width,
-        "decoder_num_hidden_layers": config.decoder_depth,
-        "decoder_num_attention_heads": config.decoder_heads,
-        "decoder_intermediate_size": int(config.decoder_width * encoder.mlp_ratio),
-        "norm_pix_loss": norm_pixels,
-    }
-
-
-def side_or_sides(pair: tuple[int, int]) -> int | list[int]:
-    """As transformers' configurations have sizes: one number for a square."""
-    return pair[0] if pair[0] == pair[1] else list(pair)
+"""The same within a numbered block."""
 
 
 def to_transformers(state: Mapping[str, Tensor], major: Literal[4, 5] = 5) -> State:
     """Our VideoMAE (or its encoder alone) under the names of a major version of transformers.
 
     Files have the names of 4 (q_bias, v_bias): 5 renames them when it loads, and 4 does not know those of 5.
-    Raises ValueError for MAE-ST's.
+
+    Args:
+        state: under our names.
+        major: the version.
+    Raises:
+        ValueError: it is a MAE-ST.
     """
     _refuse_learned_positions(state, "transformers' VideoMAE")
-    stored = {name: tensor for name, tensor in state.items() if name not in _POSITIONS}
+    stored = {name: tensor for name, tensor in state.items() if name not in _FIXED_POSITIONS}
     split = {n: t for n, t in _split_attention(stored).items() if not n.endswith("attn.k.bias")}
     layer = {theirs: ours for theirs, ours in _TRANSFORMERS_LAYER.items() if major == 4 or not theirs.endswith("_bias")}
     return {_rename(name, _inverse(_TRANSFORMERS), _inverse(layer)): tensor for name, tensor in split.items()}
 
 
 def from_transformers(state: Mapping[str, Tensor], config: VideoMAEConfig) -> State:
-    """A `VideoMAEForPreTraining` or `VideoMAEModel` of transformers 4 or 5 under our names, positions filled in.
+    """A `VideoMAEForPreTraining` or `VideoMAEModel` of transformers 4 or 5 under our names.
 
     A classifier's head is dropped, and its `fc_norm` is taken for the encoder's norm where that is missing.
+
+    Args:
+        state: under transformers' names.
+        config: of our model, for the fixed positions, which are filled in.
+    Raises:
+        ValueError: a tensor that no such model has.
     """
     renamed: State = {}
     has_norm = any(name.removeprefix("videomae.").startswith("layernorm.") for name in state)
@@ -184,11 +143,15 @@ def from_transformers(state: Mapping[str, Tensor], config: VideoMAEConfig) -> St
 
 
 def to_original_video_mae(state: Mapping[str, Tensor]) -> State:
-    """Our VideoMAE under the names of the original's pretraining files. Raises ValueError for MAE-ST's."""
+    """Our VideoMAE, or its encoder alone, under the names of the original's pretraining files (v1 and v2).
+
+    Raises:
+        ValueError: it is a MAE-ST.
+    """
     _refuse_learned_positions(state, "the original VideoMAE")
     result: State = {}
     for name, tensor in state.items():
-        if name in _POSITIONS:
+        if name in _FIXED_POSITIONS:
             continue
         if name.endswith("attn.qkv.bias"):
             query, _, value = tensor.chunk(3)
@@ -203,6 +166,12 @@ def from_original_video_mae(state: Mapping[str, Tensor], config: VideoMAEConfig)
     """The original VideoMAE's or v2's tensors (unwrapped from `model` or `module`) under our names.
 
     Pretraining files have `encoder.`; fine-tuned ones do not, and their `fc_norm` is taken for the encoder's norm.
+
+    Args:
+        state: under the original's names.
+        config: of our model, for the fixed positions, which are filled in.
+    Raises:
+        ValueError: a tensor that no such model has.
     """
     renamed: State = {}
     is_whole = any(name.startswith("encoder.") for name in state)
@@ -217,7 +186,11 @@ def from_original_video_mae(state: Mapping[str, Tensor], config: VideoMAEConfig)
 
 
 def to_mae_st(state: Mapping[str, Tensor]) -> State:
-    """Our MAE-ST under the original's names. Raises ValueError for VideoMAE's."""
+    """Our MAE-ST, or its encoder alone, under the original's names.
+
+    Raises:
+        ValueError: it is a VideoMAE.
+    """
     if "encoder.positions.spatial" not in state:
         raise ValueError("This model has no learned positions: it is a VideoMAE, which MAE-ST's layout cannot hold.")
     return {
@@ -230,13 +203,24 @@ def from_mae_st(state: Mapping[str, Tensor]) -> State:
     """The original MAE-ST's tensors (unwrapped from `model_state` or the like) under our names.
 
     A classifier's head is dropped.
+
+    Raises:
+        ValueError: a tensor that no such model has.
     """
     kept = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     return _join_attention({_rename(name, _MAE_ST, _MAE_ST_LAYER): tensor for name, tensor in kept.items()})
 
 
 def _rename(name: str, roots: Mapping[str, str], layers: Mapping[str, str]) -> str:
-    """Replace the longest matching prefix by `roots`, and inside numbered blocks what follows by `layers`."""
+    """One name in another layout.
+
+    Args:
+        name: the name.
+        roots: its beginnings -> the other layout's; the longest that matches is replaced.
+        layers: the same for what follows a numbered block.
+    Raises:
+        ValueError: no beginning matches.
+    """
     root = _longest(name, roots)
     renamed = roots[root] + name.removeprefix(root)
     if root.endswith(("blocks.", "layer.", "layers.")) or re.match(r"(encoder|decoder)\.blocks\.\d", renamed):
@@ -249,6 +233,11 @@ def _rename(name: str, roots: Mapping[str, str], layers: Mapping[str, str]) -> s
 
 
 def _longest(name: str, table: Mapping[str, str]) -> str:
+    """The longest key of the table that is `name`, or with which it begins where the key ends with a dot.
+
+    Raises:
+        ValueError: there is none.
+    """
     matching = [prefix for prefix in table if name == prefix or (prefix.endswith(".") and name.startswith(prefix))]
     if not matching:
         raise ValueError(
@@ -288,7 +277,7 @@ def _join_attention(state: Mapping[str, Tensor]) -> State:
 
 
 def _with_positions(state: State, config: VideoMAEConfig) -> State:
-    """With the fixed tables, for the parts that are there."""
+    """The same with VideoMAE's fixed positions, for the parts (encoder, decoder) that are there."""
     widths = {"encoder": config.encoder.width, "decoder": config.decoder_width}
     for part, width in widths.items():
         if any(name.startswith(f"{part}.") for name in state):
@@ -297,5 +286,10 @@ def _with_positions(state: State, config: VideoMAEConfig) -> State:
 
 
 def _refuse_learned_positions(state: Mapping[str, Tensor], target: str) -> None:
+    """Checks that a state dict is that of a VideoMAE.
+
+    Raises:
+        ValueError: it is a MAE-ST's; the message says that it cannot become `target`.
+    """
     if "encoder.positions.spatial" in state or "encoder.cls_token" in state:
-        raise ValueError(f"This model cannot become {target}: {_LEARNED_POSITIONS}.")
+        raise ValueError(f"This model cannot become {target}: {LEARNED_POSITIONS}.")

@@ -1,4 +1,4 @@
-"""Kills a save at its first, second, third, ... operation on files, until it gets through: for test_checkpoint_faults.
+"""Kills a save at its first, second, third, ... operation on files, until it gets through: for test_faults.
 
 Prints one line of JSON per point: which checkpoint counts after the kill, and after one more save.
 """
@@ -16,19 +16,21 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint.checkpointer import Checkpointer
+from pretrain.checkpoint.checkpoints import Checkpoints
 from pretrain.checkpoint.config import CheckpointConfig
+from pretrain.checkpoint.hashing_stream import HashingStream
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import find_damage, list_checkpoints, step_of
-from pretrain.checkpoint.store import HashingStream
+from pretrain.checkpoint.saver import Saver
 from pretrain.parallel.world import World
 
 WORLD = World(0, 1, 0, torch.device("cpu"), None, None)
 
 
-def save(checkpointer: Checkpointer, step: int) -> None:
+def save(saver: Saver, step: int) -> None:
     state = {"model.model": {"weight": torch.full((1000,), float(step)), "bias": torch.zeros(3)}}
-    checkpointer.save(step, state, {"position": step}, "name: run\n")
-    checkpointer.wait()
+    saver.save(step, state, {"position": step}, "name: run\n")
+    saver.wait()
 
 
 def kill_at(point: int) -> None:
@@ -62,21 +64,21 @@ def main(folder: Path) -> None:
         run_dir = folder / f"point-{point}"
         child = os.fork()
         if child == 0:
-            checkpointer = Checkpointer(run_dir, CheckpointConfig(), WORLD)
+            saver = Saver(Checkpoints(run_dir, CheckpointConfig(), WORLD))
             for step in (-1, 0, 1):  # steps of a run; the oldest is deleted in the save that is killed
-                save(checkpointer, 10 + step)
+                save(saver, 10 + step)
             kill_at(point)
-            save(checkpointer, 12)
+            save(saver, 12)
             os._exit(0)
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
         complete = (run_dir / "checkpoints" / "step-00000012" / "COMPLETE").exists()
-        again = Checkpointer(run_dir, CheckpointConfig(), WORLD)
-        found = again.find()
-        good = [step_of(place) - 10 for place in list_checkpoints(run_dir) if find_damage(place) is None]
+        again = Saver(Checkpoints(run_dir, CheckpointConfig(), WORLD))
+        found = again.checkpoints.find()
+        good = [step_of(place) - 10 for place in list_checkpoints(open_folder(run_dir)) if find_damage(place) is None]
         assert found is not None
         assert len(good) >= 2, good
         save(again, 13)
-        after = Checkpointer(run_dir, CheckpointConfig(), WORLD).find()
+        after = Checkpoints(run_dir, CheckpointConfig(), WORLD).find()
         assert after is not None
         record = {"point": point, "killed": killed, "complete": complete, "found": step_of(found) - 10}
         print(json.dumps({**record, "after": step_of(after) - 10}), flush=True)

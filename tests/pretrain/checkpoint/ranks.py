@@ -1,4 +1,4 @@
-"""Two ranks save together, and one of them has a fault in the second save: for test_checkpoint_faults."""
+"""Two ranks save together, and one of them has a fault in the second save: for test_faults."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 import pretrain.checkpoint.write as write_module
-from pretrain.checkpoint.checkpointer import Checkpointer
+from pretrain.checkpoint.checkpoints import Checkpoints
 from pretrain.checkpoint.config import CheckpointConfig
+from pretrain.checkpoint.saver import Saver
 from pretrain.parallel.world import World
 
 
@@ -27,10 +28,11 @@ def main(run_dir: Path, fault: str) -> None:
     control = dist.new_group(backend="gloo")
     saving = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=3))
     world = World(rank, 2, rank, torch.device("cpu"), control, saving)  # type: ignore[arg-type]
-    checkpointer = Checkpointer(run_dir, CheckpointConfig(busy_wait_s=30), world)
+    checkpoints = Checkpoints(run_dir, CheckpointConfig(busy_wait_s=30), world)
+    saver = Saver(checkpoints)
     write_pieces = write_module._write_pieces
 
-    def broken(job: write_module.Job, rank: int) -> Any:
+    def broken(job: write_module.SaveJob, rank: int) -> Any:
         if rank == 1 and job.target.name == "step-00000002":
             if fault == "disk":
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -40,12 +42,12 @@ def main(run_dir: Path, fault: str) -> None:
     write_module._write_pieces = broken
     weights = {f"layer{index}.weight": torch.full((1000,), float(index)) for index in range(20)}
     for step in (1, 2, 3):
-        checkpointer.save(step, {"model.model": weights}, {"position": step}, "name: run\n")
-        checkpointer.settle()
+        saver.save(step, {"model.model": weights}, {"position": step}, "name: run\n")
+        saver.settle()
     said = {
-        "failed": checkpointer.stats()["checkpoint/failed"],
-        "events": checkpointer.take_events(),
-        "staged_bytes": checkpointer._saver._buffer.size_bytes,
+        "failed": saver.stats()["checkpoint/failed"],
+        "events": checkpoints.take_events(),
+        "staged_bytes": saver._buffer.size_bytes,
         "state_bytes": sum(weight.nbytes for weight in weights.values()),
     }
     (run_dir / f"rank{rank}.json").write_text(json.dumps(said))

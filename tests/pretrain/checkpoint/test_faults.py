@@ -1,4 +1,4 @@
-"""What broken storage does to a run: every outcome that the head of pretrain/checkpoint/checkpointer.py promises.
+"""What broken storage does to a run: every outcome that the head of pretrain/checkpoint/checkpoints.py promises.
 
 Where a mount is allowed the disks are real ones (a small tmpfs that fills up or turns read-only).
 """
@@ -23,11 +23,12 @@ import torch
 
 import pretrain.checkpoint.saver as saver_module
 import pretrain.checkpoint.write as write_module
-from pretrain.checkpoint.checkpointer import Checkpointer
+from pretrain.checkpoint.checkpoints import Checkpoints
 from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.open_folder import LocalFolder, open_folder
 from pretrain.checkpoint.read import find_damage, list_checkpoints, newest_complete, step_of
-from pretrain.checkpoint.store import LocalStore
+from pretrain.checkpoint.saver import Saver
 from pretrain.parallel.world import World
 from tests.pretrain.runs import ENVIRONMENT, torchrun
 
@@ -36,29 +37,29 @@ CONFIG = "name: run\n"
 NUM_VALUES = 100_000  # 400 kB per save
 
 
-def _save(checkpointer: Checkpointer, step: int, *, last: bool = False) -> bool:
+def _save(saver: Saver, step: int, *, last: bool = False) -> bool:
     state = {"model.model": {"weight": torch.full((NUM_VALUES,), float(step))}}
-    return checkpointer.save(step, state, {"position": 8 * step}, CONFIG, last=last)
+    return saver.save(step, state, {"position": 8 * step}, CONFIG, last=last)
 
 
-def _saved(run_dir: Path, config: CheckpointConfig | None = None, *steps: int) -> Checkpointer:
-    """A checkpointer that has saved these steps."""
-    checkpointer = Checkpointer(run_dir, config or CheckpointConfig(), WORLD)
+def _saved(run_dir: Path, config: CheckpointConfig | None = None, *steps: int) -> Saver:
+    """A saver that has saved these steps."""
+    saver = Saver(Checkpoints(run_dir, config or CheckpointConfig(), WORLD))
     for step in steps or (1,):
-        _save(checkpointer, step)
-        checkpointer.wait()
-    return checkpointer
+        _save(saver, step)
+        saver.wait()
+    return saver
 
 
 def _steps(run_dir: Path) -> list[int]:
     """The steps whose checkpoints are good, checked to the last byte."""
-    return [step_of(place) for place in list_checkpoints(run_dir) if find_damage(place) is None]
+    return [step_of(place) for place in list_checkpoints(open_folder(run_dir)) if find_damage(place) is None]
 
 
-def _assert_failed(checkpointer: Checkpointer, run_dir: Path, step: int, caplog: pytest.LogCaptureFixture) -> None:
+def _assert_failed(saver: Saver, run_dir: Path, step: int, caplog: pytest.LogCaptureFixture) -> None:
     """The failed save was loud, left nothing that counts, and the good checkpoint is as it was."""
-    assert checkpointer.stats()["checkpoint/failed"] == 1
-    events = [event for event in checkpointer.take_events() if event["event"] == "failed"]
+    assert saver.stats()["checkpoint/failed"] == 1
+    events = [event for event in saver.checkpoints.take_events() if event["event"] == "failed"]
     assert [event["step"] for event in events] == [step]
     json.dumps(events)
     assert f"A checkpoint was not saved (step {step}" in caplog.text
@@ -81,52 +82,52 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_dir = small_disk / "run"
-    checkpointer = _saved(run_dir)
+    saver = _saved(run_dir)
     (small_disk / "ballast").write_bytes(b"x" * 900_000)
-    assert _save(checkpointer, 2)
+    assert _save(saver, 2)
     with pytest.raises(CheckpointError, match=f"Errno {errno.ENOSPC}"):
-        checkpointer.wait()
-    _assert_failed(checkpointer, run_dir, 2, caplog)
+        saver.wait()
+    _assert_failed(saver, run_dir, 2, caplog)
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000001"]
     (small_disk / "ballast").unlink()
-    _save(checkpointer, 3)
-    checkpointer.wait()
+    _save(saver, 3)
+    saver.wait()
     assert _steps(run_dir) == [1, 3]
-    assert checkpointer.stats()["checkpoint/failed_in_a_row"] == 0
+    assert saver.stats()["checkpoint/failed_in_a_row"] == 0
 
 
 def test_space_is_freed_before_a_save_where_that_is_allowed(small_disk: Path) -> None:
     """Three fit on the disk. Kept are three: freeing afterwards needs room for a fourth, and freeing before does not;
     at no time there are fewer than two good ones."""
     counts: list[int] = []
-    write = LocalStore.write
+    write = LocalFolder.write
 
-    def counting(self: LocalStore, folder: Path, name: str, data: bytes) -> None:
+    def counting(self: LocalFolder, name: str, data: bytes) -> None:
         counts.append(len(_steps(run_dir)))
-        write(self, folder, name, data)
+        write(self, name, data)
 
     run_dir = small_disk / "after"
-    checkpointer = _saved(run_dir, CheckpointConfig(keep_last=3), 1, 2, 3)
-    _save(checkpointer, 4)
+    saver = _saved(run_dir, CheckpointConfig(keep_last=3), 1, 2, 3)
+    _save(saver, 4)
     with pytest.raises(CheckpointError, match="No space"):
-        checkpointer.wait()
+        saver.wait()
     assert _steps(run_dir) == [1, 2, 3]
     shutil.rmtree(run_dir)
     run_dir = small_disk / "before"
-    checkpointer = _saved(run_dir, CheckpointConfig(keep_last=3, free_before=True), 1, 2, 3)
+    saver = _saved(run_dir, CheckpointConfig(keep_last=3, free_before=True), 1, 2, 3)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(LocalStore, "write", counting)
-        _save(checkpointer, 4)
-        checkpointer.wait()
+        patched.setattr(LocalFolder, "write", counting)
+        _save(saver, 4)
+        saver.wait()
     assert min(counts) == 2
     assert _steps(run_dir) == [2, 3, 4]
 
 
 def test_space_is_not_freed_for_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpointer = _saved(tmp_path, CheckpointConfig(keep_last=2, free_before=True), 1, 2)
+    saver = _saved(tmp_path, CheckpointConfig(keep_last=2, free_before=True), 1, 2)
     _fail_fsync(monkeypatch, errno.EIO)
-    _save(checkpointer, 3)
-    checkpointer.settle()
+    _save(saver, 3)
+    saver.settle()
     assert _steps(tmp_path) == [1, 2]
 
 
@@ -134,27 +135,27 @@ def test_a_disk_that_turns_read_only(
     small_disk: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = small_disk / "run"
-    checkpointer = _saved(run_dir)
+    saver = _saved(run_dir)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    _save(checkpointer, 2)
-    checkpointer.settle()  # says so and goes on
-    _assert_failed(checkpointer, run_dir, 2, caplog)
+    _save(saver, 2)
+    saver.settle()  # says so and goes on
+    _assert_failed(saver, run_dir, 2, caplog)
     monkeypatch.setattr(saver_module, "_RETRY_S", 0.0)
-    _save(checkpointer, 3, last=True)
+    _save(saver, 3, last=True)
     with pytest.raises(CheckpointError, match=f"Errno {errno.EROFS}"):
-        checkpointer.wait()
+        saver.wait()
 
 
 def test_a_file_that_may_not_grow(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    checkpointer = _saved(tmp_path)
+    saver = _saved(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
-        _save(checkpointer, 2)
-        checkpointer.settle()
+        _save(saver, 2)
+        saver.settle()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    _assert_failed(checkpointer, tmp_path, 2, caplog)
+    _assert_failed(saver, tmp_path, 2, caplog)
     assert "File too large" in caplog.text
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
@@ -178,66 +179,66 @@ def test_an_io_error_at_every_file(
 ) -> None:
     """1 for the folder, 1 for the tensors, 2 (file and folder) for each of .metadata, config.yaml, state.json and
     COMPLETE."""
-    checkpointer = _saved(tmp_path)
+    saver = _saved(tmp_path)
     with monkeypatch.context() as patched:
         _fail_fsync(patched, errno.EIO, after)
-        _save(checkpointer, 2)
+        _save(saver, 2)
         with pytest.raises(CheckpointError, match="Input/output error"):
-            checkpointer.wait()
-    _assert_failed(checkpointer, tmp_path, 2, caplog)
-    assert Checkpointer(tmp_path, CheckpointConfig(), WORLD).find() == newest_complete(tmp_path)
-    _save(checkpointer, 2)  # the same step again
-    checkpointer.wait()
+            saver.wait()
+    _assert_failed(saver, tmp_path, 2, caplog)
+    assert Checkpoints(tmp_path, CheckpointConfig(), WORLD).find() == newest_complete(open_folder(tmp_path))
+    _save(saver, 2)  # the same step again
+    saver.wait()
     assert _steps(tmp_path) == [1, 2]
 
 
 def test_a_folder_that_vanishes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpointer = _saved(tmp_path)
+    saver = _saved(tmp_path)
     publish = write_module._publish
 
-    def without_folder(job: write_module.Job, *more: Any) -> int:
+    def without_folder(job: write_module.SaveJob, *more: Any) -> int:
         shutil.rmtree(tmp_path / "checkpoints" / "step-00000002")
         return publish(job, *more)
 
     with monkeypatch.context() as patched:
         patched.setattr(write_module, "_publish", without_folder)
-        _save(checkpointer, 2)
-        checkpointer.settle()
-    _assert_failed(checkpointer, tmp_path, 2, caplog)
+        _save(saver, 2)
+        saver.settle()
+    _assert_failed(saver, tmp_path, 2, caplog)
     shutil.rmtree(tmp_path / "checkpoints")
-    _save(checkpointer, 3)
-    checkpointer.wait()
+    _save(saver, 3)
+    saver.wait()
     assert _steps(tmp_path) == [3]
 
 
 def test_a_file_that_another_node_does_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes that do not share the folder: rank 0 publishes nothing, and says what to do."""
-    checkpointer = _saved(tmp_path)
-    files = LocalStore.files
-    hide = lambda self, folder: {n: s for n, s in files(self, folder).items() if not n.endswith(".distcp")}
+    saver = _saved(tmp_path)
+    files = LocalFolder.files
+    hide = lambda self: {n: s for n, s in files(self).items() if not n.endswith(".distcp")}
     with monkeypatch.context() as patched:
-        patched.setattr(LocalStore, "files", hide)
-        _save(checkpointer, 2)
+        patched.setattr(LocalFolder, "files", hide)
+        _save(saver, 2)
         with pytest.raises(CheckpointError, match="do not share this folder"):
-            checkpointer.wait()
+            saver.wait()
     assert _steps(tmp_path) == [1]
 
 
 @contextmanager
 def _stuck_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Writing tensors hangs until the yielded function is called."""
-    gate, create = threading.Event(), LocalStore.create
+    gate, create = threading.Event(), LocalFolder.create
 
     @contextmanager
-    def waiting(self: LocalStore, folder: Path, name: str) -> Iterator[Any]:
+    def waiting(self: LocalFolder, name: str) -> Iterator[Any]:
         assert gate.wait(60)
-        with create(self, folder, name) as stream:
+        with create(self, name) as stream:
             yield stream
 
     with monkeypatch.context() as patched:
-        patched.setattr(LocalStore, "create", waiting)
+        patched.setattr(LocalFolder, "create", waiting)
         try:
             yield gate.set
         finally:
@@ -247,97 +248,97 @@ def _stuck_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]
 def test_a_save_that_is_longer_than_the_interval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpointer = _saved(tmp_path, CheckpointConfig(busy_wait_s=0.05))
+    saver = _saved(tmp_path, CheckpointConfig(busy_wait_s=0.05))
     with _stuck_disk(monkeypatch) as release:
-        assert _save(checkpointer, 2)
-        assert not _save(checkpointer, 3)
-        assert not _save(checkpointer, 4)
-        assert checkpointer.stats()["checkpoint/blocked_ms"] < 2000
+        assert _save(saver, 2)
+        assert not _save(saver, 3)
+        assert not _save(saver, 4)
+        assert saver.stats()["checkpoint/blocked_ms"] < 2000
         assert "The save of step 3 is skipped: that of step 2 still runs" in caplog.text
         release()
-        checkpointer.wait()
+        saver.wait()
     assert _steps(tmp_path) == [1, 2]
-    assert checkpointer.stats()["checkpoint/skipped"] == 2
-    assert checkpointer.stats()["checkpoint/failed"] == 0
-    skipped = [event["step"] for event in checkpointer.take_events() if event["event"] == "skipped"]
+    assert saver.stats()["checkpoint/skipped"] == 2
+    assert saver.stats()["checkpoint/failed"] == 0
+    skipped = [event["step"] for event in saver.checkpoints.take_events() if event["event"] == "skipped"]
     assert skipped == [3, 4]
-    assert _save(checkpointer, 5)
-    checkpointer.wait()
+    assert _save(saver, 5)
+    saver.wait()
     assert _steps(tmp_path) == [2, 5]
 
 
 def test_an_old_save_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpointer = _saved(tmp_path, CheckpointConfig(busy_wait_s=0.0, wait_after_s=0.0))
+    saver = _saved(tmp_path, CheckpointConfig(busy_wait_s=0.0, wait_after_s=0.0))
     with _stuck_disk(monkeypatch) as release:
-        _save(checkpointer, 2)
+        _save(saver, 2)
         threading.Timer(0.3, release).start()
-        assert _save(checkpointer, 3)
-        checkpointer.wait()
+        assert _save(saver, 3)
+        saver.wait()
     assert _steps(tmp_path) == [2, 3]
-    assert checkpointer.stats()["checkpoint/blocked_ms"] > 200
+    assert saver.stats()["checkpoint/blocked_ms"] > 200
 
 
 def test_the_last_save_waits_and_is_never_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpointer = _saved(tmp_path, CheckpointConfig(busy_wait_s=0.0))
+    saver = _saved(tmp_path, CheckpointConfig(busy_wait_s=0.0))
     with _stuck_disk(monkeypatch) as release:
-        _save(checkpointer, 2)
+        _save(saver, 2)
         threading.Timer(0.3, release).start()
-        assert _save(checkpointer, 3, last=True)
-        checkpointer.wait()
+        assert _save(saver, 3, last=True)
+        saver.wait()
     assert _steps(tmp_path) == [2, 3]
 
 
 def test_a_disk_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The run goes on, with one copy in memory; the last save ends it with an error; a disk that comes back is used."""
     config = CheckpointConfig(busy_wait_s=0.05, wait_after_s=0.05, hung_after_s=0.2)
-    checkpointer = _saved(tmp_path, config)
+    saver = _saved(tmp_path, config)
     with _stuck_disk(monkeypatch) as release:
-        _save(checkpointer, 2)
+        _save(saver, 2)
         threading.Event().wait(0.1)
-        assert not _save(checkpointer, 3)  # waits until it counts as hung
+        assert not _save(saver, 3)  # waits until it counts as hung
         assert "has not ended in" in caplog.text
-        checkpointer.stats()
-        assert not _save(checkpointer, 4)
-        assert checkpointer.stats()["checkpoint/blocked_ms"] < 100  # no more waiting
-        assert checkpointer.stats()["checkpoint/failed_in_a_row"] >= 3
+        saver.stats()
+        assert not _save(saver, 4)
+        assert saver.stats()["checkpoint/blocked_ms"] < 100  # no more waiting
+        assert saver.stats()["checkpoint/failed_in_a_row"] >= 3
         with pytest.raises(CheckpointError, match=r"step 5, the last of this run, cannot be saved.*has hung"):
-            _save(checkpointer, 5, last=True)
+            _save(saver, 5, last=True)
         with pytest.raises(CheckpointError, match="has not ended in"):
-            checkpointer.wait()
+            saver.wait()
         assert _steps(tmp_path) == [1]
         release()
-        saving = checkpointer._saver._running
+        saving = saver._running
         assert saving is not None
         assert saving.ended.wait(60)
-    assert _save(checkpointer, 6)
-    checkpointer.wait()
+    assert _save(saver, 6)
+    saver.wait()
     assert _steps(tmp_path) == [2, 6]
-    assert checkpointer.stats()["checkpoint/failed_in_a_row"] == 0
-    assert {"hung", "failed", "saved"} == {event["event"] for event in checkpointer.take_events()}
+    assert saver.stats()["checkpoint/failed_in_a_row"] == 0
+    assert {"hung", "failed", "saved"} == {event["event"] for event in saver.checkpoints.take_events()}
 
 
 @pytest.mark.parametrize("limit", [None, 2])
 def test_failures_in_a_row_end_the_run_only_where_that_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
 ) -> None:
-    checkpointer = _saved(tmp_path, CheckpointConfig(max_failures=limit))
+    saver = _saved(tmp_path, CheckpointConfig(max_failures=limit))
     with monkeypatch.context() as patched:
         _fail_fsync(patched, errno.EIO)
         for step in (2, 3):
-            assert _save(checkpointer, step)
+            assert _save(saver, step)
         if limit is None:
             for step in (4, 5, 6):
-                assert _save(checkpointer, step)
+                assert _save(saver, step)
         else:
             with pytest.raises(CheckpointError, match=r"2 saves in a row failed and checkpoint\.max_failures is 2"):
-                _save(checkpointer, 4)
-        checkpointer.settle()
+                _save(saver, 4)
+        saver.settle()
     assert _steps(tmp_path) == [1]
 
 
 @pytest.mark.parametrize("num_failures", [2, 3])
 def test_the_last_save_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_failures: int) -> None:
-    checkpointer = _saved(tmp_path)
+    saver = _saved(tmp_path)
     monkeypatch.setattr(saver_module, "_RETRY_S", 0.01)
     publish, failures = write_module._publish, iter(range(num_failures))
 
@@ -347,13 +348,13 @@ def test_the_last_save_is_tried_again(tmp_path: Path, monkeypatch: pytest.Monkey
         return publish(*arguments)
 
     monkeypatch.setattr(write_module, "_publish", failing)
-    _save(checkpointer, 2, last=True)
+    _save(saver, 2, last=True)
     if num_failures < 3:
-        checkpointer.wait()
+        saver.wait()
         assert _steps(tmp_path) == [1, 2]
     else:
         with pytest.raises(CheckpointError, match=r"step-00000002 failed.*Input/output error.*3 attempts"):
-            checkpointer.wait()
+            saver.wait()
         assert _steps(tmp_path) == [1]
 
 
@@ -365,20 +366,20 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path, monk
 
     monkeypatch.setattr(os, "scandir", failing)
     with pytest.raises(CheckpointError, match=r"cannot be listed.*nothing was started anew"):
-        Checkpointer(tmp_path, CheckpointConfig(), WORLD).find()
+        Checkpoints(tmp_path, CheckpointConfig(), WORLD).find()
 
 
 def test_old_ones_that_cannot_be_deleted_do_not_fail_a_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpointer = _saved(tmp_path, None, 1, 2)
+    saver = _saved(tmp_path, None, 1, 2)
 
     def failing(path: Any, *more: Any, **options: Any) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(shutil, "rmtree", failing)
-    _save(checkpointer, 3)
-    checkpointer.wait()
+    _save(saver, 3)
+    saver.wait()
     assert "were not deleted" in caplog.text
     assert _steps(tmp_path) == [2, 3]
 

@@ -13,10 +13,12 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from pretrain.checkpoint.checkpointer import Checkpointer
+from pretrain.checkpoint.checkpoints import Checkpoints
 from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import load_weights
+from pretrain.checkpoint.saver import Saver
 from pretrain.parallel.world import World
 from tests.pretrain.runs import ENVIRONMENT, torchrun
 
@@ -60,68 +62,68 @@ def test_plain_tensors_and_objects_of_the_protocol_are_each_others(tmp_path: Pat
         "scalar": torch.tensor(3, dtype=torch.int64),
         "strided": torch.arange(12.0).view(3, 4).t(),
     }
-    checkpointer = Checkpointer(tmp_path, CheckpointConfig(), WORLD)
+    saver = Saver(Checkpoints(tmp_path, CheckpointConfig(), WORLD))
     flat = torch.arange(24.0)
-    checkpointer.save(1, {"model.m": {"weight": Boxes(flat), **others}}, {"position": 1}, CONFIG)
+    saver.save(1, {"model.m": {"weight": Boxes(flat), **others}}, {"position": 1}, CONFIG)
     flat.fill_(-1.0)  # the next step comes
-    checkpointer.wait()
-    loaded = load_weights(tmp_path / "checkpoints" / "step-00000001", "m")
+    saver.wait()
+    loaded = load_weights(open_folder(tmp_path / "checkpoints" / "step-00000001"), "m")
     assert torch.equal(loaded["weight"], whole)
     assert {name: (t.dtype, t.shape) for name, t in loaded.items() if name != "weight"} == {
         name: (t.dtype, t.shape) for name, t in others.items()
     }
     assert all(torch.equal(loaded[name], other) for name, other in others.items())
-    checkpointer.save(2, {"model.m": {"weight": whole}}, {"position": 2}, CONFIG)
-    checkpointer.wait()
+    saver.save(2, {"model.m": {"weight": whole}}, {"position": 2}, CONFIG)
+    saver.wait()
     target = Boxes(torch.zeros(24))
-    checkpointer.load(tmp_path / "checkpoints" / "step-00000002", {"model.m": {"weight": target}})
+    saver.checkpoints.load(open_folder(tmp_path / "checkpoints" / "step-00000002"), {"model.m": {"weight": target}})
     assert torch.equal(target.flat.view(4, 6), whole)
 
 
 def test_the_memory_is_used_again(tmp_path: Path) -> None:
     """One copy, laid out once; another structure gets another one in its place."""
     state = {"model.m": {"weight": torch.zeros(50_000), "bias": torch.zeros(3)}}
-    checkpointer = Checkpointer(tmp_path, CheckpointConfig(), WORLD)
-    checkpointer.reserve(state)
-    buffer = checkpointer._saver._buffer
+    saver = Saver(Checkpoints(tmp_path, CheckpointConfig(), WORLD))
+    saver.reserve(state)
+    buffer = saver._buffer
     places = set()
     for step in range(1, 4):
-        checkpointer.save(step, state, {"position": step}, CONFIG)
-        checkpointer.wait()
+        saver.save(step, state, {"position": step}, CONFIG)
+        saver.wait()
         places.add(buffer._memory.data_ptr())
     assert len(places) == 1
     assert buffer.size_bytes == 200_064
     state["ema.m"] = {"weight": torch.ones(50_000)}
-    checkpointer.save(4, state, {"position": 4}, CONFIG)
-    checkpointer.wait()
+    saver.save(4, state, {"position": 4}, CONFIG)
+    saver.wait()
     assert buffer.size_bytes == 400_064
-    assert load_weights(tmp_path / "checkpoints" / "step-00000004", "m", ema=True)["weight"].min() == 1.0
-    checkpointer.close()
+    assert load_weights(open_folder(tmp_path / "checkpoints" / "step-00000004"), "m", ema=True)["weight"].min() == 1.0
+    saver.close()
     assert buffer.size_bytes == 0
 
 
 def test_a_sharding_that_changed_is_not_broadcast(tmp_path: Path) -> None:
     boxes = Boxes(torch.arange(24.0))
-    checkpointer = Checkpointer(tmp_path, CheckpointConfig(), WORLD)
-    checkpointer.reserve({"model.m": {"weight": boxes}})
+    saver = Saver(Checkpoints(tmp_path, CheckpointConfig(), WORLD))
+    saver.reserve({"model.m": {"weight": boxes}})
     boxes.boxes[(0, 0)] = boxes.flat[:6]
     with pytest.raises(CheckpointError, match="sharding must not change"):
-        checkpointer.save(1, {"model.m": {"weight": boxes}}, {"position": 1}, CONFIG)
+        saver.save(1, {"model.m": {"weight": boxes}}, {"position": 1}, CONFIG)
 
 
 def test_the_loop_is_blocked_for_the_copy_only(tmp_path: Path) -> None:
     """A loose bound, for machines under load; `tools/bench_engine.py` prints the figure."""
     state = {"model.m": {f"w{index}": torch.randn(1_000_000) for index in range(16)}}
-    checkpointer = Checkpointer(tmp_path, CheckpointConfig(), WORLD)
-    checkpointer.reserve(state)
+    saver = Saver(Checkpoints(tmp_path, CheckpointConfig(), WORLD))
+    saver.reserve(state)
     blocked_s, whole_s = [], []
     for step in range(1, 6):
         begin_s = time.perf_counter()
-        checkpointer.save(step, state, {"position": step}, CONFIG)
+        saver.save(step, state, {"position": step}, CONFIG)
         blocked_s.append(time.perf_counter() - begin_s)
-        checkpointer.wait()
+        saver.wait()
         whole_s.append(time.perf_counter() - begin_s)
-    stats = checkpointer.stats()
+    stats = saver.stats()
     assert stats["checkpoint/bytes"] > 64e6
     assert 0 < stats["checkpoint/save_s"] <= whole_s[-1]
     assert statistics.median(blocked_s) < 0.3 * statistics.median(whole_s)
@@ -135,6 +137,6 @@ def test_shards_of_two_ranks(tmp_path: Path) -> None:
         torchrun(2, str(script), str(tmp_path)), env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    loaded = load_weights(tmp_path / "checkpoints" / "step-00000001", "m")
+    loaded = load_weights(open_folder(tmp_path / "checkpoints" / "step-00000001"), "m")
     assert torch.equal(loaded["sharded"], torch.arange(35.0).view(7, 5))
     assert torch.equal(loaded["replica"], torch.arange(100.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -16,10 +17,11 @@ import torch
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 import pretrain.checkpoint.saver as saver_module
-from data_pipes.store.transport import StorageConfig
-from pretrain.checkpoint.checkpointer import Checkpointer
+from pretrain.checkpoint.checkpoints import Checkpoints
 from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.folder import Folder
+from pretrain.checkpoint.open_folder import StoreFolder, open_folder
 from pretrain.checkpoint.read import (
     find_damage,
     list_checkpoints,
@@ -28,7 +30,7 @@ from pretrain.checkpoint.read import (
     read_complete,
     step_of,
 )
-from pretrain.checkpoint.store import ObjectStore, Place, RemoteFolder, place_of, store_of
+from pretrain.checkpoint.saver import Saver
 from pretrain.config import load_run_config
 from pretrain.parallel.world import World
 from tests.pretrain.runs import losses, overrides_of, run_here
@@ -41,15 +43,15 @@ def _state(value: float) -> dict[str, dict[str, torch.Tensor]]:
     return {"model.model": weights, "optimizer.model": {"layer.weight.step": torch.tensor(value)}}
 
 
-def _saved(run_dir: Path, config: CheckpointConfig, *steps: int) -> Checkpointer:
-    checkpointer = Checkpointer(run_dir, config, WORLD)
+def _saved(run_dir: Path, config: CheckpointConfig, *steps: int) -> Saver:
+    saver = Saver(Checkpoints(run_dir, config, WORLD))
     for step in steps:
-        checkpointer.save(step, _state(float(step)), {"position": step, "run_uid": "abc"}, "name: run\n")
-        checkpointer.wait()
-    return checkpointer
+        saver.save(step, _state(float(step)), {"position": step, "run_uid": "abc"}, "name: run\n")
+        saver.wait()
+    return saver
 
 
-def _steps(folder: Place) -> list[int]:
+def _steps(folder: Folder) -> list[int]:
     return [step_of(place) for place in list_checkpoints(folder) if find_damage(place) is None]
 
 
@@ -76,19 +78,19 @@ def bucket(request: pytest.FixtureRequest, memory: str) -> Iterator[str]:
 
 def test_save_list_verify_load_retire(bucket: str, tmp_path: Path) -> None:
     config = CheckpointConfig(folder=bucket, keep_last=2, keep_every=4)
-    checkpointer = _saved(tmp_path / "run", config, 4, 5, 6, 7)
-    folder = checkpointer.folder
+    saver = _saved(tmp_path / "run", config, 4, 5, 6, 7)
+    folder = saver.checkpoints.folder
     assert str(folder) == f"{bucket}/run"
     assert _steps(folder) == [4, 6, 7]
-    newest = newest_complete(f"{bucket}/run")
+    newest = newest_complete(open_folder(f"{bucket}/run"))
     assert newest is not None
     assert str(newest) == f"{bucket}/run/step-00000007"
     complete = read_complete(newest)
     assert (complete["step"], complete["run_uid"]) == (7, "abc")
-    assert set(complete["files"]) == set(store_of(newest).files(newest)) - {"COMPLETE"}
-    assert torch.equal(load_weights(str(newest), "model")["layer.bias"], torch.arange(8.0) + 7)
+    assert set(complete["files"]) == set(newest.files()) - {"COMPLETE"}
+    assert torch.equal(load_weights(open_folder(str(newest)), "model")["layer.bias"], torch.arange(8.0) + 7)
     state = _state(0.0)
-    assert checkpointer.load(newest, state)["position"] == 7
+    assert saver.checkpoints.load(newest, state)["position"] == 7
     assert torch.equal(state["model.model"]["layer.weight"], torch.full((300, 400), 7.0))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -98,43 +100,43 @@ def test_damage_is_found_and_the_one_before_is_used(
     memory: str, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = CheckpointConfig(folder=memory, keep_last=3)
-    newest = _saved(tmp_path / "run", config, 1, 2).folder / "step-00000002"
-    assert isinstance(newest, RemoteFolder)
-    store, shard = store_of(newest), "__0_0.distcp"
-    content = bytearray(store.open(newest, shard).read())
+    newest = _saved(tmp_path / "run", config, 1, 2).checkpoints.folder / "step-00000002"
+    assert isinstance(newest, StoreFolder)
+    shard = "__0_0.distcp"
+    content = bytearray(newest.open(shard).read())
     if damage == "no COMPLETE":
-        newest.store._fs.rm(f"{newest.url}/COMPLETE")
+        newest.connection.file_system.rm(f"{newest}/COMPLETE")
     elif damage == "missing":
-        newest.store._fs.rm(f"{newest.url}/{shard}")
+        newest.connection.file_system.rm(f"{newest}/{shard}")
     elif damage == "truncated":
-        store.write(newest, shard, bytes(content[:-1]))
+        newest.write(shard, bytes(content[:-1]))
     else:
         content[-1] ^= 0xFF
-        store.write(newest, shard, bytes(content))
-    checkpointer = Checkpointer(tmp_path / "run", config, WORLD)
-    found = checkpointer.find()
+        newest.write(shard, bytes(content))
+    saver = Saver(Checkpoints(tmp_path / "run", config, WORLD))
+    found = saver.checkpoints.find()
     assert found is not None
     assert step_of(found) == 1
     assert "step-00000002 is not used" in caplog.text
-    assert [event["event"] for event in checkpointer.take_events()] == ["damaged"]
-    assert "COMPLETE" in store.files(newest) or damage == "no COMPLETE"
-    checkpointer.save(2, _state(20.0), {"position": 2}, "name: run\n")  # the torn one is moved out of the way
-    checkpointer.wait()
-    assert _steps(checkpointer.folder) == [1, 2]
-    torn = [name for name in store.subfolders(checkpointer.folder) if name.startswith("torn-step-00000002-")]
-    assert len(torn) == 1
+    assert [event["event"] for event in saver.checkpoints.take_events()] == ["damaged"]
+    assert "COMPLETE" in newest.files() or damage == "no COMPLETE"
+    saver.save(2, _state(20.0), {"position": 2}, "name: run\n")  # the torn one is moved out of the way
+    saver.wait()
+    assert _steps(saver.checkpoints.folder) == [1, 2]
+    names = [folder.name for folder in saver.checkpoints.folder.subfolders()]
+    assert len([name for name in names if name.startswith("torn-step-00000002-")]) == 1
 
 
 def test_later_ones_are_set_aside_after_a_rollback(bucket: str, tmp_path: Path) -> None:
-    checkpointer = _saved(tmp_path / "run", CheckpointConfig(folder=bucket, keep_last=4), 1, 2, 3)
-    found = checkpointer.find(up_to_step=1)
+    saver = _saved(tmp_path / "run", CheckpointConfig(folder=bucket, keep_last=4), 1, 2, 3)
+    found = saver.checkpoints.find(up_to_step=1)
     assert found is not None
     assert step_of(found) == 1
-    checkpointer.discard_after(1)
-    assert _steps(checkpointer.folder) == [1]
-    checkpointer.save(2, _state(20.0), {"position": 2}, "name: run\n")  # the step comes again, with other weights
-    checkpointer.wait()
-    assert load_weights(checkpointer.folder / "step-00000002", "model")["layer.bias"][0] == 20.0
+    saver.checkpoints.discard_after(1)
+    assert _steps(saver.checkpoints.folder) == [1]
+    saver.save(2, _state(20.0), {"position": 2}, "name: run\n")  # the step comes again, with other weights
+    saver.wait()
+    assert load_weights(saver.checkpoints.folder / "step-00000002", "model")["layer.bias"][0] == 20.0
 
 
 def test_a_run_goes_on_from_a_store_on_another_machine(bucket: str, tiny_dataset: Path, tmp_path: Path) -> None:
@@ -142,16 +144,18 @@ def test_a_run_goes_on_from_a_store_on_another_machine(bucket: str, tiny_dataset
     more = ["checkpoint.every_steps=3", f"checkpoint.folder={bucket}"]
     whole = run_here(overrides_of(tiny_dataset, tmp_path, "whole", "train.steps=9", *more))
     run_here(overrides_of(tiny_dataset, tmp_path, "cut", "train.steps=9", *more))
-    last = newest_complete(tmp_path / "cut")
+    last = newest_complete(open_folder(tmp_path / "cut"))
     assert last is not None
-    store_of(last).remove(last)
+    last.remove()
     before = losses(tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut")
     summary = run_here(overrides_of(tiny_dataset, tmp_path, "cut", "train.steps=9", *more))
     assert (whole["steps_this_start"], summary["steps_this_start"]) == (9, 3)
     assert before | losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    ends = [newest_complete(tmp_path / name) for name in ("whole", "cut")]  # found by the run's config.yaml
-    assert all(isinstance(end, RemoteFolder) and step_of(end) == 9 for end in ends)
+    ends = [
+        newest_complete(open_folder(tmp_path / name)) for name in ("whole", "cut")
+    ]  # found by the run's config.yaml
+    assert all(isinstance(end, StoreFolder) and step_of(end) == 9 for end in ends)
     first, second = (load_weights(end, "model") for end in ends if end is not None)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert ends[0] is not None
@@ -160,8 +164,8 @@ def test_a_run_goes_on_from_a_store_on_another_machine(bucket: str, tiny_dataset
 
 def test_a_changed_folder_does_not_hide_what_was_saved_before(memory: str, tmp_path: Path) -> None:
     _saved(tmp_path / "run", CheckpointConfig(), 1)
-    moved = Checkpointer(tmp_path / "run", CheckpointConfig(folder=memory), WORLD)
-    assert moved.find() == tmp_path / "run" / "checkpoints" / "step-00000001"
+    moved = Checkpoints(tmp_path / "run", CheckpointConfig(folder=memory), WORLD)
+    assert moved.find() == open_folder(tmp_path / "run" / "checkpoints" / "step-00000001")
     _saved(tmp_path / "run", CheckpointConfig(folder=memory), 2)
     assert str(moved.find()) == f"{memory}/run/step-00000002"
 
@@ -229,40 +233,80 @@ def test_a_store_with_faults(
     faulty: str, tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The same outcomes as with a disk: the save fails, loudly, and what was good stays so."""
-    checkpointer = _saved(tmp_path / "run", CheckpointConfig(folder=faulty), 1)
-    assert isinstance(checkpointer.folder, RemoteFolder)
-    monkeypatch.setattr(checkpointer.folder.store._storage, "config", _quick(checkpointer.folder.store))
-    checkpointer.folder.store._storage.close()
+    saver = _saved(tmp_path / "run", CheckpointConfig(folder=faulty), 1)
+    folder = saver.checkpoints.folder
+    assert isinstance(folder, StoreFolder)
+    storage = folder.connection.storage
+    monkeypatch.setattr(storage, "config", dataclasses.replace(storage.config, retries=1, backoff_s=0.0))
+    storage.close()
     _Faulty.broken = broken
-    checkpointer.save(2, _state(2.0), {"position": 2}, "name: run\n")
+    saver.save(2, _state(2.0), {"position": 2}, "name: run\n")
     with pytest.raises(CheckpointError, match=r"the store broke|Forbidden|access denied|the store is away"):
-        checkpointer.wait()
+        saver.wait()
     if broken == "ls":
         with pytest.raises(CheckpointError, match="cannot be listed"):
-            Checkpointer(tmp_path / "run", CheckpointConfig(folder=faulty), WORLD).find()
+            Checkpoints(tmp_path / "run", CheckpointConfig(folder=faulty), WORLD).find()
     _Faulty.broken = ""
-    assert checkpointer.stats()["checkpoint/failed"] == 1
+    assert saver.stats()["checkpoint/failed"] == 1
     assert "A checkpoint was not saved (step 2" in caplog.text
-    assert _steps(checkpointer.folder) == [1]
-    assert list_checkpoints(checkpointer.folder) == [checkpointer.folder / "step-00000001"] or broken == "ls"
+    assert _steps(saver.checkpoints.folder) == [1]
+    assert list_checkpoints(saver.checkpoints.folder) == [saver.checkpoints.folder / "step-00000001"] or broken == "ls"
     monkeypatch.setattr(saver_module, "_RETRY_S", 0.0)
-    checkpointer.save(3, _state(3.0), {"position": 3}, "name: run\n", last=True)
-    checkpointer.wait()
-    assert _steps(checkpointer.folder) == [1, 3]
+    saver.save(3, _state(3.0), {"position": 3}, "name: run\n", last=True)
+    saver.wait()
+    assert _steps(saver.checkpoints.folder) == [1, 3]
 
 
-def _quick(store: ObjectStore) -> StorageConfig:
-    return dataclasses.replace(store._storage.config, retries=1, backoff_s=0.0)
+def test_a_folder_is_its_path_or_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, remote = open_folder(tmp_path), open_folder("s3://bucket/a/run/")
+    assert here == open_folder(str(tmp_path)) == open_folder(f"file://{tmp_path}")
+    assert remote == open_folder("s3://bucket/a/run")
+    assert len({here, open_folder(tmp_path), remote, open_folder("s3://bucket/a/run")}) == 2
+    assert (here.local_path, remote.local_path) == (tmp_path, None)
+    for folder, text in ((here, str(tmp_path)), (remote, "s3://bucket/a/run")):
+        step = folder / "step-1"
+        assert (str(step), step.name, step.parent) == (f"{text}/step-1", "step-1", folder)
+        assert str(folder.parent) == text.rpartition("/")[0]
+    monkeypatch.chdir(tmp_path)
+    assert (open_folder(".").name, open_folder(".").parent) == (tmp_path.name, open_folder(tmp_path.parent))
 
 
-def test_places_are_told_apart(tmp_path: Path) -> None:
-    assert place_of(str(tmp_path)) == tmp_path
-    assert place_of(f"file://{tmp_path}") == tmp_path
-    remote = place_of("s3://bucket/a/run/")
-    assert isinstance(remote, RemoteFolder)
-    assert (str(remote / "step-1"), (remote / "step-1").name, str(remote.parent)) == (
-        "s3://bucket/a/run/step-1",
-        "step-1",
-        "s3://bucket/a",
-    )
-    assert remote == place_of("s3://bucket/a/run")
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_the_operations_on_a_folder(kind: str, memory: str, tmp_path: Path) -> None:
+    """The same on a disk and in a store."""
+    run = open_folder(tmp_path / "run" if kind == "local" else f"{memory}/run")
+    folder = run / "step-00000001"
+    assert not folder.exists()
+    assert (folder.files(), run.subfolders()) == ({}, [])
+    folder.remove()  # nothing
+    folder.make()
+    folder.write("COMPLETE", b"{}")
+    with folder.create("tensors") as stream:
+        stream.write(b"12345")
+    assert stream.fingerprint == (5, hashlib.sha256(b"12345").hexdigest())
+    assert folder.exists()
+    assert (folder.files(), run.files()) == ({"COMPLETE": 2, "tensors": 5}, {})
+    assert run.subfolders() == [folder]
+    assert folder.read("COMPLETE") == b"{}"
+    with folder.open("tensors") as file:
+        file.seek(2)
+        assert file.read() == b"345"
+    with pytest.raises(FileNotFoundError):
+        folder.read("absent")
+    folder.rename("torn-1")
+    assert run.subfolders() == [run / "torn-1"]
+    assert (run / "torn-1").files() == {"COMPLETE": 2, "tensors": 5}
+    (run / "torn-1").remove()
+    assert not (run / "torn-1").exists()
+
+
+def test_a_run_is_found_by_its_folder_and_by_that_of_its_checkpoints(memory: str, tmp_path: Path) -> None:
+    """Both kinds alike; config.yaml says where the checkpoints of a run's folder lie."""
+    _saved(tmp_path / "run", CheckpointConfig(), 1)
+    _saved(tmp_path / "run", CheckpointConfig(folder=memory), 2)
+    assert _steps(open_folder(tmp_path / "run")) == _steps(open_folder(tmp_path / "run" / "checkpoints")) == [1]
+    assert _steps(open_folder(f"{memory}/run")) == [2]
+    (tmp_path / "run" / "config.yaml").write_text(f"checkpoint: {{folder: {memory}}}\n")
+    assert _steps(open_folder(tmp_path / "run")) == [2]
+    MemoryFileSystem().pipe_file(f"{memory}/whole/checkpoints/step-00000003/COMPLETE", b"")
+    assert [step_of(folder) for folder in list_checkpoints(open_folder(f"{memory}/whole"))] == [3]

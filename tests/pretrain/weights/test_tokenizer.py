@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import load_weights, newest_complete
 from pretrain.models.tokenizers.dc_ae import DCAE
 from pretrain.weights.backbone import weights_digest
@@ -28,10 +29,10 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_gives_the_moving_average_of_its_newest_checkpoint(run_dir: Path) -> None:
     loaded, plain = load_tokenizer(run_dir), load_tokenizer(run_dir, ema=False)
-    checkpoint = newest_complete(run_dir)
+    checkpoint = newest_complete(open_folder(run_dir))
     assert checkpoint is not None
     assert isinstance(loaded.model, DCAE)
-    assert loaded.source == checkpoint == run_dir / "checkpoints" / "step-00000002"
+    assert loaded.source == str(checkpoint) == str(run_dir / "checkpoints" / "step-00000002")
     assert (loaded.label, plain.label) == ("step-00000002-ema", "step-00000002")
     assert (loaded.weights, plain.weights) == ("ema", "trained")
     for tokenizer, ema in ((loaded, True), (plain, False)):

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import load_weights, newest_complete
+from pretrain.export.transformers_arguments import transformers_arguments
 from pretrain.models.inflate import Inflation
 from pretrain.models.mae import MAE, MAEConfig
 from pretrain.models.video_mae import VideoMAE, VideoMAEConfig
@@ -25,7 +27,7 @@ from pretrain.models.video_vit import VideoViTConfig
 from pretrain.models.vit import ViTConfig, sincos_position_embedding
 from pretrain.weights.files import WeightsError
 from pretrain.weights.video import load_video_weights
-from pretrain.weights.video_names import to_mae_st, to_original_video_mae, to_transformers, transformers_arguments
+from pretrain.weights.video_names import to_mae_st, to_original_video_mae, to_transformers
 from tests.pretrain.export.tiny_runs import train_on_clips, train_on_images
 
 ENCODER = VideoViTConfig(4, (16, 16), 2, (8, 8), 3, 24, 2, 2)
@@ -346,7 +348,7 @@ def test_an_image_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_on_clips_gives_its_moving_average(tmp_path: Path) -> None:
     run = train_on_clips(tmp_path)
-    checkpoint = newest_complete(run)
+    checkpoint = newest_complete(open_folder(run))
     assert checkpoint is not None
     average, trained = (load_weights(checkpoint, "model", ema=ema) for ema in (True, False))
     for path in (run, Path(str(checkpoint))):
@@ -361,7 +363,7 @@ def test_a_run_on_clips_gives_its_moving_average(tmp_path: Path) -> None:
 
 def test_a_run_on_images_is_inflated(tmp_path: Path) -> None:
     run = train_on_images(tmp_path)
-    checkpoint = newest_complete(run)
+    checkpoint = newest_complete(open_folder(run))
     assert checkpoint is not None
     image = load_weights(checkpoint, "model", ema=True)
     loaded, before = make(MAE_ST, 2), make(MAE_ST, 2).state_dict()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pretrain.export.transformers_arguments import transformers_arguments
 from pretrain.models.video_mae import VideoMAE, VideoMAEConfig
 from pretrain.models.video_masking import spacetime_masks, tube_masks
 from pretrain.models.video_vit import VideoViT, VideoViTConfig
@@ -16,7 +17,6 @@ from pretrain.weights.video_names import (
     to_mae_st,
     to_original_video_mae,
     to_transformers,
-    transformers_arguments,
 )
 
 VIDEO_MAE = VideoMAEConfig(VideoViTConfig(4, (16, 16), 2, (8, 8), 3, 24, 2, 2), 16, 1, 2)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from pretrain.models.tokenizers.dc_ae import DCAE
@@ -53,4 +51,4 @@ def make_model(config: DCAEConfig, seed: int = 0) -> DCAE:
 def make_tokenizer(config: DCAEConfig) -> LoadedTokenizer:
     """For pixels in [-1, 1]."""
     model, half = make_model(config), (0.5,) * config.in_channels
-    return LoadedTokenizer(model, half, half, "random", Path("random"), weights_digest(model.state_dict()))
+    return LoadedTokenizer(model, half, half, "random", "random", weights_digest(model.state_dict()))

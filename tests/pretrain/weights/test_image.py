@@ -16,15 +16,14 @@ from torch import Tensor
 
 from pretrain.models.mae import MAE, MAEConfig
 from pretrain.models.vit import ViTConfig, sincos_position_embedding
-from pretrain.weights.files import (
-    WeightsError,
-    canonical_names,
+from pretrain.weights.files import WeightsError, read_state, read_tensor_file
+from pretrain.weights.image import (
     is_fixed_position_embedding,
     load_encoder,
     load_initial_weights,
     parse_architecture,
-    read_tensor_file,
 )
+from pretrain.weights.image_names import canonical_names
 
 ENCODER = ViTConfig(image_size=(16, 16), patch_size=(4, 4), width=16, depth=2, heads=2)
 CONFIG = MAEConfig(encoder=ENCODER, decoder_width=8, decoder_depth=1, decoder_heads=2)
@@ -200,7 +199,13 @@ def test_a_mask_token_without_a_decoder_is_dropped() -> None:
 
 def test_two_tensors_of_one_meaning_are_an_error() -> None:
     with pytest.raises(WeightsError, match=r"two tensors of the file both mean 'encoder\.norm\.bias'"):
-        canonical_names({"norm.bias": torch.ones(1), "module.encoder.norm.bias": torch.ones(1)})
+        canonical_names({"norm.bias": torch.ones(1), "encoder.norm.bias": torch.ones(1)})
+
+
+def test_a_wrappers_names_do_not_hide_a_tensor(tmp_path: Path) -> None:
+    path = save_torch({"norm.bias": torch.ones(1), "module.norm.bias": torch.ones(1)}, tmp_path)
+    with pytest.raises(WeightsError, match=r"two tensors both mean 'norm\.bias'"):
+        read_state(path)
 
 
 class Bomb:
