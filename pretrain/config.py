@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import tempfile
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 
 from data_pipes.config import DataConfig
 from pretrain.checkpoint.config import CheckpointConfig
-from pretrain.checkpoint.store import Place, place_of, store_of
+from pretrain.checkpoint.folder import Folder
 from pretrain.guard.guard import GuardConfig
 from pretrain.objectives.base import Objective
 from pretrain.objectives.table import OBJECTIVES
@@ -124,7 +124,24 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: an unknown key (the message has the nearest known one), a value of another type, a missing one.
     """
     path = Path(path)
-    given = _read(path, overrides)
+    return _run_config(_read(path, overrides), path)
+
+
+def load_run_config(folder: Folder) -> RunConfig:
+    """The resolved configuration that lies in a run's or a checkpoint's folder.
+
+    Raises:
+        ConfigError: there is none, or it is not valid here.
+    """
+    where = f"{folder}/config.yaml"
+    try:
+        content = folder.read("config.yaml")
+    except FileNotFoundError as error:
+        raise ConfigError(f"no configuration file at {where}: that is no folder of a run or a checkpoint") from error
+    return _run_config(_parse_yaml(content, where), where)
+
+
+def _run_config(given: DictConfig, path: Path | str) -> RunConfig:
     name = OmegaConf.select(given, "objective.name")
     if name not in OBJECTIVES:
         raise ConfigError(
@@ -160,8 +177,12 @@ def _read(path: Path, overrides: Sequence[str]) -> DictConfig:
 def _read_yaml(path: Path) -> DictConfig:
     if not path.is_file():
         raise ConfigError(f"no configuration file at {path}; the shipped ones are under configs/")
+    return _parse_yaml(path.read_bytes(), path)
+
+
+def _parse_yaml(content: bytes, path: Path | str) -> DictConfig:
     try:
-        loaded = OmegaConf.load(path)
+        loaded = OmegaConf.load(io.StringIO(content.decode()))
     except Exception as error:  # the YAML library has many error classes; each is the user's mistake in this file
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(loaded, DictConfig):
@@ -176,7 +197,7 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
     return OmegaConf.from_dotlist(list(overrides))
 
 
-def _merge_typed(cls: type[T], schema: DictConfig, given: DictConfig, path: Path) -> T:
+def _merge_typed(cls: type[T], schema: DictConfig, given: DictConfig, path: Path | str) -> T:
     try:
         merged = OmegaConf.merge(schema, given)
         missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
@@ -216,14 +237,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
     return value
-
-
-def load_run_config(where: Place | str) -> RunConfig:
-    """The resolved configuration of a checkpoint or run folder."""
-    place = place_of(where)
-    if isinstance(place, Path):
-        return load_config(place / "config.yaml")
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "config.yaml"
-        copy.write_bytes(store_of(place).read(place, "config.yaml"))
-        return load_config(copy)

@@ -16,6 +16,7 @@ from data_pipes.open import open_collection
 from data_pipes.shards.collection import Collection
 from data_pipes.shards.manifest import Manifest
 from data_pipes.store.storage import Storage
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import newest_complete
 from pretrain.config import ConfigError, RunConfig, TrainConfig
 from pretrain.parallel.batches import fit_micro_batch
@@ -136,8 +137,8 @@ def check_objective(config: RunConfig) -> None:
         ValueError: it cannot be built, or expects other data.
     """
     init_from = config.objective.init_from
-    if init_from is not None and newest_complete(config.run_dir) is None:  # a run that goes on has its own weights
-        checkpoint_at(init_from)
+    if init_from is not None and newest_complete(open_folder(config.run_dir)) is None:
+        checkpoint_at(init_from)  # not where a run goes on, which has its own weights
     with torch.device("meta"):
         objective = config.build_objective()
     for player in config.optim.players:

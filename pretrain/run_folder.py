@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 
 from data_pipes.store.files import write_atomically
 from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.folder import Folder
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import folder_of_run, list_checkpoints, list_folder
-from pretrain.checkpoint.store import Place, store_of
 from pretrain.config import ConfigError, RunConfig
 from pretrain.parallel.world import World
 from pretrain.tracking.environment import environment, redact_argument
@@ -68,9 +69,9 @@ def open_run_folder(
     run_dir = config.run_dir
     run_file = run_dir / "run.json"
     # where they go now, and where they went before: checkpoint.folder may have changed since
-    found = [*list_checkpoints(run_dir), *list_folder(folder_of_run(run_dir, config.checkpoint.folder))]
+    found = [*list_checkpoints(open_folder(run_dir)), *list_folder(folder_of_run(run_dir, config.checkpoint.folder))]
     if found:
-        _check_may_continue(config, found[-1])
+        _check_may_continue(config, found)
     identity: dict[str, Any] = {}
     if run_file.is_file():
         try:
@@ -106,7 +107,7 @@ def launch_command(config_path: Path, overrides: Sequence[str], world_size: int)
     return f"torchrun --nproc-per-node {world_size} -m pretrain {arguments}"
 
 
-def _check_may_continue(config: RunConfig, checkpoint: Place) -> None:
+def _check_may_continue(config: RunConfig, checkpoints: Sequence[Folder]) -> None:
     if config.checkpoint.resume == "never":
         raise ConfigError(
             f"{config.run_dir} already holds checkpoints and checkpoint.resume is never; choose another name, or set "
@@ -115,10 +116,13 @@ def _check_may_continue(config: RunConfig, checkpoint: Place) -> None:
     saved_path = config.run_dir / "config.yaml"
     if saved_path.is_file():
         text = saved_path.read_text()
-    elif isinstance(checkpoint, Path):
-        raise ConfigError(f"{config.run_dir} holds checkpoints but no config.yaml; restore it or choose another name")
-    else:  # another machine than before: what was saved with the newest checkpoint
-        text = store_of(checkpoint).read(checkpoint, "config.yaml").decode()
+    else:  # another machine than before: what was saved with the newest checkpoint that is not torn
+        complete = [checkpoint for checkpoint in checkpoints if "config.yaml" in checkpoint.files()]
+        if not complete or complete[-1].parent == folder_of_run(config.run_dir, None):
+            raise ConfigError(
+                f"{config.run_dir} holds checkpoints but no config.yaml; restore it or choose another name"
+            )
+        text = complete[-1].read("config.yaml").decode()
     saved = OmegaConf.to_container(OmegaConf.create(text))
     assert isinstance(saved, dict)
     wanted = config.as_dict()

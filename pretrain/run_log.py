@@ -15,7 +15,7 @@ from typing import Any, Literal
 from data_pipes.batch import BatchPlan
 from data_pipes.loader import Loader
 from data_pipes.loading.unindexed_loader import UnindexedLoader
-from pretrain.checkpoint.store import Place
+from pretrain.checkpoint.folder import Folder
 from pretrain.config import RunConfig
 from pretrain.metrics import DataMeter, Interval, StepResult, peak_flops
 from pretrain.objectives.base import Objective
@@ -66,7 +66,7 @@ class RunLog:
         self._data_meter = DataMeter(world, loader.source_names)
         self._progress = ProgressLine(config.name, enabled=world.is_main)
 
-    def start(self, identity: Mapping[str, Any], state: RunState, *, resumed_from: Place | None) -> None:
+    def start(self, identity: Mapping[str, Any], state: RunState, *, resumed_from: Folder | None) -> None:
         """Opens the journal on rank 0, writes who the run is, and says how it begins.
 
         Args:

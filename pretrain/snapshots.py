@@ -11,8 +11,9 @@ from typing import Any
 
 from data_pipes.loader import Loader
 from data_pipes.loading.unindexed_loader import UnindexedLoader
-from pretrain.checkpoint.checkpointer import Checkpointer, rng_state, set_rng_state
-from pretrain.checkpoint.store import Place
+from pretrain.checkpoint.checkpoints import Checkpoints, rng_state, set_rng_state
+from pretrain.checkpoint.folder import Folder
+from pretrain.checkpoint.saver import Saver
 from pretrain.config import RunConfig
 from pretrain.parallel.finite import are_finite
 from pretrain.parallel.strategy import Strategy, Tensors
@@ -22,11 +23,11 @@ from pretrain.run_state import RunState
 from pretrain.watchdog.watchdog import Watchdog
 
 
-def restore(checkpointer: Checkpointer, checkpoint: Place, strategy: Strategy, world: World) -> dict[str, Any]:
+def restore(checkpoints: Checkpoints, checkpoint: Folder, strategy: Strategy, world: World) -> dict[str, Any]:
     """Reads a checkpoint into the engine and the generators. A collective.
 
     Args:
-        checkpointer: reads it.
+        checkpoints: reads it.
         checkpoint: of any strategy and number of processes.
         strategy: after `prepare`.
         world: the processes.
@@ -38,7 +39,7 @@ def restore(checkpointer: Checkpointer, checkpoint: Place, strategy: Strategy, w
         CheckpointError: it lacks something that this configuration trains, or has it in another shape.
     """
     tensors = _tensors(strategy, world)
-    kept = checkpointer.load(checkpoint, tensors)
+    kept = checkpoints.load(checkpoint, tensors)
     strategy.load_state(tensors)
     set_rng_state(tensors["rng"], world)
     return kept
@@ -50,7 +51,8 @@ class Snapshots:
     def __init__(
         self,
         config: RunConfig,
-        checkpointer: Checkpointer,
+        checkpoints: Checkpoints,
+        saver: Saver,
         strategy: Strategy,
         world: World,
         loader: Loader | UnindexedLoader,
@@ -62,7 +64,8 @@ class Snapshots:
 
         Args:
             config: resolved; each checkpoint holds it.
-            checkpointer: finds, reads and writes.
+            checkpoints: finds and reads them.
+            saver: writes them.
             strategy: after `prepare`.
             world: the processes.
             loader: whose order of the data each checkpoint describes.
@@ -70,10 +73,10 @@ class Snapshots:
             watchdog: is told of saves.
             run_uid: of `run.json`; each checkpoint holds it.
         """
-        self.checkpointer, self.strategy, self.world = checkpointer, strategy, world
+        self.checkpoints, self.saver, self.strategy, self.world = checkpoints, saver, strategy, world
         self._config_yaml, self._run_uid = config.to_yaml(), run_uid
         self._loader, self._log, self._watchdog = loader, log, watchdog
-        checkpointer.reserve(_tensors(strategy, world))
+        saver.reserve(_tensors(strategy, world))
 
     def save(self, state: RunState, *, trusted: bool = True, last: bool) -> None:
         """Begins to save; returns when the tensors are copied.
@@ -105,21 +108,21 @@ class Snapshots:
                     f"step {state.step} is not saved: a weight is not finite, although every gradient was. The last "
                     "complete checkpoint is untouched. Lower optim.base_lr, set optim.clip_norm, or use fp32"
                 )
-            self.checkpointer.blocked_s += time.perf_counter() - begin_s
-            self.checkpointer.save(state.step, tensors, state.to_dict() | more, self._config_yaml, last=last)
+            self.saver.blocked_s += time.perf_counter() - begin_s
+            self.saver.save(state.step, tensors, state.to_dict() | more, self._config_yaml, last=last)
 
-    def newest(self, up_to_step: int) -> Place | None:
+    def newest(self, up_to_step: int) -> Folder | None:
         """The newest complete and verified checkpoint of `up_to_step` or before, once the running save has ended."""
-        self.checkpointer.settle()
-        return self.checkpointer.find(up_to_step=up_to_step)
+        self.saver.settle()
+        return self.checkpoints.find(up_to_step=up_to_step)
 
-    def restore(self, checkpoint: Place) -> RunState:
+    def restore(self, checkpoint: Folder) -> RunState:
         """Takes the engine and the generators back to a checkpoint of this run; returns the run's state in it."""
-        return RunState.from_dict(restore(self.checkpointer, checkpoint, self.strategy, self.world))
+        return RunState.from_dict(restore(self.checkpoints, checkpoint, self.strategy, self.world))
 
     def discard_after(self, step: int) -> None:
         """Sets the checkpoints of later steps aside: after a rollback these steps come again."""
-        self.checkpointer.discard_after(step)
+        self.checkpoints.discard_after(step)
 
 
 def _tensors(strategy: Strategy, world: World) -> dict[str, Tensors]:

@@ -17,10 +17,10 @@ import torch
 
 from data_pipes.batch import Batch, BatchPlan
 from data_pipes.loader import open_loader
-from pretrain.checkpoint.checkpointer import Checkpointer
+from pretrain.checkpoint.checkpoints import Checkpoints
+from pretrain.checkpoint.saver import Saver
 from pretrain.config import RunConfig
 from pretrain.garbage import ScheduledGC
-from pretrain.guard.recover import Recovery, Verdict
 from pretrain.metrics import StepResult
 from pretrain.objectives.base import Objective, Turn
 from pretrain.optim import LearningRate
@@ -28,6 +28,7 @@ from pretrain.parallel.choose import make_strategy
 from pretrain.parallel.strategy import Strategy
 from pretrain.parallel.world import Launch, World, change_timeout, join_world, leave_world
 from pretrain.preflight import TrainingData, check, total_samples
+from pretrain.recovery import Recovery, Verdict
 from pretrain.run_folder import enter_run_folder
 from pretrain.run_log import RunLog
 from pretrain.run_state import Due, RunState
@@ -79,15 +80,15 @@ def _train(
     identity: Mapping[str, Any],
 ) -> dict[str, Any]:
     # 1. Model, optimizer, engine. A run that goes on does not look for the weights that it once started from.
-    checkpointer = Checkpointer(config.run_dir, config.checkpoint, world)
-    checkpoint = checkpointer.find()
+    checkpoints = Checkpoints(config.run_dir, config.checkpoint, world)
+    checkpoint = checkpoints.find()
     init_from = config.objective.init_from if checkpoint is None else None
     torch.manual_seed(config.seed + world.rank)
     strategy = make_strategy(config.parallel, config.optim, world)
     objective = strategy.prepare(config.build_objective, partial(initialize, seed=config.seed, init_from=init_from))
 
     # 2. Resume: weights, optimizer, average, generator states, and the one integer that is the data position.
-    kept = restore(checkpointer, checkpoint, strategy, world) if checkpoint is not None else RunState().to_dict()
+    kept = restore(checkpoints, checkpoint, strategy, world) if checkpoint is not None else RunState().to_dict()
     state = RunState.from_dict(kept)
     first_step, started_s = state.step, time.perf_counter()
 
@@ -106,7 +107,8 @@ def _train(
     validator = open_validator(config, data, plan, objective, world)
     log = RunLog(config, plan, data, world, objective, loader, strategy.bf16, total)
     log.start(identity, state, resumed_from=checkpoint)
-    snapshots = Snapshots(config, checkpointer, strategy, world, loader, log, watchdog, identity["run_uid"])
+    saver = Saver(checkpoints)
+    snapshots = Snapshots(config, checkpoints, saver, strategy, world, loader, log, watchdog, identity["run_uid"])
     recovery = Recovery(config, plan, world, loader, snapshots, log)
 
     # 4. Steps.
@@ -132,8 +134,8 @@ def _train(
                 batches = loader.batches(state.position)
                 continue
             if due.log:
-                log.saves(checkpointer.take_events())
-                log.point(state, lrs, watchdog.metrics() | checkpointer.stats())
+                log.saves(checkpoints.take_events())
+                log.point(state, lrs, watchdog.metrics() | saver.stats())
             if due.save or verdict.stopping:
                 snapshots.save(state, trusted=verdict.trusted, last=due.end or verdict.stopping)
             if due.validate and not verdict.stopping:
@@ -150,10 +152,10 @@ def _train(
         watchdog.beat("close", state.step)
         loader.close()
         try:
-            checkpointer.wait()
+            saver.wait()
         finally:
-            log.saves(checkpointer.take_events())
-            checkpointer.close()
+            log.saves(checkpoints.take_events())
+            saver.close()
         status = "stopped" if state.steps_left(total, plan.global_batch) else "finished"
         log.finish("FINISHED" if status == "finished" else "KILLED")
     return {
@@ -163,7 +165,7 @@ def _train(
         "samples": state.position,
         "steps_this_start": state.step - first_step,
         "seconds": round(time.perf_counter() - started_s, 2),
-        "checkpoint": str(checkpointer.folder / f"step-{state.step:08d}"),
+        "checkpoint": str(checkpoints.folder / f"step-{state.step:08d}"),
         "mfu_of": log.peak.source,
         **log.summary(),
     }

@@ -16,16 +16,16 @@ FORBIDDEN = {
         "pretrain.parallel",
         "pretrain.objectives",
         "pretrain.train",
-        "pretrain.checkpoint.checkpointer",
+        "pretrain.checkpoint.checkpoints",
     ),
     "pretrain/losses": ("pretrain.models", "pretrain.objectives", "pretrain.parallel", "pretrain.train"),
     "pretrain/objectives": (
         "pretrain.parallel",
         "pretrain.train",
-        "pretrain.checkpoint.checkpointer",
+        "pretrain.checkpoint.checkpoints",
         "pretrain.tracking.tracker",
     ),
-    "pretrain/parallel": ("pretrain.train", "pretrain.checkpoint.checkpointer", "pretrain.tracking.tracker"),
+    "pretrain/parallel": ("pretrain.train", "pretrain.checkpoint.checkpoints", "pretrain.tracking.tracker"),
 }
 
 

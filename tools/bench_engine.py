@@ -30,8 +30,9 @@ import psutil
 import torch
 
 from data_pipes.batch import Batch
-from pretrain.checkpoint.checkpointer import Checkpointer
+from pretrain.checkpoint.checkpoints import Checkpoints
 from pretrain.checkpoint.config import CheckpointConfig
+from pretrain.checkpoint.saver import Saver
 from pretrain.models.mae import MAEConfig, mae_flops
 from pretrain.models.vit import ViTConfig, vit_config
 from pretrain.objectives.base import Objective
@@ -203,21 +204,21 @@ def bench_saves(trainee: Trainee, num_saves: int, world: World) -> dict[str, flo
     """How long the loop is blocked by a save that it waits for, and by one that runs beside it."""
     with tempfile.TemporaryDirectory() as own:
         folder = Path(world.broadcast(own))
-        checkpointer = Checkpointer(folder, CheckpointConfig(), world)
+        saver = Saver(Checkpoints(folder, CheckpointConfig(), world))
         blocked: dict[str, list[float]] = {"synchronous": [], "asynchronous": []}
         for number in range(2 * num_saves + 2):
             kind = ("synchronous", "asynchronous")[number % 2]
             begin = time.perf_counter()
-            checkpointer.save(number + 1, trainee.strategy.state(), {"position": number}, "")
+            saver.save(number + 1, trainee.strategy.state(), {"position": number}, "")
             if kind == "synchronous":
-                checkpointer.wait()
+                saver.wait()
             blocked_s = time.perf_counter() - begin
             for _ in range(3):
                 trainee.step()
-            checkpointer.wait()  # not counted: a run saves more rarely than a save takes
+            saver.wait()  # not counted: a run saves more rarely than a save takes
             if number >= 2:  # the first of each kind allocates
                 blocked[kind].append(blocked_s)
-        checkpointer.close()
+        saver.close()
         world.barrier()
     medians = {
         kind: statistics.median(world.max(torch.tensor(values, dtype=torch.float64)).tolist())

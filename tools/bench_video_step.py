@@ -28,6 +28,7 @@ from bench_step import PEAK_FLOPS, Seconds, Step, interleave, training_step
 from torch import Tensor
 
 from data_pipes.batch import Batch
+from pretrain.export.transformers_arguments import transformers_arguments
 from pretrain.models.video_mae import DECODERS, VideoMAEConfig, VideoMAEOutput, video_mae_config, video_mae_flops
 from pretrain.models.video_masking import ClipMask
 from pretrain.objectives.clip_mae import ClipMAEObjective
@@ -35,7 +36,6 @@ from pretrain.objectives.clip_target import normalise_clips
 from pretrain.objectives.mae_st import MAESTConfig, mae_st_objective
 from pretrain.objectives.video_mae import VideoMAEObjectiveConfig, video_mae_objective
 from pretrain.objectives.video_mae_v2 import VideoMAEv2Config, video_mae_v2_objective
-from pretrain.weights.video_names import transformers_arguments
 
 VARIANTS = ("tessera", "transformers", "unmasked", "dual")
 

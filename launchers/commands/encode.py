@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint.store import place_of
-
 if TYPE_CHECKING:
     from data_pipes.config import DataConfig
     from pretrain.latents.encode_dataset import EncodeResult
@@ -62,9 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model and how it runs, as `decode` and `reconstruct` have it too."""
-    parser.add_argument(
-        "--model", type=place_of, required=True, metavar="RUN", help="run, checkpoint, or folder in diffusers' layout"
-    )
+    parser.add_argument("--model", required=True, metavar="RUN", help="run, checkpoint, or folder in diffusers' layout")
     parser.add_argument("--no-ema", action="store_true", help="the weights themselves, not their moving average")
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="of the forward pass (default %(default)s)"

@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.store import place_of
-
 HELP = "evaluate a run, checkpoint, export folder or weights file: k-NN, probes, fine-tuning"
 EXAMPLES = """\
   tessera eval runs/cifar10_tiny --suite configs/eval/quick.yaml --untrained
@@ -21,9 +19,7 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", type=place_of, metavar="MODEL", help="run, checkpoint or export folder, or a weights file"
-    )
+    parser.add_argument("model", metavar="MODEL", help="run, checkpoint or export folder, or a weights file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the suite, e.g. test=FOLDER")
     parser.add_argument("--suite", type=Path, required=True, metavar="YAML", help="what to evaluate on which images")
     parser.add_argument("--untrained", action="store_true", help="evaluate the freshly initialised backbone as well")

@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.checkpoint.store import place_of
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -29,7 +27,7 @@ as AutoencoderDC. onnx: backbones, and tokenizers as encoder.onnx and decoder.on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=place_of, metavar="CHECKPOINT", help="checkpoint folder, run, or a weights file")
+    parser.add_argument("model", metavar="CHECKPOINT", help="checkpoint folder, run, or a weights file")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; it must not exist")
     parser.add_argument("--to", choices=TARGETS, required=True, help="the library that will load it")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights")

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pretrain.checkpoint.store import Place, store_of
+from pretrain.checkpoint.folder import Folder
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.weights.backbone import Backbone
 
 if TYPE_CHECKING:
@@ -26,13 +27,15 @@ class Origin(Protocol):
     @property
     def weights(self) -> str: ...
     @property
-    def source(self) -> Place: ...
+    def source(self) -> str: ...
     @property
     def digest(self) -> str: ...
     @property
     def step(self) -> int | None: ...
     @property
     def config(self) -> RunConfig | None: ...
+    @property
+    def checkpoint(self) -> Folder | None: ...
     @property
     def complete(self) -> Mapping[str, Any] | None: ...
     @property
@@ -79,8 +82,8 @@ def model_card(
 def provenance(backbone: Origin) -> dict[str, str]:
     """Where the weights come from, as label -> text; unknown entries say so."""
     complete = backbone.complete or {}
-    run = _read_json(backbone.run_dir, "run.json") if backbone.run_dir is not None else {}
-    state = _read_json(backbone.source, "state.json") if backbone.complete is not None else {}
+    run = _read_json(open_folder(backbone.run_dir), "run.json") if backbone.run_dir is not None else {}
+    state = _read_json(backbone.checkpoint, "state.json") if backbone.checkpoint is not None else {}
     order = state.get("order") or {}
     position = complete.get("position")
     return {
@@ -94,13 +97,14 @@ def provenance(backbone: Origin) -> dict[str, str]:
         "code revision": _revision(run),
         "checkpoint digest": str(complete.get("digest") or UNKNOWN),
         "weights sha256": backbone.digest,
-        "imported from": backbone.source.name if backbone.complete is None else "no: trained by this run",
+        "imported from": Path(backbone.source).name if backbone.checkpoint is None else "no: trained by this run",
     }
 
 
 def read_results(run_dir: Path, label: str) -> list[dict[str, Any]]:
     """The evaluation results of one model of a run, in the order of their file names."""
-    return [_read_json(path.parent, path.name) for path in sorted((run_dir / "eval" / label).glob("*.json"))]
+    folder = open_folder(run_dir / "eval" / label)
+    return [_read_json(folder, name) for name in sorted(folder.files()) if name.endswith(".json")]
 
 
 def _summary(backbone: Backbone, pool: str) -> str:
@@ -165,10 +169,10 @@ def _numbers(values: Iterable[float]) -> str:
     return "[" + ", ".join(f"{value:g}" for value in values) + "]"
 
 
-def _read_json(folder: Place, name: str) -> dict[str, Any]:
+def _read_json(folder: Folder, name: str) -> dict[str, Any]:
     """The object in a JSON file; empty when the file is missing or unreadable: a card is written without it."""
     try:
-        loaded = json.loads(store_of(folder).read(folder, name))
+        loaded = json.loads(folder.read(name))
     except (OSError, json.JSONDecodeError):
         return {}
     return loaded if isinstance(loaded, dict) else {}

@@ -169,7 +169,7 @@ def _scaling_factor(tokenizer: LoadedTokenizer, model: DCAE, given: float | None
             raise ValueError(f"the scaling factor is {given}; expected 1 / RMS of the latents, a positive number")
         return float(given), "given when it was exported"
     if tokenizer.scaling_factor is not None:
-        return tokenizer.scaling_factor, f"read from {tokenizer.source.name}"
+        return tokenizer.scaling_factor, f"read from {Path(tokenizer.source).name}"
     if model.config.scaling_factor != 1.0:
         return model.config.scaling_factor, "from the configuration, not measured on this run's latents"
     return 1.0, "latents are not scaled; measure 1 / RMS over the data before training a diffusion model on them"

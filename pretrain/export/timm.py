@@ -25,8 +25,9 @@ from pretrain.export.card import model_card
 from pretrain.export.publish import ExportError
 from pretrain.models.video_vit import VideoViT
 from pretrain.models.vit import VIT_SIZES, ViT, ViTConfig
-from pretrain.weights.backbone import EXPORT_CONFIG, Backbone
+from pretrain.weights.backbone import Backbone
 from pretrain.weights.files import EXPORT_WEIGHTS
+from pretrain.weights.finding import EXPORT_CONFIG
 
 Pool = Literal["token", "avg"]
 TOLERANCE = 1e-5

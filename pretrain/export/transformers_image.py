@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.read import load_weights
 from pretrain.export.card import provenance
 from pretrain.export.publish import check_error, compose_card, new_folder, numbers, relative_error, table
+from pretrain.export.transformers_arguments import side_or_sides
 from pretrain.export.transformers_video import PREPROCESSOR, TOLERANCE, load_strictly, write_model
 from pretrain.models.mae import MAE, MAEConfig
 from pretrain.models.vit import LAYER_NORM_EPS, ViT, ViTConfig
-from pretrain.weights.backbone import Backbone
-from pretrain.weights.video_names import side_or_sides
+from pretrain.weights.backbone import Backbone, load_objective
 
 CANNOT = "This model cannot become a transformers ViT"
 _ENCODER = {  # ours -> theirs
@@ -103,7 +102,7 @@ def why_not(source: Backbone, *, pretraining: bool = False) -> str | None:
     if not pretraining:
         return None
     config = None if source.config is None else source.config.objective.model
-    if source.complete is None or source.weights == "untrained" or not isinstance(config, MAEConfig):
+    if source.checkpoint is None or source.weights == "untrained" or not isinstance(config, MAEConfig):
         return f"{source.label} ({source.weights}) has no decoder beside it; only a checkpoint of image_mae does"
     sides = (*model.config.image_size, *model.config.patch_size)
     if sides[0] != sides[1] or sides[2] != sides[3]:
@@ -206,10 +205,10 @@ def _images(config: ViTConfig) -> Tensor:
 
 def _whole_model(source: Backbone) -> MAE:
     """The model of the backbone's checkpoint with the same weights, decoder included."""
-    assert source.config is not None
-    model = MAE(source.config.objective.model)
-    model.load_state_dict(load_weights(source.source, "model", ema=source.weights == "ema"))
-    return model.eval()
+    objective = load_objective(source)
+    model = objective.players[objective.backbone_player]
+    assert isinstance(model, MAE)
+    return model
 
 
 def _card(source: Backbone, encoder: ViT, exported: ViTExport, tolerance: float) -> str:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.read import load_weights
 from pretrain.export.publish import (
     ExportError,
     PretrainingErrors,
@@ -27,6 +26,7 @@ from pretrain.export.publish import (
     numbers,
     relative_error,
 )
+from pretrain.export.transformers_arguments import CANNOT, transformers_arguments, transformers_encoder_arguments
 from pretrain.export.transformers_video_card import video_card
 from pretrain.losses.clips import tubelets
 from pretrain.models.normalise import IMAGENET_MEAN, IMAGENET_STD, Normalise
@@ -34,9 +34,10 @@ from pretrain.models.video_masking import tube_masks
 from pretrain.models.video_vit import VideoViT, VideoViTConfig
 from pretrain.objectives.clip_mae import ClipMAEObjective
 from pretrain.objectives.clip_target import channel_target, normalise_clips
-from pretrain.weights.backbone import EXPORT_CONFIG, Backbone
+from pretrain.weights.backbone import Backbone, load_objective
 from pretrain.weights.files import EXPORT_WEIGHTS
-from pretrain.weights.video_names import CANNOT, to_transformers, transformers_arguments, transformers_encoder_arguments
+from pretrain.weights.finding import EXPORT_CONFIG
+from pretrain.weights.video_names import to_transformers
 
 PREPROCESSOR = "preprocessor_config.json"
 TOLERANCE = 1e-5
@@ -52,7 +53,7 @@ def export_videomae(
     Args:
         source: what to export; `weights` says which of the checkpoint's weights (trained, moving average) it has.
         out: must not exist; it appears when everything has been compared, and not otherwise.
-        pretraining: with the decoder, read from the checkpoint `source.source`, as `VideoMAEForPreTraining`.
+        pretraining: with the decoder, read from `source.checkpoint`, as `VideoMAEForPreTraining`.
         tolerance: largest allowed relative error of features, predictions and loss.
 
     Raises:
@@ -101,7 +102,7 @@ def why_not(source: Backbone, *, pretraining: bool = False) -> str | None:
         transformers_encoder_arguments(model.config)
         if not pretraining:
             return None
-        if source.config is None or source.complete is None or source.weights == "untrained":
+        if source.config is None or source.checkpoint is None or source.weights == "untrained":
             return f"{source.label} ({source.weights}) has no decoder beside it; only a run's checkpoint does"
         objective = source.config.build_objective()
         if not isinstance(objective, ClipMAEObjective):
@@ -198,12 +199,8 @@ def transformers_library() -> Any:
 
 def _whole_model(source: Backbone) -> ClipMAEObjective:
     """The objective of the backbone's checkpoint with the same weights, decoder included, in `objective.model`."""
-    assert source.config is not None
-    objective = source.config.build_objective()
+    objective = load_objective(source)
     assert isinstance(objective, ClipMAEObjective)
-    weights = load_weights(source.source, objective.backbone_player, ema=source.weights == "ema")
-    objective.model.load_state_dict(weights)
-    objective.model.eval()
     return objective
 
 

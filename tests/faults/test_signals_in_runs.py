@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import newest_complete, read_complete
 from tests.faults.harness import Run, statuses
 from tests.pretrain.runs import assert_same_weights, losses
@@ -27,7 +28,7 @@ def _interrupt(run: Run, num_ranks: int, phase: str, step: int, number: signal.S
 
 
 def _saved_step(run: Run) -> int | None:
-    newest = newest_complete(run.run_dir)
+    newest = newest_complete(open_folder(run.run_dir))
     return None if newest is None else int(read_complete(newest)["step"])
 
 

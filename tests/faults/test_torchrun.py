@@ -8,12 +8,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import psutil
 import pytest
 
-from pretrain.checkpoint.read import newest_complete
+from pretrain.checkpoint.open_folder import open_folder
+from pretrain.checkpoint.read import newest_complete, step_of
 from pretrain.watchdog.watchdog import EXIT_NO_PROGRESS
 from tests.faults.conftest import LENGTH
 from tests.faults.harness import PATIENCE_S, JournalTail, Run, statuses
@@ -146,9 +146,9 @@ def test_signals_to_torchrun(
     assert launched.code() == code, launched.log()
     launched.wait_until(lambda: all(_is_gone(pid) for pid in pids), "the ranks' end")
     assert statuses(run.run_dir)[-1] == "KILLED"
-    newest = newest_complete(run.run_dir)
-    assert isinstance(newest, Path)
-    step = int(newest.name.removeprefix("step-"))
+    newest = newest_complete(open_folder(run.run_dir))
+    assert newest is not None
+    step = step_of(newest)
     assert step == max(losses(run.run_dir)) >= 7
     run.finish(2, f"train.steps={step + 2}")
     assert max(losses(run.run_dir)) == step + 2

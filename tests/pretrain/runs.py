@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import load_weights, newest_complete
 from pretrain.config import load_config
 from pretrain.tracking.journal import read_metrics
@@ -75,7 +76,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def final_weights(run_dir: Path, *, ema: bool = False) -> dict[str, torch.Tensor]:
-    checkpoint = newest_complete(run_dir)
+    checkpoint = newest_complete(open_folder(run_dir))
     assert checkpoint is not None
     return load_weights(checkpoint, "model", ema=ema)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import find_damage, load_weights, newest_complete
 from pretrain.config import ConfigError
 from pretrain.pipeline import is_pipeline, load_pipeline, run_pipeline
@@ -50,7 +51,7 @@ def overrides_of(data: Path, output: Path, name: str, *more: str) -> list[str]:
 
 
 def weights(run_dir: Path, player: str, *, ema: bool = False) -> dict[str, torch.Tensor]:
-    checkpoint = newest_complete(run_dir)
+    checkpoint = newest_complete(open_folder(run_dir))
     assert checkpoint is not None
     return load_weights(checkpoint, player, ema=ema)
 
@@ -123,7 +124,7 @@ def test_a_signal_ends_the_pipeline_inside_its_phase(tiny_dataset: Path, tmp_pat
         time.sleep(0.005)
     os.kill(pid, signal.SIGTERM)
     assert zygote.wait([pid], 60) == [0]
-    checkpoint = newest_complete(tmp_path / "run-phase1")
+    checkpoint = newest_complete(open_folder(tmp_path / "run-phase1"))
     assert checkpoint is not None
     assert find_damage(checkpoint) is None
     assert not (tmp_path / "run-phase2").exists()

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import list_checkpoints, newest_complete, read_complete
 from pretrain.config import ConfigError
 from pretrain.tracking.journal import read_journal
@@ -99,7 +100,7 @@ def test_killed_runs_end_as_uninterrupted_ones(tiny_dataset: Path, tmp_path: Pat
     assert code == -signal.SIGKILL
 
     for name in ("ddp", "fsdp2", "single"):  # what a kill left, continued on another number of processes
-        assert newest_complete(tmp_path / f"{name}_killed") is not None
+        assert newest_complete(open_folder(tmp_path / f"{name}_killed")) is not None
         shutil.copytree(tmp_path / f"{name}_killed", tmp_path / f"{name}_moved")
     run_here(run("single_killed"))
     run_here(run("ddp_moved"))
@@ -124,7 +125,7 @@ def test_a_signal_saves_and_exits_cleanly(tiny_dataset: Path, tmp_path: Path, nu
     command = [sys.executable, "-m", "pretrain", str(CONFIG), *overrides]
     code = _start_and_interrupt(command, tmp_path / "run", 5, number, -1)
     assert code == 0
-    checkpoint = newest_complete(tmp_path / "run")
+    checkpoint = newest_complete(open_folder(tmp_path / "run"))
     assert checkpoint is not None
     complete = read_complete(checkpoint)
     assert complete["position"] == 8 * complete["step"] >= 40
@@ -165,8 +166,9 @@ def test_a_torn_checkpoint_is_passed_over_and_kept(tiny_dataset: Path, tmp_path:
     overrides = overrides_of(tiny_dataset, tmp_path, "run", "train.steps=9", "checkpoint.every_steps=3")
     run_here(overrides)
     whole = losses(tmp_path / "run")
-    newest = list_checkpoints(tmp_path / "run")[-1]
-    shard = next(newest.glob("*.distcp"))
+    newest = list_checkpoints(open_folder(tmp_path / "run"))[-1]
+    assert newest.local_path is not None
+    shard = next(newest.local_path.glob("*.distcp"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)  # the size is right, the hash is not
@@ -176,7 +178,7 @@ def test_a_torn_checkpoint_is_passed_over_and_kept(tiny_dataset: Path, tmp_path:
     set_aside = list((tmp_path / "run" / "checkpoints").glob("torn-step-00000009-*"))
     assert len(set_aside) == 1
     assert (set_aside[0] / "COMPLETE").exists()
-    assert json.loads((newest / "COMPLETE").read_text())["step"] == 9
+    assert json.loads(newest.read("COMPLETE"))["step"] == 9
 
 
 def test_a_finished_run_does_nothing_more(tiny_dataset: Path, tmp_path: Path) -> None:

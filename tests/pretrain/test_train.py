@@ -14,6 +14,7 @@ from data_pipes.batch import BatchPlan
 from data_pipes.loader import open_loader
 from data_pipes.sequential.pictures import SequentialImages
 from data_pipes.transforms.image import EvalTransform
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import newest_complete
 from pretrain.config import load_config
 from pretrain.optim import OptimConfig, parameter_groups, scheduled_lr
@@ -140,7 +141,7 @@ def test_a_run_whose_gradients_stay_broken_stops_and_keeps_its_checkpoint(tiny_d
     broken = [*overrides, "optim.lr=1e18", "optim.clip_norm=null", "guard.nonfinite_steps=2", "optim.warmup_steps=3"]
     with pytest.raises(FloatingPointError, match=r"cannot go back.*Checkpoints are untouched"):
         run_here(broken)
-    assert newest_complete(tmp_path / "run") is not None
+    assert newest_complete(open_folder(tmp_path / "run")) is not None
     assert [r["status"] for r in read_journal(tmp_path / "run") if r["type"] == "status"][-1] == "FAILED"
 
 

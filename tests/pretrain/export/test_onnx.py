@@ -235,7 +235,7 @@ def test_features_of_backbones_with_the_normalisation_inside(
         std=(0.25, 0.5),
         weights="imported",
         label="random",
-        source=Path("random"),
+        source="random",
         digest=weights_digest(model.state_dict()),
     )
     exported = export_backbone_onnx(backbone, tmp_path / "out")

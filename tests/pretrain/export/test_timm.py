@@ -36,7 +36,7 @@ def backbone_of(config: ViTConfig, tmp_path: Path) -> Backbone:
         std=(0.25,) * channels,
         weights="imported",
         label="random",
-        source=tmp_path / "random.pth",
+        source=str(tmp_path / "random.pth"),
         digest=weights_digest(model.state_dict()),
     )
 

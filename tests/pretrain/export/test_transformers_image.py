@@ -33,7 +33,7 @@ def backbone_of(config: ViTConfig, folder: Path) -> Backbone:
             parameter.add_(0.1 * torch.randn_like(parameter))
     statistics = (0.4,) * config.in_channels, (0.25,) * config.in_channels
     digest = weights_digest(model.state_dict())
-    return Backbone(model, *statistics, weights="imported", label="random", source=folder / "x.pth", digest=digest)
+    return Backbone(model, *statistics, weights="imported", label="random", source=str(folder / "x.pth"), digest=digest)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import load_weights, newest_complete, read_complete
 from pretrain.config import load_run_config
 from pretrain.export import transformers_video as export
@@ -45,7 +46,7 @@ def backbone_of(config: VideoViTConfig, folder: Path) -> Backbone:
         std=(0.25,) * config.in_channels,
         weights="imported",
         label="random",
-        source=folder / "random.pth",
+        source=str(folder / "random.pth"),
         digest=weights_digest(model.state_dict()),
     )
 
@@ -56,7 +57,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def backbone_of_run(run_dir: Path, weights: Weights = "trained") -> Backbone:
-    checkpoint = newest_complete(run_dir)
+    checkpoint = newest_complete(open_folder(run_dir))
     assert checkpoint is not None
     config = load_run_config(checkpoint)
     objective = config.build_objective()
@@ -70,11 +71,13 @@ def backbone_of_run(run_dir: Path, weights: Weights = "trained") -> Backbone:
         std=objective.std,
         weights=weights,
         label=checkpoint.name,
-        source=checkpoint,
+        source=str(checkpoint),
         digest=weights_digest(model.state_dict()),
         step=2,
         config=config,
+        checkpoint=checkpoint,
         complete=read_complete(checkpoint),
+        run_dir=run_dir,
     )
 
 
@@ -117,7 +120,7 @@ def test_the_whole_model_of_a_run_has_our_predictions_and_loss(run_dir: Path, tm
     assert (backbone.digest == backbone_of_run(run_dir).digest) == (weights == "trained")
     assert backbone.config is not None
     model = VideoMAE(backbone.config.objective.model).eval()
-    model.load_state_dict(load_weights(backbone.source, "model", ema=weights == "ema"))
+    model.load_state_dict(load_weights(open_folder(backbone.source), "model", ema=weights == "ema"))
     model.decoder.norm.eps = 1e-5
     clips = torch.randn(2, 3, 4, 16, 16).double()
     mask = tube_masks(torch.arange(2), 1, SMALL.grid_size, 0.5, 7)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import pretrain.optim
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import list_checkpoints
 from pretrain.objectives.image_mae import ImageMAEObjective
 from pretrain.tracking.journal import read_journal
@@ -66,7 +67,7 @@ def test_a_row_of_bad_samples_is_left_out(tiny_dataset: Path, tmp_path: Path, pl
     found = losses(tmp_path / "run")
     assert list(found) == list(range(1, 14))
     assert all(map(math.isfinite, found.values()))
-    names = [path.name for path in list_checkpoints(tmp_path / "run")]
+    names = [path.name for path in list_checkpoints(open_folder(tmp_path / "run"))]
     assert names == ["step-00000012", "step-00000013"]
     state = json.loads((tmp_path / "run" / "checkpoints" / names[-1] / "state.json").read_text())
     assert state["skipped"] == [[6 * BATCH, 9 * BATCH]]

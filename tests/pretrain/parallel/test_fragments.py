@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from pretrain.checkpoint.dcp import read_into
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.parallel.fragments import Fragments, boxes_of_range
 
 shapes = st.lists(st.integers(1, 5), min_size=0, max_size=5).map(tuple)
@@ -65,7 +66,7 @@ def test_any_cut_reads_a_whole_tensor(tmp_path: Path, at: int) -> None:
     for share in _cut(whole, at):
         empty = Fragments(torch.zeros_like(share.piece), share.start, share.shape)
         scalar = Fragments(torch.zeros(1), 0, ())
-        read_into(tmp_path, {"w": empty, "scalar": scalar}, None)
+        read_into(open_folder(tmp_path), {"w": empty, "scalar": scalar}, None)
         assert torch.equal(empty.piece, share.piece)
         assert scalar.piece.item() == 2.5
 
@@ -75,7 +76,7 @@ def test_a_whole_share_reads_as_an_ordinary_tensor(tmp_path: Path) -> None:
     whole = torch.randn(4, 3)
     _save({"w": _cut(whole)[0], "scalar": Fragments(torch.ones(1), 0, ())}, tmp_path)
     read = {"w": torch.zeros(4, 3), "scalar": torch.zeros(())}
-    read_into(tmp_path, read, None)
+    read_into(open_folder(tmp_path), read, None)
     assert torch.equal(read["w"], whole)
     assert read["scalar"].item() == 1.0
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint.dcp import read_tensors
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import load_weights, newest_complete
 from pretrain.config import load_config
 from pretrain.tracking.journal import read_metrics
@@ -54,7 +55,7 @@ def game(run_dir: Path) -> list[float]:
 
 
 def weights(run_dir: Path, player: str) -> dict[str, torch.Tensor]:
-    checkpoint = newest_complete(run_dir)
+    checkpoint = newest_complete(open_folder(run_dir))
     assert checkpoint is not None
     return load_weights(checkpoint, player)
 
@@ -83,7 +84,7 @@ def test_ddp_and_fsdp2_play_the_same_game_and_resume_it_to_the_bit(tiny_dataset:
             assert distance(weights(tmp_path / "single", player), weights(tmp_path / name, player)) < 1e-3, name
 
     # The whole game is in the checkpoint: what the last save left is thrown away, and the run goes on from step 4.
-    newest = newest_complete(tmp_path / "single")
+    newest = newest_complete(open_folder(tmp_path / "single"))
     assert newest is not None
     for group in (
         "model.discriminator.lecam.",
@@ -146,7 +147,7 @@ def test_what_is_frozen_is_frozen_under_every_engine(tiny_dataset: Path, tmp_pat
             for key in begin
             if ".project_" in key and not key.startswith(("encoder.project_in", "decoder.project_out"))
         }
-        checkpoint = newest_complete(tmp_path / name)
+        checkpoint = newest_complete(open_folder(tmp_path / name))
         assert checkpoint is not None
         stepped = {key.rpartition(".")[0] for key in read_tensors(checkpoint, "optimizer.autoencoder.")}
         assert stepped == moved, name

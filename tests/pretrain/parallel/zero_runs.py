@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipes.batch import Batch
-from pretrain.checkpoint.checkpointer import Checkpointer
+from pretrain.checkpoint.checkpoints import Checkpoints
 from pretrain.checkpoint.config import CheckpointConfig
+from pretrain.checkpoint.saver import Saver
 from pretrain.models.mae import MAEConfig
 from pretrain.models.vit import ViT, ViTConfig
 from pretrain.objectives.base import Objective, Turn
@@ -154,16 +155,15 @@ def run(job: Job, world: World, folder: Path) -> None:
     )
     strategy = make_strategy(parallel, optim, world)
     objective = strategy.prepare(lambda: build(job.objective), lambda whole: whole.start(seed=0))
-    checkpointer = Checkpointer(folder / job.name, CheckpointConfig(), world)
+    saver = Saver(Checkpoints(folder / job.name, CheckpointConfig(), world))
     begin = 0
     if job.resume is not None:
         state = strategy.state()
-        source = Checkpointer(folder / job.resume, CheckpointConfig(), world)
+        source = Checkpoints(folder / job.resume, CheckpointConfig(), world)
         found = source.find()
         assert found is not None
         begin = source.load(found, state)["step"]
         strategy.load_state(state)
-        source.close()
     micro_batch = job.micro_batch or GLOBAL_BATCH // world.size
     accumulate = GLOBAL_BATCH // (micro_batch * world.size)
     losses: dict[str, list[float]] = {}
@@ -190,9 +190,9 @@ def run(job: Job, world: World, folder: Path) -> None:
             with strategy.autocast():
                 assert objective.validate(batch_at(0, 2).to(world.device), step)["loss"].isfinite()
         if job.save_at == step + 1:
-            checkpointer.save(step + 1, strategy.state(), {"step": step + 1, "position": 0}, "name: test\n")
-            checkpointer.wait()
-    checkpointer.close()
+            saver.save(step + 1, strategy.state(), {"step": step + 1, "position": 0}, "name: test\n")
+            saver.wait()
+    saver.close()
     means = {
         player: (world.sum(torch.tensor(values, dtype=torch.float64)) / world.size)
         .view(-1, accumulate)

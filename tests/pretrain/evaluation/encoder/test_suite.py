@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from data_pipes.pack.pack import pack
 from launchers.cli import main
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import load_weights, newest_complete
 from pretrain.evaluation.encoder.datasets import open_evaluation_data
 from pretrain.evaluation.encoder.suite import load_suite
@@ -47,11 +48,11 @@ def suite(tmp_path: Path) -> Path:
 
 
 def test_a_run_and_its_checkpoint_give_the_trained_encoder(run_dir: Path) -> None:
-    checkpoint = newest_complete(run_dir)
+    checkpoint = newest_complete(open_folder(run_dir))
     assert checkpoint is not None
     weights = load_weights(checkpoint, "model")
     encoder = {name.removeprefix("encoder."): t for name, t in weights.items() if name.startswith("encoder.")}
-    for path in (run_dir, checkpoint):
+    for path in (run_dir, str(checkpoint)):
         backbone = load_backbone(path)
         assert all(torch.equal(tensor, encoder[name]) for name, tensor in backbone.model.state_dict().items())
         assert (backbone.label, backbone.step, backbone.weights) == ("step-00000003", 3, "trained")
@@ -162,7 +163,7 @@ def test_the_card_of_a_run_says_where_the_weights_come_from(
     assert "| samples seen | 24 |" in card
     assert f"| linear | `linear_dinov2_cached` | {top1:.2f} | 31 |" in card
     assert str(run_dir.parent) not in card
-    fingerprint = json.loads((newest_complete(run_dir) / "state.json").read_text())["order"]["fingerprint"]  # type: ignore[operator]
+    fingerprint = json.loads(newest_complete(open_folder(run_dir)).read("state.json"))["order"]["fingerprint"]  # type: ignore[union-attr]
     assert f"| training data fingerprint | {fingerprint} |" in card
 
 
@@ -247,7 +248,7 @@ def test_what_is_no_model_is_refused(run_dir: Path, tmp_path: Path, capsys: pyte
     message = failing(capsys, "export", str(tmp_path), str(tmp_path / "out"), "--to", "timm")
     assert "is no model: expected a run folder" in message
     torn = tmp_path / "step-00000003"
-    shutil.copytree(newest_complete(run_dir), torn)  # type: ignore[arg-type]
+    shutil.copytree(str(newest_complete(open_folder(run_dir))), torn)
     (torn / "COMPLETE").unlink()
     assert "no COMPLETE" in failing(capsys, "export", str(torn), str(tmp_path / "out"), "--to", "timm")
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
@@ -260,7 +261,7 @@ def test_a_flipped_bit_in_a_checkpoint_stops_an_export(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damaged = tmp_path / "step-00000003"
-    shutil.copytree(newest_complete(run_dir), damaged)  # type: ignore[arg-type]
+    shutil.copytree(str(newest_complete(open_folder(run_dir))), damaged)
     shard = next(damaged.glob("*.distcp"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1

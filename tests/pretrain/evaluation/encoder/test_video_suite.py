@@ -13,6 +13,7 @@ from torch.nn import functional
 from data_pipes.sequential.clips import SequentialClips
 from data_pipes.transforms.clips import ClipSampling
 from launchers.cli import main
+from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import load_weights, newest_complete
 from pretrain.evaluation.encoder.datasets import open_evaluation_data, read_labels
 from pretrain.evaluation.encoder.features import Features, extract, make_accelerator
@@ -55,7 +56,7 @@ def suite(tmp_path: Path) -> Path:
 
 
 def test_a_run_on_clips_gives_its_encoder_and_its_sampling(video_run_dir: Path, videos: Path) -> None:
-    checkpoint = newest_complete(video_run_dir)
+    checkpoint = newest_complete(open_folder(video_run_dir))
     assert checkpoint is not None
     encoders = {}
     for ema in (False, True):

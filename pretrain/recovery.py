@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from data_pipes.batch import BatchPlan
 from data_pipes.loader import Loader
 from data_pipes.loading.unindexed_loader import UnindexedLoader
-from pretrain.checkpoint.store import Place
+from pretrain.checkpoint.folder import Folder
 from pretrain.config import RunConfig
 from pretrain.guard.evidence import Evidence
 from pretrain.guard.guard import Guard, Rollback
@@ -118,7 +118,7 @@ class Recovery:
         self.guard.restart()
         self.observer.restart()
 
-    def _find_good(self, rollback: Rollback, state: RunState) -> Place:
+    def _find_good(self, rollback: Rollback, state: RunState) -> Folder:
         newest, most = rollback.newest_good_step, self.config.guard.max_rollbacks
         if state.step - self._went_back_to < self.config.guard.window:  # that checkpoint was spoiled too
             newest = min(newest, self._went_back_to - 1)
