@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pretrain.export.original import OriginalExport
     from pretrain.weights.backbone import Backbone
     from pretrain.weights.tokenizer import LoadedTokenizer
 
-TARGETS = ("timm", "transformers", "diffusers", "onnx")
+TARGETS = ("timm", "transformers", "diffusers", "onnx", "original")
 HELP = "export a model to another library, after reloading it there and comparing the results"
 EXAMPLES = """\
   tessera export runs/cifar10_tiny exports/cifar10_tiny --to timm
@@ -20,16 +21,19 @@ EXAMPLES = """\
   tessera export runs/videomae_base exports/videomae_base --to transformers --pretraining
   tessera export runs/dcae_f32c32-phase3 exports/dcae --to diffusers --ema --scaling-factor 0.41
   tessera export runs/dcae_f32c32-phase3 exports/dcae_onnx --to onnx --ema
+  tessera export runs/mae_vit_base exports/mae_original --to original --ema
 
 timm: backbones of images. transformers: ViTModel or VideoMAEModel, with --pretraining the decoder too. diffusers: DC-AE
-as AutoencoderDC. onnx: backbones, and tokenizers as encoder.onnx and decoder.onnx. What cannot be expressed is refused.
+as AutoencoderDC. onnx: backbones, and tokenizers as encoder.onnx and decoder.onnx. original: model.pth in the layout of
+the authors of MAE, VideoMAE, MAE-ST or DC-AE, decoder included, for their own scripts. What cannot be expressed is
+refused.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="CHECKPOINT", help="checkpoint folder, run, or a weights file")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; it must not exist")
-    parser.add_argument("--to", choices=TARGETS, required=True, help="the library that will load it")
+    parser.add_argument("--to", choices=TARGETS, required=True, help="the library, or whose code, that will load it")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
     parser.add_argument(
         "--pool", choices=("token", "avg"), help="timm: the pooled feature (default: token, the class's)"
@@ -49,9 +53,11 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
     _check_options(arguments)
     tokenizer = is_tokenizer(arguments.model)
-    if tokenizer != (arguments.to == "diffusers") and arguments.to != "onnx":
+    if tokenizer != (arguments.to == "diffusers") and arguments.to not in ("onnx", "original"):
         kind, targets = (
-            ("a tokenizer", "diffusers or onnx") if tokenizer else ("no tokenizer", "timm, transformers or onnx")
+            ("a tokenizer", "diffusers, onnx or original")
+            if tokenizer
+            else ("no tokenizer", "timm, transformers, onnx or original")
         )
         raise ValueError(f"{arguments.model} is {kind}: export it --to {targets}")
     console = Console(stderr=True)
@@ -59,7 +65,11 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
-    """Raises ValueError for options of another target."""
+    """Looks whether every option belongs to the target.
+
+    Raises:
+        ValueError: one belongs to another.
+    """
     owners = {"pool": "timm", "pretraining": "transformers", "scaling_factor": "diffusers", "size": "onnx"}
     for name, target in owners.items():
         if getattr(arguments, name) and arguments.to != target:
@@ -69,6 +79,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
 def _export_tokenizer(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
     from pretrain.export.diffusers import export_diffusers
     from pretrain.export.onnx_models import export_tokenizer_onnx
+    from pretrain.export.original import export_original
     from pretrain.weights.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.model, ema=arguments.ema, verify=True)
@@ -81,6 +92,8 @@ def _export_tokenizer(arguments: argparse.Namespace, console: Console) -> dict[s
             "reconstruction_error": exported.reconstruction_error,
         }
         hint = f'diffusers.AutoencoderDC.from_pretrained("{arguments.out}")'
+    elif arguments.to == "original":
+        about, hint = _about_original(export_original(tokenizer, arguments.out))
     else:
         size = tuple(arguments.size) if arguments.size else None
         graphs = export_tokenizer_onnx(tokenizer, arguments.out, size=size)
@@ -91,6 +104,7 @@ def _export_tokenizer(arguments: argparse.Namespace, console: Console) -> dict[s
 
 def _export_backbone(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
     from pretrain.export.onnx_models import export_backbone_onnx
+    from pretrain.export.original import export_original
     from pretrain.export.timm import Pool, export_timm
     from pretrain.export.transformers_image import export_vit
     from pretrain.export.transformers_video import export_videomae
@@ -109,11 +123,22 @@ def _export_backbone(arguments: argparse.Namespace, console: Console) -> dict[st
         theirs = export(backbone, arguments.out, pretraining=arguments.pretraining)
         about = {"architecture": theirs.architecture, "errors": theirs.errors}
         hint = f'transformers.{theirs.architecture}.from_pretrained("{theirs.folder}")'
+    elif arguments.to == "original":
+        about, hint = _about_original(export_original(backbone, arguments.out))
     else:
         graphs = export_backbone_onnx(backbone, arguments.out)
         about = {"errors": dict(graphs.errors), "files": list(graphs.files)}
         hint = f'onnxruntime.InferenceSession("{arguments.out}/{graphs.files[0]}")'
     return _finish(backbone, about, hint, arguments, console)
+
+
+def _about_original(exported: OriginalExport) -> tuple[dict[str, object], str]:
+    """What the summary says, and how to load it."""
+    from pretrain.export.original import ENTRIES, ORIGINAL_WEIGHTS
+
+    path, entry = exported.folder / ORIGINAL_WEIGHTS, ENTRIES[exported.layout]
+    hint = f'torch.load("{path}", weights_only=True)["{entry}"]; README.md has the model\'s arguments'
+    return {"layout": exported.layout, "errors": exported.errors}, hint
 
 
 def _finish(

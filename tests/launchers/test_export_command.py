@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from launchers.cli import main
 from tests.pretrain.export.tiny_runs import train_on_clips
@@ -47,13 +48,26 @@ def test_clips_go_to_transformers(clips: Path, tmp_path: Path, capsys: pytest.Ca
     assert max(errors.values()) < 1e-5
 
 
+@pytest.mark.parametrize(("kind", "entry"), [("tokenizer", "state_dict"), ("clips", "model")])
+def test_models_go_back_to_their_authors(
+    kind: str, entry: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    found = export(capsys, str(request.getfixturevalue(kind)), str(out), "--to", "original", "--ema")
+    assert (found["weights"], found["step"]) == ("ema", 2)
+    assert found["layout"] == {"tokenizer": "dc_ae", "clips": "video_mae"}[kind]
+    assert list(torch.load(out / "model.pth", weights_only=True)) == [entry]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "model.pth"]
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        ("tokenizer", ["--to", "timm"], "is a tokenizer: export it --to diffusers or onnx"),
-        ("clips", ["--to", "diffusers"], "is no tokenizer: export it --to timm, transformers or onnx"),
+        ("tokenizer", ["--to", "timm"], "is a tokenizer: export it --to diffusers, onnx or original"),
+        ("clips", ["--to", "diffusers"], "is no tokenizer: export it --to timm, transformers, onnx or original"),
         ("clips", ["--to", "timm"], "an encoder of clips"),
         ("clips", ["--to", "onnx", "--pool", "avg"], "--pool goes with --to timm"),
+        ("clips", ["--to", "original", "--pretraining"], "--pretraining goes with --to transformers"),
         ("clips", ["--to", "timm", "--pretraining"], "--pretraining goes with --to transformers"),
         ("tokenizer", ["--to", "onnx", "--scaling-factor", "1.0"], "--scaling-factor goes with --to diffusers"),
     ],

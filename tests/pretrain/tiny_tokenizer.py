@@ -57,7 +57,7 @@ def random_tokenizer(channels: int = 3, norm: str = "rms") -> LoadedTokenizer:
         torch.manual_seed(0)
         model = DCAE(dc_ae_config("tiny", in_channels=channels, decoder_norms=(norm, norm, "rms"))).eval()
     mean, std = tuple(0.4 + 0.1 * c for c in range(channels)), tuple(0.5 - 0.1 * (c % 3) for c in range(channels))
-    return LoadedTokenizer(model, mean, std, "random", Path("random"), weights_digest(model.state_dict()))
+    return LoadedTokenizer(model, mean, std, "random", "random", weights_digest(model.state_dict()))
 
 
 def photo(seed: int, height: int, width: int) -> np.ndarray:
