@@ -9,7 +9,7 @@ help:
 	@echo "make demo   install, then pretrain, evaluate, export and report a small masked autoencoder (about 5 minutes)"
 	@echo "make test   install, then run the default test suite"
 	@echo "make test-faults   install, then kill real runs at random moments (about an hour on two cores)"
-	@echo "make lint   install, then ruff and mypy"
+	@echo "make lint   install, then ruff, mypy and the import contracts"
 	@echo "make bench  install, then the benchmarks of the loader and of the training step"
 	@echo "make bench-peers   the loader beside litdata and mosaicml-streaming, in an environment of their own"
 
@@ -35,6 +35,7 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 bench: $(BIN)/.installed
 	$(BIN)/python tools/bench_data.py
