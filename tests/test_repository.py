@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -35,3 +36,12 @@ def test_issue_forms_have_what_their_readers_need(name: str) -> None:
     assert {"name", "description", "body"} <= set(form)
     names = [part["id"] for part in form["body"] if part["type"] != "markdown"]
     assert len(names) == len(set(names))
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(r"`((?:pretrain|data_pipes|launchers|tests|tools|configs|docs)/[\w./-]*)`", page.read_text())
+    assert not [name for name in named if not (ROOT / name).exists()]
