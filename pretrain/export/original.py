@@ -92,7 +92,7 @@ def export_original(source: Backbone | LoadedTokenizer, out: Path, *, tolerance:
         for what, error in errors.items():
             check_error(what, error, tolerance)
         exported = OriginalExport(out, layout, errors, source.digest)
-        (partial / "README.md").write_text(original_card(source, model, exported, tolerance))
+        (partial / "README.md").write_text(original_card(source, model, exported.layout, exported.errors, tolerance))
     return exported
 
 

@@ -20,7 +20,6 @@ from pretrain.models.video_mae import VideoMAE, VideoMAEConfig
 from pretrain.models.vit import ViT, ViTConfig
 
 if TYPE_CHECKING:
-    from pretrain.export.original import OriginalExport
     from pretrain.weights.backbone import Backbone
     from pretrain.weights.tokenizer import LoadedTokenizer
 
@@ -38,23 +37,24 @@ _NORM = "partial(nn.LayerNorm, eps=1e-6)"
 
 
 def original_card(
-    source: Backbone | LoadedTokenizer, model: nn.Module, exported: OriginalExport, tolerance: float
+    source: Backbone | LoadedTokenizer, model: nn.Module, layout: str, errors: Mapping[str, float], tolerance: float
 ) -> str:
     """The README.md of an exported folder.
 
     Args:
         source: what was exported.
         model: its network.
-        exported: what was published.
+        layout: whose names and file it has.
+        errors: what was measured, relative, by kind of output.
         tolerance: the relative errors that were allowed.
     """
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     encoder_only = ", the encoder alone" if isinstance(model, ViT) else ""
     summary = (
-        f"A {_PAPERS[exported.layout]}{encoder_only} in its authors' layout, {num_parameters / 1e6:.2f} M parameters. "
+        f"A {_PAPERS[layout]}{encoder_only} in its authors' layout, {num_parameters / 1e6:.2f} M parameters. "
         f"Pixels lie in [0, 1] and are then normalised with mean {numbers(source.mean)} and std {numbers(source.std)}."
     )
-    measured = ", ".join(f"{what} {error:.3g}" for what, error in exported.errors.items())
+    measured = ", ".join(f"{what} {error:.3g}" for what, error in errors.items())
     sections = {
         "Use": f"```python\n{original_code(model)}\n```",
         "Provenance": table(provenance(source)),
@@ -63,7 +63,7 @@ def original_card(
             f"random inputs, in fp32: {measured}; allowed: {tolerance:.3g}."
         ),
     }
-    return compose_card(exported.folder.name, (exported.layout.replace("_", "-"),), summary, sections)
+    return compose_card(exported.folder.name, (layout.replace("_", "-"),), summary, sections)
 
 
 def original_code(model: nn.Module) -> str:
