@@ -91,9 +91,8 @@ def export_original(source: Backbone | LoadedTokenizer, out: Path, *, tolerance:
         errors = compare(model, read_back(partial / ORIGINAL_WEIGHTS, model))
         for what, error in errors.items():
             check_error(what, error, tolerance)
-        exported = OriginalExport(out, layout, errors, source.digest)
-        (partial / "README.md").write_text(original_card(source, model, exported.layout, exported.errors, tolerance))
-    return exported
+        (partial / "README.md").write_text(original_card(source, out.name, model, layout, errors, tolerance))
+    return OriginalExport(out, layout, errors, source.digest)
 
 
 def whole_model(source: Backbone | LoadedTokenizer) -> nn.Module:

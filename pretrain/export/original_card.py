@@ -37,12 +37,18 @@ _NORM = "partial(nn.LayerNorm, eps=1e-6)"
 
 
 def original_card(
-    source: Backbone | LoadedTokenizer, model: nn.Module, layout: str, errors: Mapping[str, float], tolerance: float
+    source: Backbone | LoadedTokenizer,
+    name: str,
+    model: nn.Module,
+    layout: str,
+    errors: Mapping[str, float],
+    tolerance: float,
 ) -> str:
     """The README.md of an exported folder.
 
     Args:
         source: what was exported.
+        name: of the folder.
         model: its network.
         layout: whose names and file it has.
         errors: what was measured, relative, by kind of output.
@@ -63,7 +69,7 @@ def original_card(
             f"random inputs, in fp32: {measured}; allowed: {tolerance:.3g}."
         ),
     }
-    return compose_card(exported.folder.name, (layout.replace("_", "-"),), summary, sections)
+    return compose_card(name, (layout.replace("_", "-"),), summary, sections)
 
 
 def original_code(model: nn.Module) -> str:
