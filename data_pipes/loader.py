@@ -29,7 +29,7 @@ from data_pipes.loading.workers import make_workers
 from data_pipes.open import open_dataset, open_unindexed
 from data_pipes.order.mixture import MixtureOrder
 from data_pipes.shards.collection import Collection
-from data_pipes.store.counters import Tally
+from data_pipes.store.counters import Counters
 
 _LOCATED_TOGETHER = 256
 # positions: alone, one takes 25 us, among so many 2
@@ -53,7 +53,7 @@ class Loader:
         self._workers = make_workers(dataset, config.workers, config.worker_kind, config.prefetch, pin_memory)
         path = None if quarantine_dir is None else quarantine_dir / f"rank{plan.rank:05d}.jsonl"
         self.bad = Quarantine(path, config.max_bad_fraction, dataset.collection.num_samples)
-        self.tally = Tally()
+        self.counters = Counters()
         self._active: Generator[Batch] | None = None
 
     @property
@@ -102,12 +102,12 @@ class Loader:
             prefetcher = Prefetcher(self.dataset, self.plan.micro_batches(position), on_this_node, position)
         try:
             for number, loaded in enumerate(answers):
-                self.tally.merge(loaded.sums)
-                self.tally.add("ready_batches", self._workers.num_ready())
-                self.tally.add("batches")
+                self.counters.merge(loaded.sums)
+                self.counters.add("ready_batches", self._workers.num_ready())
+                self.counters.add("batches")
                 if prefetcher is not None:
                     prefetcher.advance(position + number // self.plan.accumulate * self.plan.global_batch)
-                    self.tally.merge(prefetcher.reader.take_sums())
+                    self.counters.merge(prefetcher.reader.take_sums())
                 self._count(loaded.batch)
                 self.bad.record(0 if loaded.batch is None else len(loaded.batch.keys), loaded.bad)
                 if loaded.error is not None:
@@ -122,7 +122,7 @@ class Loader:
     def _count(self, batch: Batch | None) -> None:
         if batch is not None and batch.sources is not None:
             for source, count in enumerate(torch.bincount(batch.sources).tolist()):
-                self.tally.add(f"source_{source}", count)
+                self.counters.add(f"source_{source}", count)
 
     def _requests(self, position: int) -> Iterator[Request]:
         together = -(-_LOCATED_TOGETHER // self.plan.micro_batch)

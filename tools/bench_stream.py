@@ -139,7 +139,7 @@ def run(
             digests.append(hashlib.sha256(batch.images.numpy().tobytes()).hexdigest())
             time.sleep(arguments.step)
         seconds, cpu = time.perf_counter() - begin, cpu_seconds() - cpu
-    sums, images = loader.tally.take(), steps * arguments.batch
+    sums, images = loader.counters.take(), steps * arguments.batch
     p50, p99 = np.quantile(waits[1:], (0.5, 0.99)).tolist()
     return digests, Row(
         name,

@@ -29,7 +29,7 @@ from typing import Any
 
 from data_pipes.cache.chunk_file import ChunkFile, DamagedError, file_bytes, write_chunk_file
 from data_pipes.cache.index import CacheIndex, CacheStatus, CacheUser, check_is_cache
-from data_pipes.store.counters import Tally
+from data_pipes.store.counters import Counters
 
 __all__ = ["PINNED", "CacheConfig", "CacheStatus", "CacheUser", "ChunkCache", "chunk_key", "open_cache"]
 
@@ -68,7 +68,7 @@ class ChunkCache:
         """Raises ValueError for a folder that cannot be made or used, and for a cap that holds no chunk."""
         self.config = config
         folder = _checked_folder(config)
-        self.tally = Tally()
+        self.counters = Counters()
         self._lock = threading.Lock()
         self._open: OrderedDict[str, ChunkFile] = OrderedDict()
         self._process_id, self._warned = os.getpid(), False
@@ -105,7 +105,7 @@ class ChunkCache:
                 self._warn(error)
                 return None
             if data is not None:
-                self.tally.merge({"cache_hits": 1, "cache_hit_bytes": length})
+                self.counters.merge({"cache_hits": 1, "cache_hit_bytes": length})
                 return data
             self._forget([key])
         return None
@@ -137,14 +137,14 @@ class ChunkCache:
             reservation = self._index.reserve(_checked(key), file_bytes(len(data)), next_use_s)
         except OSError as error:
             self._warn(error)
-            self.tally.add("cache_refused")
+            self.counters.add("cache_refused")
             return False
         if reservation.evicted:
             self._forget(reservation.evicted)
-            self.tally.add("cache_evictions", len(reservation.evicted))
+            self.counters.add("cache_evictions", len(reservation.evicted))
         if reservation.part is None:
             if not reservation.present:
-                self.tally.add("cache_refused")
+                self.counters.add("cache_refused")
             return reservation.present
         finished = False
         try:
@@ -154,7 +154,7 @@ class ChunkCache:
             self._warn(error)
         finally:
             if not finished:
-                self.tally.add("cache_refused")
+                self.counters.add("cache_refused")
                 with suppress(OSError):
                     self._index.abandon(key, reservation.part)
         return finished
@@ -217,7 +217,7 @@ class ChunkCache:
                 return  # somebody else was quicker
         except OSError as problem:
             self._warn(problem)
-        self.tally.add("cache_corrupt")
+        self.counters.add("cache_corrupt")
         _logger.warning("%s: damaged (%s); removed from the cache", self._index.chunk_path(key), error)
 
     def _warn(self, error: OSError) -> None:
@@ -235,7 +235,7 @@ class ChunkCache:
         """A forked child has locks in whatever state they were, and counts that its parent reports."""
         if os.getpid() != self._process_id:
             self._process_id = os.getpid()
-            self._lock, self.tally = threading.Lock(), Tally()
+            self._lock, self.counters = threading.Lock(), Counters()
             self._open = OrderedDict(self._open)
 
 

@@ -152,7 +152,7 @@ class Prefetcher:
                 if 2 * len(own) >= self._order.chunk_samples(chunk)[2]:
                     yield _Pass(int(own[0]), int(own[-1]), chunk, "")
                 else:
-                    self.reader.tally.add("chunks_mostly_foreign")
+                    self.reader.counters.add("chunks_mostly_foreign")
             if len(known) > 2 * _MAX_KNOWN:
                 known = {chunk: last for chunk, last in known.items() if last >= self.position}
 
@@ -175,7 +175,7 @@ class Prefetcher:
             self._remember(this)
             return True
         if not self._cache.has_room(wanted.length, next_use_s):
-            self.reader.tally.add("chunks_without_room", float(met.first <= self.position))
+            self.reader.counters.add("chunks_without_room", float(met.first <= self.position))
             return met.first <= self.position  # in use already: its samples are read singly
         self._remember(this)
         self._fetching[self._pool.submit(self._fetch, this, wanted)] = this
@@ -189,7 +189,7 @@ class Prefetcher:
         except StorageError as error:
             _log.warning("%s", error)
             return False
-        self.reader.tally.add("chunks_fetched")
+        self.reader.counters.add("chunks_fetched")
         return self._cache.put(this.key, data, self._time_of(this))
 
     def _remember(self, this: _Pass) -> None:

@@ -36,7 +36,7 @@ from data_pipes.loading.workers import single_threaded_pool
 from data_pipes.order.hashing import hash64, hash_uniform
 from data_pipes.shards.members import caption_of, label_of, metadata_of
 from data_pipes.shards.reader import RawSample
-from data_pipes.store.counters import Tally
+from data_pipes.store.counters import Counters
 
 if TYPE_CHECKING:
     from data_pipes.batch import BatchPlan
@@ -108,7 +108,7 @@ class UnindexedLoader:
         self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         path = None if quarantine_dir is None else quarantine_dir / f"rank{plan.rank:05d}.jsonl"
         self.bad = Quarantine(path, max_bad_fraction, _JUDGED_SAMPLES)
-        self.tally = Tally()
+        self.counters = Counters()
         self._active: Generator[Batch] | None = None
 
     def wanted_shares(self, position: int) -> list[float]:
@@ -202,9 +202,9 @@ class UnindexedLoader:
             yield shard, raw, hash_uniform(seed, [number], 0, self.maker.num_uniforms)[0].tolist()
 
     def _count(self, num_rows: int) -> None:
-        self.tally.merge(self.stream.tally.take())
-        self.tally.merge(self.stream.storage.tally.take())
-        self.tally.merge({"batches": 1, "samples_loaded": num_rows, "source_0": num_rows})
+        self.counters.merge(self.stream.counters.take())
+        self.counters.merge(self.stream.storage.counters.take())
+        self.counters.merge({"batches": 1, "samples_loaded": num_rows, "source_0": num_rows})
 
 
 def _stacked(rows: Sequence[Made], positions: Tensor, extras: Extras) -> Batch:

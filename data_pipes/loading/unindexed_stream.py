@@ -33,7 +33,7 @@ from data_pipes.order.hashing import feistel, hash64, hash_words
 from data_pipes.shards.reader import RawSample
 from data_pipes.shards.tar import TarMember, TarProblem
 from data_pipes.shards.tar_stream import walk_tar_stream
-from data_pipes.store.counters import Tally
+from data_pipes.store.counters import Counters
 from data_pipes.store.storage import Storage
 from data_pipes.store.transport import StorageError
 from data_pipes.store.urls import check_url
@@ -102,7 +102,7 @@ class SampleStream:
         """extensions: of the members that are kept; the others are read over."""
         self.urls, self.storage, self.config = list(urls), storage, config
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.tally = Tally()
+        self.counters = Counters()
         self._extensions = frozenset(extensions)
 
     def samples(self, position: int) -> Iterator[tuple[str, RawSample]]:
@@ -142,7 +142,7 @@ class SampleStream:
                 found = True
                 yield {"fname": name, "data": data, "__url__": url}
             yield {}  # ends the sample: the next shard may begin with the same key
-            self.tally.add("shards_read")
+            self.counters.add("shards_read")
             empty = 0 if found else empty + 1
             if empty > 2 * len(self.urls):
                 raise ShardError(

@@ -24,7 +24,7 @@ from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.load_index import load_index
 from data_pipes.shards.manifest import Manifest
 from data_pipes.shards.tar import BLOCK, is_header_of
-from data_pipes.store.counters import Tally
+from data_pipes.store.counters import Counters
 from data_pipes.store.files import LocalFile
 from data_pipes.store.storage import Storage
 from data_pipes.store.transport import ByteRange, StorageError
@@ -87,7 +87,7 @@ class ShardReader:
         """
         self.collection = Collection.of(source)
         self.storage, self.cache = storage or Storage(), cache
-        self.tally = Tally()
+        self.counters = Counters()
         self._wanted = None if extensions is None else frozenset(extensions)
         self._lock = threading.Lock()
         self._files: OrderedDict[int, LocalFile] = OrderedDict()
@@ -135,7 +135,7 @@ class ShardReader:
         try:
             for wanted, answer in under_way:
                 data = answer if isinstance(answer, bytes) else _result(answer)
-                self.tally.add("bytes_used", len(data))
+                self.counters.add("bytes_used", len(data))
                 yield self._split(wanted, data)
         finally:
             for _, answer in under_way:
@@ -151,9 +151,9 @@ class ShardReader:
 
     def take_sums(self) -> dict[str, float]:
         """What was counted here, in the storage and in the cache since the last call."""
-        total = Tally()
-        for tally in (self.tally, self.storage.tally, *([] if self.cache is None else [self.cache.tally])):
-            total.merge(tally.take())
+        total = Counters()
+        for counters in (self.counters, self.storage.counters, *([] if self.cache is None else [self.cache.counters])):
+            total.merge(counters.take())
         return total.take()
 
     def close(self) -> None:
@@ -209,7 +209,7 @@ class ShardReader:
             data = self.cache.read(key, wanted.begin - wanted.chunk_begin, wanted.length)
             if data is not None:
                 return data
-            self.tally.add("cache_misses")
+            self.counters.add("cache_misses")
         return self.storage.submit(self._byte_range(wanted.place.shard, wanted.begin, wanted.length))
 
     def _byte_range(self, shard: int, offset: int, length: int) -> ByteRange:
@@ -230,7 +230,7 @@ class ShardReader:
                 f"{self.collection.shard_url(shard)}: it has {len(data):,} of the {length:,} bytes from byte "
                 f"{offset:,} on; the shard was cut while it was open: restore it"
             )
-        self.tally.add("bytes_used", length)
+        self.counters.add("bytes_used", length)
         return data
 
     def _file(self, shard: int) -> LocalFile:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from data_pipes.errors import ShardError
-from data_pipes.store.counters import Tally
+from data_pipes.store.counters import Counters
 from data_pipes.store.transport import (
     PROGRESS_BYTES,
     ByteRange,
@@ -45,8 +45,8 @@ T = TypeVar("T")
 class Connections:
     """Everything that is open in one process. `close` leaves no thread and no socket."""
 
-    def __init__(self, config: StorageConfig, tally: Tally) -> None:
-        self.config, self._tally, self._pid = config, tally, os.getpid()
+    def __init__(self, config: StorageConfig, counters: Counters) -> None:
+        self.config, self._counters, self._pid = config, counters, os.getpid()
         self._versions = Versions()
         self._transports: dict[tuple[str, ...], Transport] = {}
         self._slots = asyncio.Semaphore(config.requests)
@@ -134,14 +134,14 @@ class Connections:
                 try:
                     return await self._counted(transport, url, attempt)
                 except TransientError as error:
-                    self._tally.merge({"request_errors": 1, error.cause: 1})
+                    self._counters.merge({"request_errors": 1, error.cause: 1})
                     if piece and piece.num_received - before >= PROGRESS_BYTES:
                         failures = 0
                     failures += 1
                     if failures > self.config.retries:
                         raise _given_up(url, piece, failures, error) from error
                     await asyncio.sleep(self._delay_s(failures, error))
-                    self._tally.add("retries")
+                    self._counters.add("retries")
 
     async def _counted(self, transport: Transport, url: str, attempt: Callable[[], Awaitable[T]]) -> T:
         start_s = time.perf_counter()
@@ -152,7 +152,7 @@ class Connections:
         except Exception as error:
             raise transport.explain(url, error) from error
         finally:
-            self._tally.merge({"requests": 1, "request_s": time.perf_counter() - start_s})
+            self._counters.merge({"requests": 1, "request_s": time.perf_counter() - start_s})
 
     def _delay_s(self, failures: int, error: TransientError) -> float:
         if error.retry_after_s is not None:
@@ -180,14 +180,14 @@ class Connections:
         if kind == "http":
             from data_pipes.store.http import HttpTransport
 
-            return HttpTransport(self.config, self._tally, self._versions, self._loop)
+            return HttpTransport(self.config, self._counters, self._versions, self._loop)
         if kind == "s3":
             from data_pipes.store.s3 import S3Transport
 
-            return S3Transport(self.config, self._tally, self._versions, self._loop, options)
+            return S3Transport(self.config, self._counters, self._versions, self._loop, options)
         from data_pipes.store.fsspec_store import FsspecTransport
 
-        return FsspecTransport(self.config, self._tally, self._versions, kind, options)
+        return FsspecTransport(self.config, self._counters, self._versions, kind, options)
 
 
 @lru_cache(maxsize=4096)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-class Tally:
+class Counters:
     """Sums by name. Safe for threads; cheap to pickle (the sums stay behind: they belong to the process)."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Tally:
             self._sums[name] = self._sums.get(name, 0) + amount
 
     def merge(self, sums: Mapping[str, float]) -> None:
-        """Adds what another tally counted."""
+        """Adds what other counters counted."""
         with self._lock:
             for name, amount in sums.items():
                 self._sums[name] = self._sums.get(name, 0) + amount

@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 
-from data_pipes.store.counters import Tally
+from data_pipes.store.counters import Counters
 from data_pipes.store.transport import (
     ObjectInfo,
     Piece,
@@ -40,10 +40,10 @@ class FsspecTransport(Transport):
     """
 
     def __init__(
-        self, config: StorageConfig, tally: Tally, versions: Versions, kind: str, options: dict[str, Any]
+        self, config: StorageConfig, counters: Counters, versions: Versions, kind: str, options: dict[str, Any]
     ) -> None:
         """options: what the URL itself says of the store (the account of abfs://container@account...)."""
-        super().__init__(config, tally, versions)
+        super().__init__(config, counters, versions)
         self._files: Any = fsspec.get_filesystem_class(kind)(skip_instance_cache=True, **options)
         self._kind = kind
         self._pool = ThreadPoolExecutor(config.requests, thread_name_prefix=f"tessera-{kind}")
@@ -65,7 +65,7 @@ class FsspecTransport(Transport):
             await self._check(piece)
         begin, end = piece.first_missing, piece.offset + piece.length
         data = await self._call("cat_file", _path(piece.url), start=begin, end=end)
-        self.tally.add("bytes_fetched", len(data))
+        self.counters.add("bytes_fetched", len(data))
         piece.add(data)
         if piece.num_missing:
             await self._check(piece)  # a shard that was cut says so now, and not after all retries

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import fsspec
 
-from data_pipes.store.counters import Tally
+from data_pipes.store.counters import Counters
 from data_pipes.store.transport import (
     ObjectInfo,
     Piece,
@@ -35,8 +35,8 @@ _READ_BYTES = 1 << 20
 class HttpTransport(Transport):
     """http: and https: URLs. Options of the session come from fsspec's configuration ("http": client_kwargs)."""
 
-    def __init__(self, config: StorageConfig, tally: Tally, versions: Versions, loop: Any) -> None:
-        super().__init__(config, tally, versions)
+    def __init__(self, config: StorageConfig, counters: Counters, versions: Versions, loop: Any) -> None:
+        super().__init__(config, counters, versions)
         seconds = config.timeout_s
         # `total` would end large bodies that flow well
         timeout = aiohttp.ClientTimeout(total=None, connect=seconds, sock_connect=seconds, sock_read=seconds)

@@ -14,7 +14,7 @@ import fsspec
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
-from data_pipes.store.counters import Tally
+from data_pipes.store.counters import Counters
 from data_pipes.store.transport import (
     AccessDeniedError,
     ObjectInfo,
@@ -43,10 +43,10 @@ class S3Transport(Transport):
     """s3: URLs."""
 
     def __init__(
-        self, config: StorageConfig, tally: Tally, versions: Versions, loop: Any, options: dict[str, Any]
+        self, config: StorageConfig, counters: Counters, versions: Versions, loop: Any, options: dict[str, Any]
     ) -> None:
         """options: what the URL itself says of the store (?versionId=...)."""
-        super().__init__(config, tally, versions)
+        super().__init__(config, counters, versions)
         of_botocore = {
             **fsspec.config.conf.get("s3", {}).get("config_kwargs", {}),
             "connect_timeout": config.timeout_s,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
 from data_pipes.store.connections import Connections, kind_of
-from data_pipes.store.counters import Tally
+from data_pipes.store.counters import Counters
 from data_pipes.store.files import write_atomically
 from data_pipes.store.range_stream import RangeStream
 from data_pipes.store.transport import ByteRange, ObjectInfo, StorageConfig, StorageError
@@ -30,7 +30,7 @@ class _Process:
     """What a Storage has in one process."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    tally: Tally = field(default_factory=Tally)
+    counters: Counters = field(default_factory=Counters)
     connections: Connections | None = None
 
 
@@ -52,11 +52,11 @@ class Storage:
         self.__init__(**state)  # type: ignore[misc]
 
     @property
-    def tally(self) -> Tally:
+    def counters(self) -> Counters:
         """Sums of this process: requests (attempts), request_s, bytes_fetched, request_errors (attempts that failed; of
         these timeouts, throttled and failed), retries, range_ignored.
         """
-        return self._here().tally
+        return self._here().counters
 
     def info(self, url: str) -> ObjectInfo:
         """Size and etag of an object, as the store says now."""
@@ -120,7 +120,7 @@ class Storage:
         process = self._here()
         with process.lock:
             if process.connections is None:
-                process.connections = Connections(self.config, process.tally)
+                process.connections = Connections(self.config, process.counters)
                 weakref.finalize(self, process.connections.close)  # also at the interpreter's exit
             return process.connections
 

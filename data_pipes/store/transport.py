@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from data_pipes.errors import ShardError
-from data_pipes.store.counters import Tally
+from data_pipes.store.counters import Counters
 
 if TYPE_CHECKING:
     import aiohttp
@@ -150,8 +150,8 @@ class Versions:
 class Transport(ABC):
     """One kind of store, in one process, on one event loop."""
 
-    def __init__(self, config: StorageConfig, tally: Tally, versions: Versions) -> None:
-        self.config, self.tally, self.versions = config, tally, versions
+    def __init__(self, config: StorageConfig, counters: Counters, versions: Versions) -> None:
+        self.config, self.counters, self.versions = config, counters, versions
         self._hosts_without_ranges: set[str] = set()
 
     @abstractmethod
@@ -199,7 +199,7 @@ class Transport(ABC):
 
     def _take(self, data: bytes, piece: Piece, skip: int) -> int:
         """Puts what arrived into the piece; returns how many bytes there still are to skip."""
-        self.tally.add("bytes_fetched", len(data))
+        self.counters.add("bytes_fetched", len(data))
         piece.add(data[skip:] if skip else data)
         return max(0, skip - len(data))
 
@@ -209,7 +209,7 @@ class Transport(ABC):
             if range_and_total(content_range)[0] != piece.first_missing:
                 raise TransientError(f"answered {content_range!r} instead of bytes from {piece.first_missing:,} on")
             return 0
-        self.tally.add("range_ignored")
+        self.counters.add("range_ignored")
         host = urlsplit(piece.url).netloc
         if host not in self._hosts_without_ranges:
             self._hosts_without_ranges.add(host)

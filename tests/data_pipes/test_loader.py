@@ -383,7 +383,7 @@ def test_timings_are_counted(folder: Path) -> None:
     config = config_for(folder)
     loader = Loader(open_tiny(config), BatchPlan(8, 8), config)
     next(loader.batches(0))
-    sums = loader.tally.take()
+    sums = loader.counters.take()
     assert min(sums["read_s"], sums["decode_s"], sums["bytes_used"]) > 0
     assert sums["samples_loaded"] == 8
 

@@ -83,7 +83,7 @@ def test_the_shares_are_the_wanted_ones_before_and_after_the_change(config: Data
         batches = loader.batches(0)
         for _ in range(3):
             next(batches)
-    counted = loader.tally.take()
+    counted = loader.counters.take()
     assert [counted[f"source_{number}"] for number in range(3)] == [
         Counter(row[2] for row in found[: 3 * GLOBAL_BATCH])[number] for number in range(3)
     ]

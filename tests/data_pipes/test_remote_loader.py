@@ -109,7 +109,7 @@ def test_an_epoch_from_a_store_is_the_local_one(folder: Path, tmp_path: Path, ki
     with store(kind, folder) as url:
         loader = loader_for(config_for(url, tmp_path / "cache" if cached else None, workers=2))
         assert_same(take(loader, EPOCH), expected)
-    sums = loader.tally.take()
+    sums = loader.counters.take()
     amplification = sums["bytes_fetched"] / sums["bytes_used"]
     print(
         f"\n{kind}: {sums['requests']:.0f} requests, {sums.get('retries', 0):.0f} retries, read amplification "
@@ -150,7 +150,7 @@ def test_a_cache_smaller_than_the_window_changes_nothing(folder: Path, tmp_path:
             for number in range(2 * EPOCH):
                 assert_same([next(batches)], expected[number : number + 1])
                 assert bytes_in(cache) <= cap
-    sums = loader.tally.take()
+    sums = loader.counters.take()
     assert sums["cache_hits"] > 0
     assert sums["bytes_fetched"] / sums["bytes_used"] < 1.9
 

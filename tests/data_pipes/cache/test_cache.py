@@ -84,8 +84,8 @@ def test_parts_of_what_was_put(make_cache: MakeCache) -> None:
     ):
         for other in (cache, make_cache()):  # the second has checked nothing yet
             assert other.read(key_of(0), offset, length) == data[offset : offset + length]
-    assert cache.tally.peek()["cache_hits"] == 8
-    assert cache.tally.peek()["cache_hit_bytes"] == sum(map(len, (data, b".", b"..", b"." * BLOCK_BYTES))) + 1 + (
+    assert cache.counters.peek()["cache_hits"] == 8
+    assert cache.counters.peek()["cache_hit_bytes"] == sum(map(len, (data, b".", b"..", b"." * BLOCK_BYTES))) + 1 + (
         BLOCK_BYTES + 1227
     )
     for offset, length in ((0, len(data) + 1), (len(data), 1), (-1, 1)):
@@ -187,11 +187,11 @@ def test_nothing_is_evicted_for_what_cannot_fit(make_cache: MakeCache, folder: P
     assert not cache.put(key_of(4), data_of(4, 3 * MIB), 5.5), "only two chunks are needed later"
     assert not cache.put(key_of(4), data_of(4, 9 * MIB), PINNED), "larger than the cache"
     assert [cache.contains(key_of(number)) for number in range(5)] == [True] * 4 + [False]
-    assert cache.tally.take() == {"cache_refused": 2}
+    assert cache.counters.take() == {"cache_refused": 2}
     assert [cache.has_room(size, 5.5) for size in (2 * MIB, 3 * MIB)] == [True, False]
     assert cache.put(key_of(4), data_of(4, 2 * MIB), 5.5)
     assert [cache.contains(key_of(number)) for number in range(5)] == [True, True, False, False, True]
-    assert cache.tally.take() == {"cache_evictions": 2}
+    assert cache.counters.take() == {"cache_evictions": 2}
 
 
 def test_the_smaller_cap_holds_for_its_own_puts(make_cache: MakeCache, folder: Path) -> None:
@@ -213,7 +213,7 @@ def test_an_evicted_chunk_frees_its_space_though_a_reader_has_it_open(make_cache
         assert writer.put(key_of(number), data_of(number, 2 * MIB), 5.0)
     assert os.fstat(handle).st_blocks == 0
     assert reader.read(key_of(0), 100, 1000) is None
-    assert "cache_corrupt" not in reader.tally.peek()
+    assert "cache_corrupt" not in reader.counters.peek()
     assert writer.put(key_of(0), data_of(7, 2 * MIB), PINNED)  # back again: another file
     assert reader.read(key_of(0), 100, 1000) == data_of(7, 2 * MIB)[100:1100]
 
@@ -244,7 +244,7 @@ def test_damage_on_the_disk_is_found_and_removed(
         assert cache.read(key_of(0), 0, 3 * BLOCK_BYTES) == data[: 3 * BLOCK_BYTES], "other blocks can be used"
     before = cache.status().used_bytes
     assert cache.read(key_of(0), BLOCK_BYTES, 3 * BLOCK_BYTES) is None
-    assert cache.tally.peek()["cache_corrupt"] == 1
+    assert cache.counters.peek()["cache_corrupt"] == 1
     assert "damaged" in caplog.text
     assert not cache.contains(key_of(0))
     assert cache.status().used_bytes <= before - len(data)
@@ -260,7 +260,7 @@ def test_a_chunk_cut_while_it_is_open(make_cache: MakeCache, folder: Path) -> No
     os.truncate(folder / f"{key_of(0)}.chunk", MIB // 2)
     assert cache.read(key_of(0), 0, 1000) == data_of(0, 1000)
     assert cache.read(key_of(0), MIB - 1000, 1000) is None
-    assert cache.tally.peek()["cache_corrupt"] == 1
+    assert cache.counters.peek()["cache_corrupt"] == 1
 
 
 @pytest.mark.parametrize("damage", [b"not a database" * 1000, b""])
@@ -314,7 +314,7 @@ def test_a_full_disk_never_stops_the_run(
     for number in range(3):
         assert not cache.put(key_of(number), data_of(number), PINNED)
         assert cache.read(key_of(number), 0, 10) is None
-    assert cache.tally.peek() == {"cache_refused": 3}
+    assert cache.counters.peek() == {"cache_refused": 3}
     assert len([record for record in caplog.records if "No space left" in record.getMessage()]) == 1
     assert list(folder.glob("*.part")) == []
     assert cache.status().used_bytes == before
@@ -566,7 +566,7 @@ def test_processes_with_too_small_a_cap_stay_within_it_and_read_what_was_put(
         threads = [threading.Thread(target=hammer) for _ in range(2)]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
-        print(hits[0], cache.tally.peek().get("cache_corrupt", 0), flush=True)
+        print(hits[0], cache.counters.peek().get("cache_corrupt", 0), flush=True)
         """
     children = []
     for seed in ("1", "2"):
@@ -622,7 +622,7 @@ def test_kills_at_random_moments(make_cache: MakeCache, folder: Path, start: Sta
         cache.set_next_use({key_of(number): math.inf for number in range(20)})
         for number in range(20):
             assert cache.read(key_of(number), 0, MIB) in (None, data_of(number))
-        assert "cache_corrupt" not in cache.tally.peek()
+        assert "cache_corrupt" not in cache.counters.peek()
         cache.close()
     kill(bystander)
     status = make_cache(cap).status()
@@ -648,7 +648,7 @@ def test_threads_share_one_cache(make_cache: MakeCache, folder: Path, monkeypatc
     with ThreadPoolExecutor(4) as pool:
         assert sum(pool.map(work, range(4))) > 100
     assert len(cache._open) <= 2
-    assert cache.tally.peek().get("cache_corrupt", 0) == 0
+    assert cache.counters.peek().get("cache_corrupt", 0) == 0
 
 
 def test_a_stopped_process_delays_and_does_not_block(

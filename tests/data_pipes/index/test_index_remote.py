@@ -124,7 +124,7 @@ def test_a_server_that_fails_all_the_time(
     urls = [f"{server.url}/train/s{i}.tar" for i in (0, 2, 10)]
     manifest = index_shards(urls, tmp_path / "out", storage=storage)
     assert indexes(manifest, storage) == indexes(local_index(shards, tmp_path / "local"), storage)
-    assert storage.tally.peek()["retries"] > 3
+    assert storage.counters.peek()["retries"] > 3
 
 
 def test_shards_in_a_bucket_with_everything_beside_them(

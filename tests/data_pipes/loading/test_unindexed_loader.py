@@ -164,7 +164,7 @@ def test_bad_samples_are_written_down(tmp_path: Path) -> None:
     take(loader, 10)
     assert loader.bad.by_cause["nine"] == loader.bad.num_bad > 4
     assert '"key": "0009"' in (tmp_path / "bad" / "rank00000.jsonl").read_text()
-    assert loader.tally.take()["samples_loaded"] == 80
+    assert loader.counters.take()["samples_loaded"] == 80
 
 
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def test_reads(bucket: str, storage: Storage) -> None:
     with storage.open(url) as file:
         file.seek(250_000)
         assert file.read() == CONTENT[250_000:]
-    assert storage.tally.peek()["bytes_fetched"] == sum(length for _, length in places) + 3 + 300_000
-    assert "retries" not in storage.tally.peek()
+    assert storage.counters.peek()["bytes_fetched"] == sum(length for _, length in places) + 3 + 300_000
+    assert "retries" not in storage.counters.peek()
 
 
 def test_lists_and_writes(bucket: str, storage: Storage) -> None:
@@ -72,7 +72,7 @@ def test_a_replaced_object(bucket: str, storage: Storage) -> None:
     for offset in (0, 60):
         with pytest.raises(ShardError, match="50 bytes now, expected 100"):
             storage.read_range(wanted._replace(offset=offset))
-    assert "retries" not in storage.tally.peek()
+    assert "retries" not in storage.counters.peek()
 
 
 def test_what_is_not_there(bucket: str, storage: Storage) -> None:

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from data_pipes.errors import ShardError
 from data_pipes.shards.tar import walk_tar
 from data_pipes.store import fsspec_store
-from data_pipes.store.counters import Tally
+from data_pipes.store.counters import Counters
 from data_pipes.store.http import HttpTransport
 from data_pipes.store.storage import Storage
 from data_pipes.store.transport import (
@@ -119,7 +119,7 @@ def test_a_fault_that_passes(fault: str, url: str, server: FaultyServer, make: M
     storage = make()
     assert storage.read_range(part(url, 1000, 300_000)) == CONTENT[1000:301_000]
     assert len(server.plan) == (fault == "unknown_total")  # which is no failure
-    counted = storage.tally.peek()
+    counted = storage.counters.peek()
     retries = {"unknown_total": 0, "reset": counted.get("retries", 0)}.get(fault, 2)
     # aiohttp sends a request again by itself when a kept connection was closed
     assert counted.get("retries", 0) == counted.get("request_errors", 0) == retries
@@ -139,19 +139,19 @@ def test_resumes_at_the_first_missing_byte(url: str, server: FaultyServer, make:
 
 
 def test_what_had_arrived_when_the_connection_broke_is_kept() -> None:
-    async def receive() -> tuple[Piece, Tally]:
-        loop, tally = asyncio.get_running_loop(), Tally()
+    async def receive() -> tuple[Piece, Counters]:
+        loop, counters = asyncio.get_running_loop(), Counters()
         body = aiohttp.StreamReader(aiohttp.base_protocol.BaseProtocol(loop), 1 << 16, loop=loop)
         body.feed_data(b"skip" + b"x" * 50)
         body.set_exception(aiohttp.ClientPayloadError("broken"))
         piece = Piece("http://host/a", 4, 100, ObjectInfo(1000, None))
         with pytest.raises(aiohttp.ClientPayloadError):
-            await HttpTransport(QUICK, tally, Versions(), loop).receive(body, piece, skip=4)
-        return piece, tally
+            await HttpTransport(QUICK, counters, Versions(), loop).receive(body, piece, skip=4)
+        return piece, counters
 
-    piece, tally = asyncio.run(receive())
+    piece, counters = asyncio.run(receive())
     assert b"".join(piece.parts) == b"x" * 50
-    assert tally.peek() == {"bytes_fetched": 54}
+    assert counters.peek() == {"bytes_fetched": 54}
 
 
 def test_resumes_on_a_server_that_ignores_ranges(url: str, server: FaultyServer, make: Make) -> None:
@@ -163,7 +163,7 @@ def test_progress_is_not_failure(url: str, server: FaultyServer, make: Make) -> 
     server.plan.extend(["drop"] * 4)  # leaves half, a quarter, ..., each time more than 64 KiB
     storage = make(retries=1, request_bytes=1 << 21)
     assert storage.read_range(part(url, 0, len(CONTENT))) == CONTENT
-    assert storage.tally.peek()["retries"] == 4
+    assert storage.counters.peek()["retries"] == 4
 
 
 @pytest.mark.parametrize("fault", ["hang", "stall"])
@@ -173,14 +173,14 @@ def test_timeouts_fire(fault: str, url: str, server: FaultyServer, make: Make) -
     start_s = time.monotonic()
     assert storage.read_range(part(url, 7, 100_000)) == CONTENT[7:100_007]
     assert 0.2 <= time.monotonic() - start_s < 5
-    assert storage.tally.peek()["timeouts"] == 1
+    assert storage.counters.peek()["timeouts"] == 1
 
 
 def test_a_trickle_is_cut(http_url: str, server: FaultyServer, make: Make) -> None:
     server.plan.append("trickle")
     storage = make(timeout_s=0.05)
     assert storage.read_range(part(http_url, 7, 100_000)) == CONTENT[7:100_007]
-    assert storage.tally.peek()["timeouts"] == 1
+    assert storage.counters.peek()["timeouts"] == 1
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_some_faults_end_it_at_once(
         storage.read_range(part(url, 0, 100, etag))
     assert url in str(caught.value)
     assert len(server.requests()) == 1
-    assert "retries" not in storage.tally.peek()
+    assert "retries" not in storage.counters.peek()
 
 
 def test_gives_up(url: str, server: FaultyServer, make: Make) -> None:
@@ -213,7 +213,7 @@ def test_gives_up(url: str, server: FaultyServer, make: Make) -> None:
         storage.read_range(part(url, 100, 10))
     assert url in str(caught.value)
     assert len(server.requests()) == 3
-    assert storage.tally.peek()["request_errors"] == 3
+    assert storage.counters.peek()["request_errors"] == 3
 
 
 @pytest.mark.parametrize("fault", ["hang", "drop", "503"])
@@ -265,8 +265,8 @@ def test_ignored_ranges(url: str, server: FaultyServer, make: Make, caplog: pyte
         for offset in (0, 300_000, 700_000):
             wanted = ByteRange(url, offset, 1000, 100_000_000, None)
             assert storage.read_range(wanted) == CONTENT[offset : offset + 1000]
-    assert storage.tally.peek()["range_ignored"] == 3
-    assert storage.tally.peek()["bytes_fetched"] < 10_000_000  # it stops behind the wanted bytes
+    assert storage.counters.peek()["range_ignored"] == 3
+    assert storage.counters.peek()["bytes_fetched"] < 10_000_000  # it stops behind the wanted bytes
     assert len([record for record in caplog.records if "ignores Range" in record.getMessage()]) == 1
 
 
@@ -333,7 +333,7 @@ def test_five_percent_of_requests_fail(url: str, server: FaultyServer, make: Mak
     for (offset, length), future in zip(places, futures, strict=True):
         assert future.result(60) == CONTENT[offset : offset + length]
     faults = [request for request in server.requests() if request.fault not in ("ok", "unknown_total", "ignore_range")]
-    counted = storage.tally.peek()
+    counted = storage.counters.peek()
     assert len(faults) >= 5
     assert counted["requests"] == sum(length > 0 for _, length in places) + counted["retries"]
     assert 0 < counted["request_errors"] == counted["retries"] <= len(faults)
@@ -385,7 +385,7 @@ def test_many_threads(http_url: str, make: Make) -> None:
 
 
 def _read_in_child(storage: Storage, url: str, answers: Any) -> None:
-    answers.put((storage.read_range(part(url, 10, 1000)), storage.tally.peek()["requests"]))
+    answers.put((storage.read_range(part(url, 10, 1000)), storage.counters.peek()["requests"]))
     storage.close()
 
 
@@ -415,7 +415,7 @@ def test_pickle_is_small(http_url: str, make: Make) -> None:
     copied = pickle.loads(content)
     assert copied.config == storage.config
     assert copied.read_range(part(http_url, 0, 10)) == CONTENT[:10]
-    assert copied.tally.peek()["requests"] == 1
+    assert copied.counters.peek()["requests"] == 1
     copied.close()
 
 
@@ -552,7 +552,7 @@ def test_other_stores_time_out(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(cls, "cat_file", lambda *_, **__: time.sleep(0.5))
     with pytest.raises(StorageError, match=r"no answer in 0\.1 s"):
         storage.read_range(ByteRange(url, 0, 1, 1, None))
-    assert storage.tally.peek()["timeouts"] == 2
+    assert storage.counters.peek()["timeouts"] == 2
 
 
 class _StoreError(Exception):
@@ -583,11 +583,11 @@ def test_errors_of_other_stores(
 
     storage = make(retries=2)
     storage.write_whole("memory://errors/a", b"x")
-    storage.tally.take()
+    storage.counters.take()
     monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "cat_file", fail)
     with pytest.raises(expected, match="memory://errors/a"):
         storage.read_range(ByteRange("memory://errors/a", 0, 1, 1, None))
-    assert storage.tally.peek()["requests"] == requests
+    assert storage.counters.peek()["requests"] == requests
 
 
 @pytest.mark.parametrize(
