@@ -29,7 +29,7 @@ from data_pipes.loading.workers import make_workers
 from data_pipes.open import open_dataset, open_unindexed
 from data_pipes.order.mixture import MixtureOrder
 from data_pipes.shards.collection import Collection
-from data_pipes.store.counters import Counters
+from data_pipes.store.counters import Counters, source_counter
 
 _LOCATED_TOGETHER = 256
 # positions: alone, one takes 25 us, among so many 2
@@ -122,7 +122,7 @@ class Loader:
     def _count(self, batch: Batch | None) -> None:
         if batch is not None and batch.sources is not None:
             for source, count in enumerate(torch.bincount(batch.sources).tolist()):
-                self.counters.add(f"source_{source}", count)
+                self.counters.add(source_counter(source), count)
 
     def _requests(self, position: int) -> Iterator[Request]:
         together = -(-_LOCATED_TOGETHER // self.plan.micro_batch)

@@ -27,6 +27,7 @@ from data_pipes.shards.collection import Collection, Place
 from data_pipes.shards.manifest import Manifest
 from data_pipes.shards.members import caption_of, label_of, metadata_of
 from data_pipes.shards.reader import RawSample, ShardReader
+from data_pipes.store.counters import CounterName
 from data_pipes.store.storage import Storage
 from data_pipes.transforms.recipe import Recipe
 
@@ -47,8 +48,8 @@ class Loaded:
 
     batch: Batch | None
     bad: tuple[BadSample, ...] = ()
-    sums: dict[str, float] = field(default_factory=dict)
-    # what the worker counted meanwhile: read_s, decode_s (all of the recipe), requests, cache_hits, ...
+    sums: dict[CounterName, float] = field(default_factory=dict)
+    """What the worker counted meanwhile."""
     error: BadDataError | ShardError | None = None
 
     def pin_memory(self) -> Loaded:
@@ -209,7 +210,11 @@ class _Building:
             self.metadata if self.extras.metadata else None,
         )
 
-    def sums(self) -> dict[str, float]:
+    def sums(self) -> dict[CounterName, float]:
         """What was counted while it was made."""
-        counted = {"read_s": self.read_s, "decode_s": self.recipe_s, "samples_loaded": float(len(self.keys))}
+        counted: dict[CounterName, float] = {
+            "read_s": self.read_s,
+            "decode_s": self.recipe_s,
+            "samples_loaded": len(self.keys),
+        }
         return counted | self.dataset.reader.take_sums()

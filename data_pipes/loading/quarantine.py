@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_pipes.errors import BadDataError
+from data_pipes.errors import BadDataError, Cause
 
 _JUDGED_SAMPLES = 1000
 # The limit counts bad samples among at least so many (or one epoch): at a limit of 1%, data with 0.5% bad samples would
@@ -26,8 +26,7 @@ class BadSample:
     shard: str
     # its url in the manifest
     key: str
-    cause: str
-    # short name to count by: decode, pixels, channels, label, no_image, ...
+    cause: Cause
     error: str
     position: int
     # global sample position where it was met
@@ -44,7 +43,7 @@ class Quarantine:
             raise ValueError(f"data.max_bad_fraction is {max_bad_fraction}; expected a fraction, 0 to 1")
         self.path, self._max_bad_fraction, self._judged = path, max_bad_fraction, min(_JUDGED_SAMPLES, num_samples)
         self.num_seen = self.num_bad = 0
-        self.by_cause: Counter[str] = Counter()
+        self.by_cause: Counter[Cause] = Counter()
         self._known = _read_known(path)
 
     def record(self, num_samples: int, bad: Sequence[BadSample]) -> None:

@@ -36,7 +36,7 @@ from data_pipes.loading.workers import single_threaded_pool
 from data_pipes.order.hashing import hash64, hash_uniform
 from data_pipes.shards.members import caption_of, label_of, metadata_of
 from data_pipes.shards.reader import RawSample
-from data_pipes.store.counters import Counters
+from data_pipes.store.counters import Counters, source_counter
 
 if TYPE_CHECKING:
     from data_pipes.batch import BatchPlan
@@ -204,7 +204,7 @@ class UnindexedLoader:
     def _count(self, num_rows: int) -> None:
         self.counters.merge(self.stream.counters.take())
         self.counters.merge(self.stream.storage.counters.take())
-        self.counters.merge({"batches": 1, "samples_loaded": num_rows, "source_0": num_rows})
+        self.counters.merge({"batches": 1, "samples_loaded": num_rows, source_counter(0): num_rows})
 
 
 def _stacked(rows: Sequence[Made], positions: Tensor, extras: Extras) -> Batch:

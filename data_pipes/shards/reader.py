@@ -24,7 +24,7 @@ from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.load_index import load_index
 from data_pipes.shards.manifest import Manifest
 from data_pipes.shards.tar import BLOCK, is_header_of
-from data_pipes.store.counters import Counters
+from data_pipes.store.counters import CounterName, Counters
 from data_pipes.store.files import LocalFile
 from data_pipes.store.storage import Storage
 from data_pipes.store.transport import ByteRange, StorageError
@@ -149,7 +149,7 @@ class ShardReader:
         wanted = self._byte_range(place.shard, begin, length)
         return chunk_key(wanted.url, wanted.etag, wanted.size_bytes, begin, length), wanted
 
-    def take_sums(self) -> dict[str, float]:
+    def take_sums(self) -> dict[CounterName, float]:
         """What was counted here, in the storage and in the cache since the last call."""
         total = Counters()
         for counters in (self.counters, self.storage.counters, *([] if self.cache is None else [self.cache.counters])):

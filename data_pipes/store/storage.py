@@ -53,9 +53,7 @@ class Storage:
 
     @property
     def counters(self) -> Counters:
-        """Sums of this process: requests (attempts), request_s, bytes_fetched, request_errors (attempts that failed; of
-        these timeouts, throttled and failed), retries, range_ignored.
-        """
+        """What this process counted; the names are in data_pipes.store.counters, under "requests to stores"."""
         return self._here().counters
 
     def info(self, url: str) -> ObjectInfo:

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from data_pipes.errors import ShardError
@@ -93,10 +93,21 @@ class AccessDeniedError(StorageError, PermissionError):
 class TransientError(Exception):
     """An attempt failed in a way that may pass."""
 
-    def __init__(self, message: str, *, retry_after_s: float | None = None, cause: str = "failed") -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after_s: float | None = None,
+        cause: Literal["timeouts", "throttled", "broken_requests"] = "broken_requests",
+    ) -> None:
+        """
+        Args:
+            message: what happened, for people.
+            retry_after_s: seconds that the store asks to wait; None: it does not say.
+            cause: the name of the counter.
+        """
         super().__init__(message)
         self.retry_after_s, self.cause = retry_after_s, cause
-        # cause: the name of the counter, "timeouts", "throttled" or "failed"
 
 
 @dataclass

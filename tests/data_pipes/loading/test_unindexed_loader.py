@@ -65,7 +65,7 @@ def write(folder: Path, counts: Sequence[int], pack: Callable[[bytes], bytes] = 
 def make(raw: RawSample, uniforms: Sequence[float]) -> Tensor:
     value = raw.members["bin"][0]
     if value % 10 == 9:
-        raise SampleError("nine", "ends with a nine")
+        raise SampleError("decode", "ends with a nine")
     return torch.tensor([value, int(uniforms[0] * 256)], dtype=torch.uint8)
 
 
@@ -162,7 +162,7 @@ def test_the_same_batches_with_any_number_of_workers(tmp_path: Path, workers: in
 def test_bad_samples_are_written_down(tmp_path: Path) -> None:
     loader = loader_of(write(tmp_path, [40]), BatchPlan(8, 8), quarantine_dir=tmp_path / "bad")
     take(loader, 10)
-    assert loader.bad.by_cause["nine"] == loader.bad.num_bad > 4
+    assert loader.bad.by_cause["decode"] == loader.bad.num_bad > 4
     assert '"key": "0009"' in (tmp_path / "bad" / "rank00000.jsonl").read_text()
     assert loader.counters.take()["samples_loaded"] == 80
 
@@ -174,7 +174,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
 
 def test_nothing_but_bad_samples_is_no_endless_wait(tmp_path: Path) -> None:
     def refuse(raw: RawSample, uniforms: Sequence[float]) -> Tensor:
-        raise SampleError("never", "no good")
+        raise SampleError("decode", "no good")
 
     with pytest.raises(BadDataError, match="does not fill"):
         take(loader_of(write(tmp_path, [9]), BatchPlan(8, 8), maker=refuse), 1)
