@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipes.cache.cache import ChunkCache
+from data_pipes.config import DataConfig
 from data_pipes.decode.limits import DEFAULT_MAX_PIXELS
 from data_pipes.loading.dataset import Extras, SampleDataset
 from data_pipes.loading.unindexed_loader import SampleMaker, UnindexedLoader
@@ -28,7 +29,6 @@ from data_pipes.transforms.recipe import ClipRecipe, ImageRecipe, Recipe
 
 if TYPE_CHECKING:
     from data_pipes.batch import BatchPlan
-    from data_pipes.config import DataConfig
 
 
 def open_collection(config: DataConfig) -> Collection:
