@@ -8,6 +8,7 @@ data.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipes.cache.cache import ChunkCache
 from data_pipes.config import DataConfig
 from data_pipes.decode.limits import DEFAULT_MAX_PIXELS
+from data_pipes.decode.tiff import import_tifffile
 from data_pipes.loading.dataset import Extras, SampleDataset
 from data_pipes.loading.unindexed_loader import SampleMaker, UnindexedLoader
 from data_pipes.loading.unindexed_stream import SampleStream, expand_urls
@@ -131,7 +133,7 @@ def open_dataset(
     """
     recipe = open_recipe(config, image_size, channels)
     collection = collection or open_collection(config)
-    return SampleDataset(
+    dataset = SampleDataset(
         collection,
         open_order(config, collection, global_batch, state),
         recipe,
@@ -139,6 +141,29 @@ def open_dataset(
         storage=Storage(config.storage),
         cache=None if config.cache.dir is None or not collection.is_remote else ChunkCache(config.cache),
     )
+    _check_tiff_can_be_read(dataset)
+    return dataset
+
+
+def _check_tiff_can_be_read(dataset: SampleDataset) -> None:
+    """Looks into the first shard of each source for TIFFs, where what reads them is not installed.
+
+    A first TIFF further on ends the run when it is met: a missing package is no fault of the sample, and on another
+    machine it would not be replaced.
+
+    Raises:
+        ValueError: there are TIFFs; the message says what to install.
+    """
+    try:
+        if all(map(importlib.util.find_spec, ("tifffile", "imagecodecs"))):  # imports nothing
+            return
+        shard = 0
+        for manifest in dataset.collection.manifests:
+            if {"tif", "tiff"} & {*dataset.recipe.extensions} & {*dataset.reader.extensions(shard)}:
+                import_tifffile()
+            shard += len(manifest.shards)
+    except ImportError as error:
+        raise ValueError(f"{dataset.collection.shard_url(shard)}: has TIFFs; {error}") from error
 
 
 def open_unindexed(

@@ -110,6 +110,10 @@ class ShardReader:
         """The key of a sample, from the index alone."""
         return self._index(shard).key(sample)
 
+    def extensions(self, shard: int) -> tuple[str, ...]:
+        """The extensions of a shard's members, from the index alone."""
+        return self._index(shard).extensions
+
     def read(self, shard: int, sample: int) -> RawSample:
         """One sample.
 

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -15,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data_pipes.batch import Batch, BatchPlan
 from data_pipes.config import DataConfig
+from data_pipes.decode.tiff import import_tifffile
 from data_pipes.errors import BadDataError, ShardError
 from data_pipes.loader import Loader
 from data_pipes.loading.dataset import Request, SampleDataset
@@ -436,3 +439,21 @@ def test_pinned_batches() -> None:
         pytest.skip("page-locked memory needs CUDA")
     batch = Batch(torch.zeros(1, 1, 2, 2), torch.zeros(1), torch.zeros(1), ["k"]).pin_memory()
     assert batch.images.is_pinned()
+
+
+def test_tiffs_without_what_reads_them_end_a_run_at_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(file, "TIFF")
+    samples = {5: {"tif": file.getvalue(), "cls": b"0"}}
+    late, early = (
+        write_shards(tmp_path / "late", [5, 5], samples).root,
+        write_shards(tmp_path / "early", [9], samples).root,
+    )
+    open_tiny(config_for(early))
+    import_tifffile.cache_clear()
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    with pytest.raises(ValueError, match=r"shard-000000\.tar: has TIFFs; .* pip install 'tessera-pretrain\[tiff\]'"):
+        open_tiny(config_for(early))
+    loader = Loader(open_tiny(config_for(late)), BatchPlan(10, 10), config_for(late))
+    with pytest.raises(ImportError, match=r"tessera-pretrain\[tiff\]"):
+        next(iter(loader.batches(0)))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import time
+import tracemalloc
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ import torch
 from PIL import Image
 
 from data_pipes.decode.picture import decode_image
-from data_pipes.decode.tiff import decode_tiff, describe
+from data_pipes.decode.tiff import decode_tiff, describe, import_tifffile
 from data_pipes.errors import DecodeError
 from tests.data_pipes.decode.picture_files import GREY_ALPHA, RGB, as_tiff, noise, png, with_tag
 
@@ -119,15 +122,15 @@ def test_first_page_without_its_orientation() -> None:
     [
         (256, 2**31, "pixels, more than max_pixels"),
         (257, 0, "empty"),
-        (257, 24, "1 STRIP_OFFSETS of 2 strips"),
+        (257, 24, "1 offsets of 2 strips"),
         (258, 32, "3 channels with 32 bits"),
-        (259, 34712, "compression JPEG 2000"),
+        (259, 34712, "compression JPEG2000"),
         (259, 61_234, "compression number 61234"),
         (262, 8, "photometric 8"),
         (273, 2**32 - 1, "beyond its"),
         (277, 65_535, "65535 channels"),
         (278, 0, "segments of 0 x 31"),
-        (278, 1, "1 STRIP_OFFSETS of 23"),
+        (278, 1, "1 offsets of 23"),
         (317, 3, "predictor 3"),
         (339, 2, "sample format 2"),
         (339, 3, "sample format 3"),
@@ -165,6 +168,57 @@ def test_strips_that_share_their_bytes() -> None:
     struct.pack_into("<23I", data, offsets.valueoffset, *[8] * 23)
     with pytest.raises(DecodeError, match="beyond its"):
         decode_image(bytes(data), 3)
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd", "lzma", "lzw", "packbits"])
+def test_strips_that_unpack_to_more_than_they_hold(compression: str) -> None:
+    """20 million values behind a header that declares 23 rows: never more memory than these take."""
+    bomb = bytearray(as_tiff(np.zeros((20_000, 1000), np.uint8), rowsperstrip=20_000, compression=compression))
+    data = with_tag(with_tag(bytes(bomb), 257, 23), 278, 23)
+    tracemalloc.start()
+    with suppress(DecodeError):  # LZW and LZMA stop where the buffer ends, without an error
+        assert not decode_image(data, 1, max_pixels=100_000).any()
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 1_000_000 + 2 * len(data)
+
+
+def test_a_tag_that_is_given_thousands_of_times() -> None:
+    """4,000 times the same list of 100,000 strips would be 3 GB of Python's numbers."""
+    strips = 100_000
+    tags = [(256, 4, 1, 256), (257, 4, 1, strips), (258, 3, 1, 8), (278, 4, 1, 1)]
+    lists = 8 + 2 + 12 * (len(tags) + 4000) + 4
+    tags += [(tag, 4, strips, lists) for tag in (273, 279) for _ in range(2000)]
+    page = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    data = b"II*\0" + struct.pack("<I", 8) + page + struct.pack("<I", 8) * strips
+    started = time.process_time()
+    with pytest.raises(DecodeError, match="beyond its"):
+        decode_tiff(data, 10**9)
+    assert time.process_time() - started < 2
+
+
+def test_places_beyond_what_a_number_holds() -> None:
+    data = as_tiff(noise(3, 16), photometric="rgb", bigtiff=True)
+    for place in (2**63, 2**64 - 1):
+        with pytest.raises(DecodeError, match="damaged TIFF"):
+            decode_image(data[:8] + struct.pack("<Q", place) + data[16:], 3)
+
+
+def test_private_tags_are_not_looked_at() -> None:
+    """tifffile alone would take a file with this tag for a Zeiss LSM, and look for a second page."""
+    pixels = noise(3, 16)
+    data = as_tiff(pixels, photometric="rgb", extratags=[(34412, 7, 600, b"\xff" * 600, True)])
+    assert np.array_equal(pixels_of(data), pixels)
+
+
+def test_a_missing_package_is_no_fault_of_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = as_tiff(noise(3, 16), photometric="rgb")
+    import_tifffile.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "imagecodecs", None)
+        with pytest.raises(ImportError, match=r"pip install 'tessera-pretrain\[tiff\]'"):
+            decode_image(data, 3)
+    assert decode_image(data, 3).shape == (3, 23, 31)
 
 
 def test_truncation_anywhere() -> None:
