@@ -134,7 +134,7 @@ class RunLog:
         interval, backbone = self._interval, self.objective.backbone_player
         seconds = time.perf_counter() - interval.begin_s
         wanted_shares = self.loader.wanted_shares(state.position - 1)
-        counted = self.loader.tally.take()
+        counted = self.loader.counters.take()
         metrics = self._data_meter.report(
             counted, self.loader.bad.by_cause, interval.waits_s, seconds, wanted_shares
         ) | interval.report(self.loader.bad.num_bad)

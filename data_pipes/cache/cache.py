@@ -20,12 +20,13 @@ import math
 import os
 import re
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from cachetools import LRUCache
 
 from data_pipes.cache.chunk_file import ChunkFile, DamagedError, file_bytes, write_chunk_file
 from data_pipes.cache.index import CacheIndex, CacheStatus, CacheUser, check_is_cache
@@ -70,7 +71,7 @@ class ChunkCache:
         folder = _checked_folder(config)
         self.counters = Counters()
         self._lock = threading.Lock()
-        self._open: OrderedDict[str, ChunkFile] = OrderedDict()
+        self._open = _no_chunks()
         self._process_id, self._warned = os.getpid(), False
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -194,15 +195,11 @@ class ChunkCache:
     def _chunk(self, key: str) -> ChunkFile:
         with self._lock:
             chunk = self._open.get(key)
-            if chunk is not None:
-                self._open.move_to_end(key)
-                return chunk
+        if chunk is not None:
+            return chunk
         chunk = ChunkFile(self._index.chunk_path(_checked(key)), key)
         with self._lock:
-            chunk = self._open.setdefault(key, chunk)
-            while len(self._open) > _MAX_OPEN_CHUNKS:  # a file in use lives until its reader drops it
-                self._open.popitem(last=False)
-        return chunk
+            return self._open.setdefault(key, chunk)
 
     def _forget(self, keys: Iterable[str] | None) -> None:
         """Drops handles; None: all."""
@@ -232,17 +229,21 @@ class ChunkCache:
             )
 
     def _notice_fork(self) -> None:
-        """A forked child has locks in whatever state they were, and counts that its parent reports."""
+        """A forked child has locks and open chunks in whatever state they were, and counts that its parent reports."""
         if os.getpid() != self._process_id:
             self._process_id = os.getpid()
-            self._lock, self.counters = threading.Lock(), Counters()
-            self._open = OrderedDict(self._open)
+            self._lock, self.counters, self._open = threading.Lock(), Counters(), _no_chunks()
 
 
 def open_cache(folder: str) -> ChunkCache:
     """The cache that is in `folder`, for a look at it. Raises ValueError when there is none."""
     check_is_cache(Path(folder), may_be_new=False)
     return ChunkCache(CacheConfig(dir=folder))
+
+
+def _no_chunks() -> LRUCache[str, ChunkFile]:
+    """For the open chunks; one that is dropped while it is read lives until its reader forgets it."""
+    return LRUCache(_MAX_OPEN_CHUNKS)
 
 
 def _checked_folder(config: CacheConfig) -> Path:

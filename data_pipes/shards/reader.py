@@ -11,11 +11,12 @@ request for exactly its bytes, many at once; so a miss costs one round trip for 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from cachetools import LRUCache
 
 from data_pipes.cache.cache import ChunkCache, chunk_key
 from data_pipes.errors import ShardError
@@ -90,10 +91,10 @@ class ShardReader:
         self.counters = Counters()
         self._wanted = None if extensions is None else frozenset(extensions)
         self._lock = threading.Lock()
-        self._files: OrderedDict[int, LocalFile] = OrderedDict()
-        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
-        self._parts: OrderedDict[tuple[int, int], ShardIndex] = OrderedDict()
-        self._num_indexed = self._num_in_parts = 0
+        # What is dropped while somebody uses it lives until that one forgets it.
+        self._files: LRUCache[int, LocalFile] = LRUCache(_MAX_OPEN_SHARDS)
+        self._indexes: LRUCache[int, ShardIndex] = LRUCache(_MAX_INDEXED_SAMPLES, _num_indexed)
+        self._parts: LRUCache[tuple[int, int], ShardIndex] = LRUCache(_MAX_INDEXED_SAMPLES, _num_indexed)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -166,7 +167,6 @@ class ShardReader:
             self._files.clear()
             self._indexes.clear()
             self._parts.clear()
-            self._num_indexed = self._num_in_parts = 0
         self.storage.close()
 
     def _look_up(self, place: Place) -> _Wanted:
@@ -239,9 +239,9 @@ class ShardReader:
 
     def _file(self, shard: int) -> LocalFile:
         with self._lock:
-            if shard in self._files:
-                self._files.move_to_end(shard)
-                return self._files[shard]
+            known = self._files.get(shard)
+        if known is not None:
+            return known
         path, expected = local_path(self.collection.shard_url(shard)), self.collection.entry(shard).size_bytes
         file = LocalFile(path)
         if file.size() != expected:
@@ -250,10 +250,7 @@ class ShardReader:
                 "restore it, or run `tessera index` and start anew"
             )
         with self._lock:
-            self._files[shard] = file
-            while len(self._files) > _MAX_OPEN_SHARDS:  # a file in use lives until its reader drops it
-                self._files.popitem(last=False)
-        return file
+            return self._files.setdefault(shard, file)
 
     def _index_of(self, place: Place) -> ShardIndex:
         """The shard's index, or the part of it that covers the place's chunk.
@@ -265,35 +262,26 @@ class ShardReader:
             return self._index(place.shard)
         name = place.shard, place.first
         with self._lock:
-            if place.shard in self._indexes:
-                return self._indexes[place.shard]
-            if name in self._parts:
-                self._parts.move_to_end(name)
-                return self._parts[name]
+            known = self._indexes.get(place.shard) or self._parts.get(name)
+        if known is not None:
+            return known
         part = self._index(place.shard).part(place.first, place.size)
         with self._lock:
-            if name not in self._parts:
-                self._parts[name] = part
-                self._num_in_parts += part.num_samples
-            while self._num_in_parts > _MAX_INDEXED_SAMPLES and len(self._parts) > 1:
-                _, dropped = self._parts.popitem(last=False)
-                self._num_in_parts -= dropped.num_samples
-        return part
+            return self._parts.setdefault(name, part)
 
     def _index(self, shard: int) -> ShardIndex:
         with self._lock:
-            if shard in self._indexes:
-                self._indexes.move_to_end(shard)
-                return self._indexes[shard]
+            known = self._indexes.get(shard)
+        if known is not None:
+            return known
         index = load_index(self.collection, shard, self.storage, self.cache)
         with self._lock:
-            if shard not in self._indexes:
-                self._indexes[shard] = index
-                self._num_indexed += index.num_samples
-            while self._num_indexed > _MAX_INDEXED_SAMPLES and len(self._indexes) > 1:
-                _, dropped = self._indexes.popitem(last=False)
-                self._num_indexed -= dropped.num_samples
-        return index
+            return self._indexes.setdefault(shard, index)
+
+
+def _num_indexed(index: ShardIndex) -> int:
+    """What an index counts in the least recently used ones: a single one is kept, however large."""
+    return min(index.num_samples, _MAX_INDEXED_SAMPLES)
 
 
 def _result(answer: Future[bytes]) -> bytes:
