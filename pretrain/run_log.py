@@ -17,7 +17,8 @@ from data_pipes.loader import Loader
 from data_pipes.loading.unindexed_loader import UnindexedLoader
 from pretrain.checkpoint.folder import Folder
 from pretrain.config import RunConfig
-from pretrain.metrics import DataMeter, Interval, StepResult, peak_flops
+from pretrain.data_meter import DataMeter
+from pretrain.metrics import Interval, StepResult, peak_flops
 from pretrain.objectives.base import Objective
 from pretrain.parallel.world import World
 from pretrain.preflight import TrainingData

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data_pipes.decode.picture import decode_image
 from data_pipes.decode.video import VIDEO_EXTENSIONS
-from data_pipes.errors import SampleError
+from data_pipes.errors import Cause, SampleError
 from data_pipes.shards.reader import RawSample
 
 IMAGE_EXTENSIONS = (
@@ -58,7 +58,7 @@ def encoded_video(raw: RawSample) -> bytes:
     return _first_of(raw, VIDEO_EXTENSIONS, "no_video", "video")
 
 
-def _first_of(raw: RawSample, extensions: Sequence[str], cause: str, what: str) -> bytes:
+def _first_of(raw: RawSample, extensions: Sequence[str], cause: Cause, what: str) -> bytes:
     """The member with the first of the extensions that the sample has; an error with the given cause without one."""
     for extension in extensions:
         if extension in raw.members:
