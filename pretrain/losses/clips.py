@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pretrain.losses.reconstruction import at_least_float32
+
 CHANNEL_EPS = 1e-6
 
 
@@ -18,11 +20,14 @@ def tubelets(clips: Tensor, token_size: tuple[int, int, int]) -> Tensor:
 
     clips: [B, C, T, H, W], of any type. token_size: (t, p, q), divides (T, H, W). Returns [B, N, t*p*q, C].
     """
+    return split_tubelets(clips, token_size).permute(0, 1, 2, 3, 5, 6, 7, 4).flatten(4, 6).flatten(1, 3)
+
+
+def split_tubelets(clips: Tensor, token_size: tuple[int, int, int]) -> Tensor:
+    """View clips [B, C, T, H, W] as tubelets [B, steps, rows, columns, C, t, p, q] without a copy."""
     frames, height, width = token_size
     grid: Tensor = clips.unflatten(4, (-1, width)).unflatten(3, (-1, height)).unflatten(2, (-1, frames))
-    return (
-        grid.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4, 6).flatten(1, 3)
-    )  # from [B, C, steps, t, rows, p, columns, q]
+    return grid.permute(0, 2, 4, 6, 1, 3, 5, 7)  # from [B, C, steps, t, rows, p, columns, q]
 
 
 def from_tubelets(values: Tensor, grid_size: tuple[int, int, int], token_size: tuple[int, int, int]) -> Tensor:
@@ -48,8 +53,7 @@ def channel_statistics(values: Tensor) -> tuple[Tensor, Tensor]:
 
     values: [B, M, t*p*q, C]. Returns (mean, unbiased deviation + 1e-6), each [B, M, 1, C], at least float32.
     """
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
-    variance, mean = torch.var_mean(values, dim=-2, keepdim=True)
+    variance, mean = torch.var_mean(at_least_float32(values), dim=-2, keepdim=True)
     return mean, variance.sqrt() + CHANNEL_EPS
 
 
@@ -60,6 +64,5 @@ def clip_loss(prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor:
     many, as in the papers' settings, this is the mean over all counted tokens; where they do not, every clip weighs the
     same, so that splitting a batch changes nothing. Returns a 0-d tensor, at least float32.
     """
-    prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
-    token_loss = (prediction - target).square().mean(dim=-1)  # [B, M]
+    token_loss = (at_least_float32(prediction) - target).square().mean(dim=-1)  # [B, M]
     return ((token_loss * counted).sum(dim=1) / counted.sum(dim=1)).mean()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pretrain.losses.reconstruction import at_least_float32
+
 TARGET_EPS = 1e-6
 
 
@@ -17,8 +19,13 @@ def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
 
     images: [B, C, H, W]. patch_size: (p, q), divides (H, W). Returns [B, N, p*q*C].
     """
+    return split_patches(images, patch_size).permute(0, 1, 2, 4, 5, 3).flatten(1, 2).flatten(2)
+
+
+def split_patches(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """View images [B, C, H, W] as patches [B, rows, columns, C, p, q] without a copy."""
     grid: Tensor = images.unflatten(3, (-1, patch_size[1])).unflatten(2, (-1, patch_size[0]))
-    return grid.permute(0, 2, 4, 3, 5, 1).flatten(1, 2).flatten(2)  # from [B, C, rows, p, columns, q]
+    return grid.permute(0, 2, 4, 1, 3, 5)  # from [B, C, rows, p, columns, q]
 
 
 def unpatchify(patches: Tensor, grid_size: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
@@ -35,7 +42,7 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 
     patches: [B, N, p*q*C]. Returns (mean, sqrt(unbiased variance + 1e-6)), each [B, N, 1], at least float32.
     """
-    patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+    patches = at_least_float32(patches)
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (variance + TARGET_EPS).sqrt()
 
@@ -52,6 +59,5 @@ def masked_patch_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tenso
     prediction, target: [B, N, p*q*C]. mask: bool [B, N], True = hidden, at least one hidden patch in the batch.
     Returns a 0-d tensor, at least float32.
     """
-    prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
-    patch_loss = (prediction - target).square().mean(dim=-1)  # [B, N]
+    patch_loss = (at_least_float32(prediction) - target).square().mean(dim=-1)  # [B, N]
     return (patch_loss * mask).sum() / mask.sum()

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pretrain.losses.clips import split_tubelets
 from pretrain.models.video_positions import SeparablePositions, SinusoidPositions
 from pretrain.models.vit import LAYER_NORM_EPS, TOKEN_STD, PatchProjection, init_layer, transformer_blocks
 
@@ -226,10 +227,3 @@ def make_positions(encoder: VideoViTConfig, width: int) -> SinusoidPositions | S
     if encoder.positions_start == "sincos" and width % 4:
         raise ValueError(f"positions_start is sincos and a width is {width}; expected a multiple of 4.")
     return SeparablePositions(encoder.grid_size, width, encoder.positions_start == "sincos")
-
-
-def split_tubelets(clips: Tensor, token_size: tuple[int, int, int]) -> Tensor:
-    """View clips [B, C, T, H, W] as tubelets [B, steps, rows, columns, C, t, p, q] without a copy."""
-    frames, height, width = token_size
-    grid: Tensor = clips.unflatten(4, (-1, width)).unflatten(3, (-1, height)).unflatten(2, (-1, frames))
-    return grid.permute(0, 2, 4, 6, 1, 3, 5, 7)  # from [B, C, steps, t, rows, p, columns, q]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from pretrain.losses.pixels import split_patches
 from pretrain.models.attention import SelfAttention
 
 LAYER_NORM_EPS = 1e-6
@@ -225,12 +226,6 @@ def transformer_blocks(width: int, depth: int, heads: int, mlp_ratio: float) -> 
         block.attn = SelfAttention(width, heads)
         blocks.append(block)
     return blocks
-
-
-def split_patches(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """View images [B, C, H, W] as patches [B, rows, columns, C, p, q] without a copy."""
-    grid: Tensor = images.unflatten(3, (-1, patch_size[1])).unflatten(2, (-1, patch_size[0]))
-    return grid.permute(0, 2, 4, 1, 3, 5)
 
 
 def init_layer(module: nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.losses.reconstruction import at_least_float32
 from pretrain.models.norms import RMSNorm
 from pretrain.models.precision import without_autocast
 
@@ -54,7 +55,7 @@ def attend(qkv: Tensor) -> Tensor:
     qkv: [B, G * 3 * 32, N], channels interleaved per head: 32 of the query, 32 of the key, 32 of the value, and so on.
     Returns [B, G * 32, N], at least float32. Call it outside of autocast, which would cast the products down.
     """
-    heads = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).unflatten(1, (-1, 3 * HEAD_WIDTH))
+    heads = at_least_float32(qkv).unflatten(1, (-1, 3 * HEAD_WIDTH))
     query, key, value = heads.split(HEAD_WIDTH, dim=2)  # [B, G, d, N] each
     form = linear_attention if qkv.shape[2] > HEAD_WIDTH else quadratic_attention
     return form(query.relu(), key.relu(), value).flatten(1, 2)

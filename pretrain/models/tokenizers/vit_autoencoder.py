@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pretrain.losses.pixels import split_patches
 from pretrain.models.tokenizers.autoencoder import Autoencoder, Half
 from pretrain.models.tokenizers.bottlenecks import direct_or_gaussian
 from pretrain.models.vit import (
@@ -22,7 +23,6 @@ from pretrain.models.vit import (
     check_width,
     init_layer,
     sincos_position_embedding,
-    split_patches,
     transformer_blocks,
 )
 

@@ -145,7 +145,7 @@ FORGOTTEN = (
 UNPROJECTED = (
     Edit(SimVQ.from_codes, "indices_to_codes(codes[:, 0])", "frozen_codebook[codes[:, 0]].permute(0, 3, 1, 2)"),
 )
-HALF_SUMS = (Edit(attend, "qkv.to(torch.promote_types(qkv.dtype, torch.float32))", "qkv"),)
+HALF_SUMS = (Edit(attend, "at_least_float32(qkv)", "qkv"),)
 AUTOCAST_SUMS = (Edit(LiteMLA.forward, "without_autocast(x.device)", 'without_autocast(torch.device("meta"))'),)
 MIXED_TYPES = (Edit(quadratic_attention, "return value @", "return value.bfloat16() @"),)
 NOT_PADDED = (Edit(pad_to_multiple, "if down or right", "if False"),)
