@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pretrain.models.video_positions import sinusoid_table
+from pretrain.models.positions import sinusoid_table
 from pretrain.models.video_vit import VideoViTConfig
 
 Inflation = Literal["average", "centre"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.losses.pixels import masked_patch_loss, normalise_patches, patchify
 from pretrain.models.masking import num_kept, random_masking
+from pretrain.models.positions import sincos_position_embedding
 from pretrain.models.vit import (
     LAYER_NORM_EPS,
     TOKEN_STD,
@@ -22,7 +23,6 @@ from pretrain.models.vit import (
     ViTConfig,
     check_width,
     init_layer,
-    sincos_position_embedding,
     transformer_blocks,
 )
 

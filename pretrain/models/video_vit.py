@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.losses.clips import split_tubelets
-from pretrain.models.video_positions import SeparablePositions, SinusoidPositions
+from pretrain.models.positions import SeparablePositions, SinusoidPositions
 from pretrain.models.vit import LAYER_NORM_EPS, TOKEN_STD, PatchProjection, init_layer, transformer_blocks
 
 Family = Literal["video_mae", "mae_st"]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pretrain.losses.pixels import split_patches
 from pretrain.models.attention import SelfAttention
+from pretrain.models.positions import sincos_position_embedding
 
 LAYER_NORM_EPS = 1e-6
 TOKEN_STD = 0.02
@@ -241,20 +242,3 @@ def init_layer(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
-
-
-def sincos_position_embedding(grid_size: tuple[int, int], width: int) -> Tensor:
-    """The fixed position embedding of the original MAE, computed in float64.
-
-    grid_size: rows and columns. width: D, divisible by 4.
-    Returns float32 [1, 1 + rows * columns, D] on the CPU: zero for the class token; for a patch the sines, then the
-    cosines of its column, then those of its row, at the D/4 frequencies 10000 ** (-i / (D/4)).
-    """
-    rows, columns = (torch.arange(count, dtype=torch.float64, device="cpu") for count in grid_size)
-    exponent = torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4)
-    frequency = 1.0 / 10000.0**exponent
-    row, column = torch.meshgrid(rows, columns, indexing="ij")
-    row_angle, column_angle = row.flatten().outer(frequency), column.flatten().outer(frequency)  # [N, D/4]
-    patches = torch.cat((column_angle.sin(), column_angle.cos(), row_angle.sin(), row_angle.cos()), dim=1)
-    cls_token = torch.zeros(1, width, dtype=torch.float64, device="cpu")
-    return torch.cat((cls_token, patches))[None].float()

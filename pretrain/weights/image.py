@@ -20,7 +20,8 @@ from torch import Tensor
 from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import load_weights
 from pretrain.models.mae import MAE
-from pretrain.models.vit import VIT_SIZES, ViT, ViTConfig, sincos_position_embedding, vit_config
+from pretrain.models.positions import sincos_position_embedding
+from pretrain.models.vit import VIT_SIZES, ViT, ViTConfig, vit_config
 from pretrain.weights.files import EXPORT_WEIGHTS, State, WeightsError, check_fit, floats, read_state, shapes_of
 from pretrain.weights.finding import checkpoint_in
 from pretrain.weights.image_names import canonical_names

@@ -32,10 +32,9 @@ from pretrain.checkpoint.open_folder import open_folder
 from pretrain.config import load_run_config
 from pretrain.models.inflate import Inflation, inflate_encoder
 from pretrain.models.mae import MAEConfig
+from pretrain.models.positions import sincos_position_embedding, sinusoid_table
 from pretrain.models.video_mae import VideoMAE, VideoMAEConfig
-from pretrain.models.video_positions import sinusoid_table
 from pretrain.models.video_vit import Family
-from pretrain.models.vit import sincos_position_embedding
 from pretrain.weights.files import EXPORT_WEIGHTS, State, WeightsError, check_fit, floats, read_state, shapes_of
 from pretrain.weights.finding import EXPORT_CONFIG, checkpoint_in
 from pretrain.weights.image import is_fixed_position_embedding

@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pretrain.models.positions import sinusoid_table
 from pretrain.models.video_mae import VideoMAEConfig
-from pretrain.models.video_positions import sinusoid_table
 from pretrain.weights.files import State
 
 LEARNED_POSITIONS = (

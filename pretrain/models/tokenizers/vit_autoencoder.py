@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.losses.pixels import split_patches
+from pretrain.models.positions import sincos_position_embedding
 from pretrain.models.tokenizers.autoencoder import Autoencoder, Half
 from pretrain.models.tokenizers.bottlenecks import direct_or_gaussian
 from pretrain.models.vit import (
@@ -22,7 +23,6 @@ from pretrain.models.vit import (
     PatchProjection,
     check_width,
     init_layer,
-    sincos_position_embedding,
     transformer_blocks,
 )
 

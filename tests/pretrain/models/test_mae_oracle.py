@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.models.mae import MAE, MAEConfig
-from pretrain.models.vit import ViTConfig, sincos_position_embedding
+from pretrain.models.positions import sincos_position_embedding
+from pretrain.models.vit import ViTConfig
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 

@@ -20,11 +20,11 @@ from pretrain.checkpoint.read import load_weights, newest_complete
 from pretrain.export.transformers_arguments import transformers_arguments
 from pretrain.models.inflate import Inflation
 from pretrain.models.mae import MAE, MAEConfig
+from pretrain.models.positions import sincos_position_embedding, sinusoid_table
 from pretrain.models.video_mae import VideoMAE, VideoMAEConfig
 from pretrain.models.video_masking import spacetime_masks
-from pretrain.models.video_positions import sinusoid_table
 from pretrain.models.video_vit import VideoViTConfig
-from pretrain.models.vit import ViTConfig, sincos_position_embedding
+from pretrain.models.vit import ViTConfig
 from pretrain.weights.files import WeightsError
 from pretrain.weights.video import load_video_weights
 from pretrain.weights.video_names import to_mae_st, to_original_video_mae, to_transformers

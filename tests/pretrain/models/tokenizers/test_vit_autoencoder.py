@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pretrain.models.positions import sincos_position_embedding
 from pretrain.models.tokenizers.autoencoder_flops import training_flops
 from pretrain.models.tokenizers.vit_autoencoder import ViTAutoencoder, ViTAutoencoderConfig
-from pretrain.models.vit import sincos_position_embedding
 
 SIZES = {"encoder_width": 16, "encoder_depth": 1, "encoder_heads": 2}
 TINY = {**SIZES, "patch_size": 4, "latent_channels": 6, "decoder_width": 24, "decoder_depth": 2, "decoder_heads": 2}

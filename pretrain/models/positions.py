@@ -1,6 +1,7 @@
-"""Where a token lies in a clip: the two kinds of position embedding of video autoencoders.
+"""Where a token lies in an image or a clip: fixed position embeddings, and the two kinds of video autoencoders.
 
-Enters: token ids. Leaves: embeddings to add. Token ids are time-major: id = step * S + place, places row by row.
+Enters: the grid of tokens, or token ids. Leaves: embeddings to add. A clip's token ids are time-major:
+id = step * S + place, places row by row.
 Legend: B batch, N tokens of a clip, K selected tokens, T steps in time (of a tubelet each), S places in space, D width.
 """
 
@@ -8,8 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-
-from pretrain.models.vit import sincos_position_embedding
 
 POSITION_STD = 0.02
 
@@ -55,6 +54,23 @@ class SeparablePositions(nn.Module):
         if self.sincos is not None:
             self.spatial.copy_(sincos_position_embedding(self.sincos, self.spatial.shape[2])[:, 1:])
             self.temporal.copy_(sinusoid_table(*self.temporal.shape[1:]))
+
+
+def sincos_position_embedding(grid_size: tuple[int, int], width: int) -> Tensor:
+    """The fixed position embedding of the original MAE, computed in float64.
+
+    grid_size: rows and columns. width: D, divisible by 4.
+    Returns float32 [1, 1 + rows * columns, D] on the CPU: zero for the class token; for a patch the sines, then the
+    cosines of its column, then those of its row, at the D/4 frequencies 10000 ** (-i / (D/4)).
+    """
+    rows, columns = (torch.arange(count, dtype=torch.float64, device="cpu") for count in grid_size)
+    exponent = torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4)
+    frequency = 1.0 / 10000.0**exponent
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    row_angle, column_angle = row.flatten().outer(frequency), column.flatten().outer(frequency)  # [N, D/4]
+    patches = torch.cat((column_angle.sin(), column_angle.cos(), row_angle.sin(), row_angle.cos()), dim=1)
+    cls_token = torch.zeros(1, width, dtype=torch.float64, device="cpu")
+    return torch.cat((cls_token, patches))[None].float()
 
 
 def sinusoid_table(num_tokens: int, width: int) -> Tensor:
