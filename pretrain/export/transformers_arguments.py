@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pretrain.models.encoder import LAYER_NORM_EPS
 from pretrain.models.video_mae import VideoMAEConfig
 from pretrain.models.video_vit import VideoViTConfig
-from pretrain.models.vit import LAYER_NORM_EPS
 from pretrain.weights.video_names import LEARNED_POSITIONS
 
 CANNOT = "This model cannot become a transformers VideoMAE"

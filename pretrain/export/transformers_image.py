@@ -23,8 +23,9 @@ from pretrain.export.card import provenance
 from pretrain.export.publish import check_error, compose_card, new_folder, numbers, relative_error, table
 from pretrain.export.transformers_arguments import side_or_sides
 from pretrain.export.transformers_video import PREPROCESSOR, TOLERANCE, load_strictly, write_model
+from pretrain.models.encoder import LAYER_NORM_EPS
 from pretrain.models.mae import MAE, MAEConfig
-from pretrain.models.vit import LAYER_NORM_EPS, ViT, ViTConfig
+from pretrain.models.vit import ViT, ViTConfig
 from pretrain.weights.backbone import Backbone, load_objective
 
 CANNOT = "This model cannot become a transformers ViT"

@@ -14,17 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.losses.pixels import masked_patch_loss, normalise_patches, patchify
+from pretrain.models.encoder import LAYER_NORM_EPS, TOKEN_STD, init_layer, transformer_blocks
 from pretrain.models.masking import num_kept, random_masking
 from pretrain.models.positions import sincos_position_embedding
-from pretrain.models.vit import (
-    LAYER_NORM_EPS,
-    TOKEN_STD,
-    ViT,
-    ViTConfig,
-    check_width,
-    init_layer,
-    transformer_blocks,
-)
+from pretrain.models.vit import ViT, ViTConfig, check_width
 
 
 @dataclass(frozen=True)

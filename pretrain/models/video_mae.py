@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.losses.clips import clip_loss
+from pretrain.models.encoder import LAYER_NORM_EPS, TOKEN_STD, init_layer, transformer_blocks
 from pretrain.models.mae import blocks_flops
 from pretrain.models.positions import SeparablePositions
 from pretrain.models.video_masking import ClipMask
 from pretrain.models.video_vit import VIDEO_VIT_SIZES, VideoViT, VideoViTConfig, check_width, make_positions
-from pretrain.models.vit import LAYER_NORM_EPS, TOKEN_STD, init_layer, transformer_blocks
 
 Method = Literal["mae_st", "video_mae", "video_mae_v2"]
 

@@ -2,8 +2,8 @@
 
 Enters: normalised clips and, for masked training, the ids of the tokens to look at. Leaves: tokens. The blocks are the
 image encoder's; a token is a tubelet, a patch over a few frames.
-Legend: B batch, N tokens (time-major, then row by row), K kept tokens, D width, C channels, T frames, H/W pixels,
-t/p/q a tubelet's frames and its height/width in pixels.
+Legend: N tokens (time-major, then row by row), C channels, T frames, H/W pixels, t/p/q a tubelet's frames and its
+height/width in pixels.
 """
 
 from __future__ import annotations
@@ -15,8 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.losses.clips import split_tubelets
+from pretrain.models.encoder import (
+    LAYER_NORM_EPS,
+    TOKEN_STD,
+    Encoder,
+    init_layer,
+    patch_embedding,
+    transformer_blocks,
+)
 from pretrain.models.positions import SeparablePositions, SinusoidPositions
-from pretrain.models.vit import LAYER_NORM_EPS, TOKEN_STD, PatchProjection, init_layer, transformer_blocks
+from pretrain.models.vit import check_pixels
 
 Family = Literal["video_mae", "mae_st"]
 
@@ -63,9 +71,7 @@ class VideoViTConfig:
         # A YAML file gives lists.
         object.__setattr__(self, "image_size", tuple(self.image_size))
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        for name, pair in (("image_size", self.image_size), ("patch_size", self.patch_size)):
-            if len(pair) != 2 or min(pair) < 1:
-                raise ValueError(f"{name} is {list(pair)}; expected [height, width], each at least 1 pixel.")
+        check_pixels(image_size=self.image_size, patch_size=self.patch_size)
         if min(self.num_frames, self.tubelet_size, self.in_channels, self.depth) < 1:
             raise ValueError(
                 f"num_frames is {self.num_frames}, tubelet_size {self.tubelet_size}, in_channels {self.in_channels} "
@@ -117,11 +123,16 @@ class VideoViTConfig:
 
     @property
     def has_class_token(self) -> bool:
+        """Whether the family has a class token."""
         return self.family == "mae_st"
 
 
 def check_width(width_name: str, width: int, heads_name: str, heads: int) -> None:
-    """Raise ValueError unless the width splits evenly into heads, and into sines and cosines."""
+    """Checks the width of a video transformer.
+
+    Raises:
+        ValueError: the width does not split evenly into heads, and into sines and cosines.
+    """
     if heads < 1 or width < 1 or width % heads or width % 2:
         raise ValueError(
             f"{width_name} is {width} and {heads_name} is {heads}; expected an even {width_name} that is a multiple of "
@@ -129,13 +140,14 @@ def check_width(width_name: str, width: int, heads_name: str, heads: int) -> Non
         )
 
 
-class VideoViT(nn.Module):
+class VideoViT(Encoder):
     """Encoder of VideoMAE (arXiv 2203.12602) or MAE-ST (2205.09113): pre-norm blocks and a final norm."""
 
     def __init__(self, config: VideoViTConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = TubeletEmbed(config)
+        self.has_class_token = config.has_class_token
+        self.patch_embed = patch_embedding(config.in_channels, config.token_size, config.width)
         if config.has_class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.positions = make_positions(config, config.width)
@@ -143,60 +155,22 @@ class VideoViT(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.init_weights()
 
-    def forward(self, clips: Tensor, keep_ids: Tensor | None = None) -> Tensor:
-        """Encode the kept tokens, or all of them.
-
-        clips: float32 [B, C, T, H, W], normalised. keep_ids: int64 [B, K] in [0, N); None keeps all N in order.
-        Returns [B, K, D] after the final norm; [B, 1 + K, D] with the class token first where the family has one.
-        Raises ValueError when the clips do not have the configured shape.
-        """
-        tokens = self.embed(clips, keep_ids)
-        for block in self.blocks:
-            tokens = block(tokens)
-        normed: Tensor = self.norm(tokens)
-        return normed
-
-    def features(self, clips: Tensor, num_blocks: int = 1) -> list[tuple[Tensor, Tensor]]:
-        """Unmasked features of the last `num_blocks` blocks, first to last, each after the final norm.
-
-        clips: float32 [B, C, T, H, W], normalised. num_blocks: in [1, depth].
-        Returns pairs (summary [B, D], tokens [B, N, D]). The summary is the class token, or the mean of the tokens
-        where the family has none. Raises ValueError for num_blocks outside its range.
-        """
-        if not 1 <= num_blocks <= len(self.blocks):
-            raise ValueError(f"num_blocks is {num_blocks}; expected 1 to {len(self.blocks)}, the encoder's depth.")
-        tokens = self.embed(clips, None)
-        features = []
-        for index, block in enumerate(self.blocks):
-            tokens = block(tokens)
-            if index >= len(self.blocks) - num_blocks:
-                normed = self.norm(tokens)
-                if self.config.has_class_token:
-                    features.append((normed[:, 0], normed[:, 1:]))
-                else:
-                    features.append((normed.mean(dim=1), normed))
-        return features
-
-    def embed(self, clips: Tensor, keep_ids: Tensor | None) -> Tensor:
-        """Project the kept tubelets and add their positions: [B, K, D], or [B, 1 + K, D] with a class token.
-
-        The tubelets are selected before the projection: with 90% hidden that is a tenth of its work.
-        """
+    def split(self, inputs: Tensor) -> Tensor:
         expected = (self.config.in_channels, *self.config.clip_size)
-        if clips.ndim != 5 or clips.shape[1:] != expected:
+        if inputs.ndim != 5 or inputs.shape[1:] != expected:
             raise ValueError(
-                f"The clips have shape {list(clips.shape)}; expected [batch, {', '.join(map(str, expected))}] "
+                f"The clips have shape {list(inputs.shape)}; expected [batch, {', '.join(map(str, expected))}] "
                 "(channels, frames, height, width). Make the data's frames, size and channels agree with the model's."
             )
-        tubelets = split_tubelets(clips, self.config.token_size).flatten(1, 3).flatten(2)  # [B, N, C*t*p*q]
-        if keep_ids is not None:
-            tubelets = tubelets.gather(1, keep_ids[..., None].expand(-1, -1, tubelets.shape[-1]))
-        tokens: Tensor = self.patch_embed(tubelets) + self.positions(keep_ids)
-        if not self.config.has_class_token:
-            return tokens
+        return split_tubelets(inputs, self.config.token_size).flatten(1, 3).flatten(2)
+
+    def position_embedding(self, keep_ids: Tensor | None) -> Tensor:
+        embedding: Tensor = self.positions(keep_ids)
+        return embedding
+
+    def class_position(self) -> Tensor:
         assert isinstance(self.positions, SeparablePositions)
-        cls_token = self.cls_token + self.positions.cls
-        return torch.cat((cls_token.expand(clips.shape[0], -1, -1), tokens), dim=1)
+        return self.positions.cls
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -207,21 +181,12 @@ class VideoViT(nn.Module):
             nn.init.normal_(self.cls_token, std=TOKEN_STD)
 
 
-class TubeletEmbed(nn.Module):
-    """Holds the projection (a 3-D convolution's parameters) under the name of the original, `patch_embed.proj`."""
-
-    def __init__(self, config: VideoViTConfig) -> None:
-        super().__init__()
-        self.proj = PatchProjection(config.in_channels, config.token_size, config.width)
-
-    def forward(self, tubelets: Tensor) -> Tensor:
-        """tubelets: [B, K, C*t*p*q] in the order (c, t, p, q). Returns [B, K, D]."""
-        tokens: Tensor = self.proj(tubelets)
-        return tokens
-
-
 def make_positions(encoder: VideoViTConfig, width: int) -> SinusoidPositions | SeparablePositions:
-    """The family's position embedding, for the encoder or for a decoder of another width. Raises ValueError."""
+    """The family's position embedding, for the encoder or for a decoder of another width.
+
+    Raises:
+        ValueError: the embedding starts as sines and cosines, and the width is no multiple of 4.
+    """
     if encoder.family == "video_mae":
         return SinusoidPositions(encoder.grid_size, width)
     if encoder.positions_start == "sincos" and width % 4:

@@ -10,6 +10,7 @@ from pretrain.losses.perceptual import SMALLEST_SIDE, PerceptualConfig
 from pretrain.models.normalise import check_statistics
 from pretrain.models.tokenizers.dc_ae_config import DCAEConfig
 from pretrain.models.tokenizers.discriminator import DiscriminatorConfig
+from pretrain.models.vit import check_pixels
 from pretrain.objectives.latent_views import ChannelPrefixConfig, EquivarianceConfig
 
 TRAINED_PARTS: dict[str, tuple[str, ...]] = {
@@ -61,8 +62,7 @@ class TokenizerConfig:
         object.__setattr__(self, "trained", tuple(self.trained))
         object.__setattr__(self, "mean", tuple(self.mean) or (0.5,) * channels)
         object.__setattr__(self, "std", tuple(self.std) or (0.5,) * channels)
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
-            raise ValueError(f"image_size is {list(self.image_size)}; expected [height, width], each at least 1 pixel.")
+        check_pixels(image_size=self.image_size)
         if not self.trained:
             raise ValueError(f"trained is empty; expected names such as {', '.join(TRAINED_PARTS)}, or patterns.")
         check_statistics(self.mean, self.std, channels)

@@ -16,8 +16,9 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from pretrain.models.encoder import LAYER_NORM_EPS
 from pretrain.models.video_vit import VideoViT
-from pretrain.models.vit import LAYER_NORM_EPS, ViT
+from pretrain.models.vit import ViT
 
 HEAD_STD = 2e-5
 

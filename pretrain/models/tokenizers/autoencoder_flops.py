@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.models.attention import SelfAttention
+from pretrain.models.encoder import PatchProjection
 from pretrain.models.tokenizers.autoencoder import Autoencoder, pad_to_multiple
 from pretrain.models.tokenizers.linear_attention import LiteMLA, attention_flops
-from pretrain.models.vit import PatchProjection
 
 COUNTED = (nn.Conv2d, nn.Linear, PatchProjection, LiteMLA, SelfAttention)
 

@@ -15,16 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.losses.pixels import split_patches
+from pretrain.models.encoder import LAYER_NORM_EPS, PatchProjection, init_layer, transformer_blocks
 from pretrain.models.positions import sincos_position_embedding
 from pretrain.models.tokenizers.autoencoder import Autoencoder, Half
 from pretrain.models.tokenizers.bottlenecks import direct_or_gaussian
-from pretrain.models.vit import (
-    LAYER_NORM_EPS,
-    PatchProjection,
-    check_width,
-    init_layer,
-    transformer_blocks,
-)
+from pretrain.models.vit import check_width
 
 
 @dataclass(frozen=True)
