@@ -39,6 +39,11 @@ def check_statistics(mean: tuple[float, ...], std: tuple[float, ...], channels: 
         raise ValueError(f"std is {list(std)}; expected positive numbers.")
 
 
+def shown_channels(in_channels: int) -> int:
+    """How many of the first channels a picture shows: 3 as red, green and blue, or the first alone in grey."""
+    return 3 if in_channels >= 3 else 1
+
+
 class Normalise:
     """`(image / full scale - mean) / std`, per channel, on the images' device."""
 
@@ -75,6 +80,10 @@ class Normalise:
         """The inverse for showing: float [B, C, H, W] -> uint8, clipped to the range."""
         mean, std = self._on(normalised.device)
         return ((normalised * std + mean) * 255.0).round().clamp(0.0, 255.0).to(torch.uint8)
+
+    def to_picture(self, normalised: Tensor) -> Tensor:
+        """The channels of `shown_channels` of float [B, C, H, W], as uint8 [B, 1 or 3, H, W] on the CPU."""
+        return self.to_uint8(normalised)[:, : shown_channels(len(self.mean))].cpu()
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._constants:

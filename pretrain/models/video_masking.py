@@ -135,6 +135,12 @@ def num_tube_kept(tokens_per_step: int, mask_ratio: float) -> int:
     return tokens_per_step - int(tokens_per_step * mask_ratio)
 
 
+def num_tube_tokens_kept(grid_size: tuple[int, int, int], mask_ratio: float) -> int:
+    """K of tube masks: the places of `num_tube_kept` at all times."""
+    steps, rows, columns = grid_size
+    return steps * num_tube_kept(rows * columns, mask_ratio)
+
+
 def repeat_noise(positions: Tensor, repeats: int, num_tokens: int, seed: int) -> Tensor:
     """Uniform noise for each token of each clip, a pure function of (seed, position, repeat, token).
 

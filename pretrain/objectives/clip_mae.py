@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.losses.clips import from_tubelets, predicted_frames, tubelets
-from pretrain.models.normalise import Normalise, check_statistics, default_mean, default_std
+from pretrain.models.normalise import Normalise, check_statistics, default_mean, default_std, shown_channels
 from pretrain.models.video_mae import VideoMAE, VideoMAEConfig, VideoMAEOutput, video_mae_flops
 from pretrain.models.video_masking import ClipMask
 from pretrain.models.video_vit import VideoViT
-from pretrain.objectives.base import Objective, Turn
+from pretrain.objectives.base import Turn
 from pretrain.objectives.clip_target import ClipTarget, normalise_clips
-from pretrain.objectives.image_mae import VALIDATION_SEED
+from pretrain.objectives.masked_autoencoder import VALIDATION_SEED, MaskedAutoencoderObjective
 
 if TYPE_CHECKING:
     from data_pipes.batch import Batch
@@ -81,11 +81,8 @@ def check_some_hidden(num_kept: int, num_tokens: int, mask_ratio: float) -> None
         )
 
 
-class ClipMAEObjective(Objective):
+class ClipMAEObjective(MaskedAutoencoderObjective):
     """One player, "model": a `VideoMAE`, called as `players["model"](clips, mask, target) -> VideoMAEOutput`."""
-
-    backbone_player = "model"
-    backbone_prefix = "encoder."
 
     def __init__(
         self,
@@ -97,12 +94,18 @@ class ClipMAEObjective(Objective):
         num_kept: int,
         num_predicted: int,
     ) -> None:
-        """seed: of the training masks, together with position and repeat. num_kept, num_predicted: tokens of a clip."""
+        """Builds the autoencoder on the current default device.
+
+        Args:
+            config: the autoencoder, and the statistics of its videos.
+            seed: of the training masks, together with each video's position and a clip's repeat number.
+            make_masks: the method's masks.
+            target: what the method predicts.
+            num_kept: tokens of a clip that the encoder sees.
+            num_predicted: tokens of a clip that the decoder predicts.
+        """
+        super().__init__(VideoMAE(config.model), Normalise(config.mean, config.std), seed)
         self.config = config
-        self.seed = seed
-        self.model = VideoMAE(config.model)
-        self.players: dict[str, nn.Module] = {"model": self.model}
-        self.normalise = Normalise(config.mean, config.std)
         self.make_masks = make_masks
         self.target = target
         self._flops_per_clip = video_mae_flops(config.model, num_kept, num_predicted)
@@ -117,14 +120,6 @@ class ClipMAEObjective(Objective):
             )
         output, _ = self._forward(batch.images, batch.positions, self.seed)
         yield Turn(output.loss, "model", {"loss": output.loss.detach()})
-
-    def blocks(self, player: str) -> list[nn.Module]:
-        self._check(player)
-        return [*self.model.encoder.blocks, *self.model.decoder.blocks]
-
-    def init_weights(self, player: str) -> None:
-        self._check(player)
-        self.model.init_weights()
 
     @torch.no_grad()
     def validate(self, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -176,22 +171,6 @@ class ClipMAEObjective(Objective):
         """R, clips of each video that `turns` expects."""
         return self.config.repeats
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.config.model.encoder.image_size
-
-    @property
-    def in_channels(self) -> int:
-        return self.config.model.encoder.in_channels
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        return self.config.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        return self.config.std
-
     def _forward(self, images: Tensor, positions: Tensor, seed: int) -> tuple[VideoMAEOutput, ClipMask]:
         """images: stored [B, R, C, T, H, W]. The repeats become clips of their own: [B * R, C, T, H, W]."""
         expected = (self.in_channels, self.num_frames, *self.image_size)
@@ -220,8 +199,4 @@ class ClipMAEObjective(Objective):
     def _film(self, values: Tensor) -> Tensor:
         """uint8 [B, N, V, C] -> [B, T, 1 or 3, H, W] on the CPU."""
         clips = from_tubelets(values, self.config.model.encoder.grid_size, self.config.model.target_size)
-        return clips[:, : 3 if self.in_channels >= 3 else 1].transpose(1, 2).cpu()
-
-    def _check(self, player: str) -> None:
-        if player != "model":
-            raise ValueError(f"There is no player {player!r}; a masked autoencoder has one, 'model'.")
+        return clips[:, : shown_channels(self.in_channels)].transpose(1, 2).cpu()

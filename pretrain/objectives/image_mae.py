@@ -11,20 +11,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.losses.pixels import patch_statistics, patchify, unpatchify
 from pretrain.models.mae import MAE, MAEConfig, MAEOutput, mae_flops
 from pretrain.models.masking import position_noise
 from pretrain.models.normalise import Normalise, check_statistics, default_mean, default_std
 from pretrain.models.vit import ViT
-from pretrain.objectives.base import Objective, Turn
+from pretrain.objectives.base import Turn
+from pretrain.objectives.masked_autoencoder import VALIDATION_SEED, MaskedAutoencoderObjective
 
 if TYPE_CHECKING:
     from data_pipes.batch import Batch
-
-VALIDATION_SEED = 0x7E55E2A
-"""Of the masks in `validate` and `pictures`: the same for all runs, so that their validation losses compare."""
 
 
 @dataclass(frozen=True)
@@ -47,31 +45,22 @@ class ImageMAEConfig:
         check_statistics(self.mean, self.std, channels)
 
 
-class ImageMAEObjective(Objective):
+class ImageMAEObjective(MaskedAutoencoderObjective):
     """One player, "model": a `MAE`, called as `players["model"](images, noise) -> MAEOutput`."""
 
-    backbone_player = "model"
-    backbone_prefix = "encoder."
-
     def __init__(self, config: ImageMAEConfig, seed: int) -> None:
-        """seed: of the training masks, together with each sample's position."""
+        """Builds the autoencoder on the current default device.
+
+        Args:
+            config: the autoencoder, and the statistics of its images.
+            seed: of the training masks, together with each sample's position.
+        """
+        super().__init__(MAE(config.model), Normalise(config.mean, config.std), seed)
         self.config = config
-        self.seed = seed
-        self.model = MAE(config.model)
-        self.players: dict[str, nn.Module] = {"model": self.model}
-        self.normalise = Normalise(config.mean, config.std)
 
     def turns(self, batch: Batch, step: int) -> Iterator[Turn]:
         output = self._forward(self.normalise(batch.images), batch.positions, self.seed)
         yield Turn(output.loss, "model", {"loss": output.loss.detach()})
-
-    def blocks(self, player: str) -> list[nn.Module]:
-        self._check(player)
-        return [*self.model.encoder.blocks, *self.model.decoder.blocks]
-
-    def init_weights(self, player: str) -> None:
-        self._check(player)
-        self.model.init_weights()
 
     @torch.no_grad()
     def validate(self, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -91,17 +80,17 @@ class ImageMAEObjective(Objective):
         output = self._forward(images, batch.positions, VALIDATION_SEED)
         patches = patchify(images, self.config.model.encoder.patch_size)
         hidden, prediction = output.mask[..., None], output.prediction.to(patches.dtype)
-        masked = self._show(images)
+        masked = self.normalise.to_picture(images)
         masked[self._pixels(hidden.expand_as(patches))[:, : masked.shape[1]].cpu()] = 128
         views = {
-            "input": self._show(images),
+            "input": self.normalise.to_picture(images),
             "masked": masked,
-            "prediction": self._show(self._pixels(torch.where(hidden, prediction, patches))),
+            "prediction": self.normalise.to_picture(self._pixels(torch.where(hidden, prediction, patches))),
         }
         if self.config.model.norm_pixels:
             mean, std = patch_statistics(patches)
             oracle = torch.where(hidden, prediction * std + mean, patches)
-            views["oracle_denormalised"] = self._show(self._pixels(oracle))
+            views["oracle_denormalised"] = self.normalise.to_picture(self._pixels(oracle))
         return views
 
     def flops_per_sample(self) -> float:
@@ -110,22 +99,6 @@ class ImageMAEObjective(Objective):
     def build_backbone(self) -> ViT:
         with torch.device("cpu"):
             return ViT(self.config.model.encoder)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.config.model.encoder.image_size
-
-    @property
-    def in_channels(self) -> int:
-        return self.config.model.encoder.in_channels
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        return self.config.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        return self.config.std
 
     def _forward(self, images: Tensor, positions: Tensor, seed: int) -> MAEOutput:
         noise = position_noise(positions, self.config.model.encoder.num_patches, seed)
@@ -136,11 +109,3 @@ class ImageMAEObjective(Objective):
         """[B, N, p*q*C] -> [B, C, H, W]."""
         encoder = self.config.model.encoder
         return unpatchify(patches, encoder.grid_size, encoder.patch_size)
-
-    def _show(self, images: Tensor) -> Tensor:
-        """Normalised [B, C, H, W] -> uint8 [B, 1 or 3, H, W] on the CPU."""
-        return self.normalise.to_uint8(images)[:, : 3 if self.in_channels >= 3 else 1].cpu()
-
-    def _check(self, player: str) -> None:
-        if player != "model":
-            raise ValueError(f"There is no player {player!r}; a masked autoencoder has one, 'model'.")

@@ -185,9 +185,10 @@ class TokenizerObjective(Objective):
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """The "input", its "reconstruction", and their "difference" around grey; of 3 channels, or of the first."""
         images = self.normalise(batch.images)
-        shown = [self._show(x) for x in (images, self._forward(images, None).reconstruction.float())]
-        difference = (shown[1].int() - shown[0].int() + 128).clamp(0, 255).to(torch.uint8)
-        return {"input": shown[0], "reconstruction": shown[1], "difference": difference}
+        shown = self.normalise.to_picture(images)
+        reconstruction = self.normalise.to_picture(self._forward(images, None).reconstruction.float())
+        difference = (reconstruction.int() - shown.int() + 128).clamp(0, 255).to(torch.uint8)
+        return {"input": shown, "reconstruction": reconstruction, "difference": difference}
 
     def alarms(self, metrics: Mapping[str, float], step: int) -> list[str]:
         return collapse_alarms(metrics, self.config.adversarial, step)
@@ -244,10 +245,6 @@ class TokenizerObjective(Objective):
         channels = self.config.perceptual.channels or ((0, 1, 2) if self.in_channels >= 3 else (0, 0, 0))
         planes = [normalised[:, c] * (2.0 * self.std[c]) + (2.0 * self.mean[c] - 1.0) for c in channels]
         return torch.stack(planes, dim=1)
-
-    def _show(self, images: Tensor) -> Tensor:
-        """Normalised [B, C, H, W] -> uint8 [B, 1 or 3, H, W] on the CPU."""
-        return self.normalise.to_uint8(images)[:, : 3 if self.in_channels >= 3 else 1].cpu()
 
     def _check(self, player: str) -> None:
         if player not in self.players:

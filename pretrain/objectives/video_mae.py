@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pretrain.models.video_masking import ClipMask, num_tube_kept, tube_masks
+from pretrain.models.video_masking import ClipMask, num_tube_tokens_kept, tube_masks
 from pretrain.objectives.clip_mae import ClipMAEConfig, ClipMAEObjective, check_family, check_some_hidden
 from pretrain.objectives.clip_target import channel_target
 
@@ -23,8 +23,7 @@ class VideoMAEObjectiveConfig(ClipMAEConfig):
     @property
     def num_kept(self) -> int:
         """Tokens of a clip that the encoder sees."""
-        encoder = self.model.encoder
-        return encoder.grid_size[0] * num_tube_kept(encoder.tokens_per_step, self.mask_ratio)
+        return num_tube_tokens_kept(self.model.encoder.grid_size, self.mask_ratio)
 
 
 def video_mae_objective(config: VideoMAEObjectiveConfig, seed: int) -> ClipMAEObjective:

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pretrain.models.video_mae import VideoMAEConfig, video_mae_config
-from pretrain.models.video_masking import ClipMask, dual_masks, num_decoded, num_tube_kept, running_cells
+from pretrain.models.video_masking import (
+    ClipMask,
+    dual_masks,
+    num_decoded,
+    num_tube_kept,
+    num_tube_tokens_kept,
+    running_cells,
+)
 from pretrain.objectives.clip_mae import ClipMAEConfig, ClipMAEObjective, check_family
 from pretrain.objectives.clip_target import channel_target
 
@@ -39,8 +46,7 @@ class VideoMAEv2Config(ClipMAEConfig):
     @property
     def num_kept(self) -> int:
         """Tokens of a clip that the encoder sees."""
-        encoder = self.model.encoder
-        return encoder.grid_size[0] * num_tube_kept(encoder.tokens_per_step, self.mask_ratio)
+        return num_tube_tokens_kept(self.model.encoder.grid_size, self.mask_ratio)
 
 
 def video_mae_v2_objective(config: VideoMAEv2Config, seed: int) -> ClipMAEObjective:

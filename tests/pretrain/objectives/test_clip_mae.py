@@ -17,8 +17,8 @@ from pretrain.models.video_masking import ClipMask, dual_masks, spacetime_masks,
 from pretrain.models.video_vit import VideoViTConfig
 from pretrain.objectives.clip_mae import ClipMAEConfig, ClipMAEObjective
 from pretrain.objectives.clip_target import normalise_clips
-from pretrain.objectives.image_mae import VALIDATION_SEED
 from pretrain.objectives.mae_st import MAESTConfig, mae_st_objective
+from pretrain.objectives.masked_autoencoder import VALIDATION_SEED
 from pretrain.objectives.video_mae import VideoMAEObjectiveConfig, video_mae_objective
 from pretrain.objectives.video_mae_v2 import VideoMAEv2Config, video_mae_v2_objective
 

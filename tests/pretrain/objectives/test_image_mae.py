@@ -12,7 +12,8 @@ from pretrain.models.mae import MAEConfig, mae_flops
 from pretrain.models.masking import position_noise
 from pretrain.models.normalise import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from pretrain.models.vit import ViTConfig
-from pretrain.objectives.image_mae import VALIDATION_SEED, ImageMAEConfig, ImageMAEObjective
+from pretrain.objectives.image_mae import ImageMAEConfig, ImageMAEObjective
+from pretrain.objectives.masked_autoencoder import VALIDATION_SEED
 from pretrain.objectives.table import OBJECTIVES
 
 
