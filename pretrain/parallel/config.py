@@ -56,3 +56,11 @@ class ParallelConfig:
                 raise ValueError(f"parallel.{name} is {value!r}; expected one of {', '.join(known)}")
         if self.prefetch < 0:
             raise ValueError(f"parallel.prefetch is {self.prefetch}; expected 0 or more blocks")
+
+    def computes_in_bf16(self, device_type: str) -> bool:
+        """Whether forward passes run under bf16 autocast on a device of this type ("cpu" or "cuda")."""
+        return self.precision == "bf16" or (self.precision == "auto" and device_type == "cuda")
+
+    def compiles_blocks(self, device_type: str) -> bool:
+        """Whether blocks are compiled on a device of this type ("cpu" or "cuda")."""
+        return self.compile == "blocks" or (self.compile == "auto" and device_type == "cuda")

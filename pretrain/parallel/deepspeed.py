@@ -45,20 +45,13 @@ class DeepSpeedStrategy(Strategy):
 
     def __init__(self, config: ParallelConfig, optim: OptimConfig, world: World) -> None:
         require_deepspeed(config.strategy)
-        if not dist.is_initialized():
-            raise ValueError(
-                f"parallel.strategy is {config.strategy}, but this process was not started by torchrun; "
-                "run `torchrun --nproc-per-node N -m pretrain CONFIG`"
-            )
         self.world = world
         self.optim = optim
         self.config = config
         self.kind = config.strategy
         self.stage = ZERO_STAGES[config.strategy]
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
-        self.compile = config.compile == "blocks" or (
-            config.compile == "auto" and world.device.type == "cuda" and self.stage < 3
-        )
+        self.bf16 = config.computes_in_bf16(world.device.type)
+        self.compile = config.compiles_blocks(world.device.type) and self.stage < 3
         self.ds_config = check_ds_config(config, optim, bf16=self.bf16)
         self.others: NativeStrategy | None = None
 

@@ -42,9 +42,9 @@ class NativeStrategy(Strategy):
         self.world = world
         self.optim = optim
         self.config = config
-        self.kind = _resolve_kind(config, world)
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
-        self.compile = config.compile == "blocks" or (config.compile == "auto" and world.device.type == "cuda")
+        self.kind = config.strategy if config.strategy != "auto" else "single" if world.size == 1 else "ddp"
+        self.bf16 = config.computes_in_bf16(world.device.type)
+        self.compile = config.compiles_blocks(world.device.type)
         self.settings: dict[str, OptimConfig] = {}
         self.optimizers: dict[str, AdamW] = {}
         self.live: dict[str, Tensors] = {}
@@ -210,19 +210,6 @@ class NativeStrategy(Strategy):
 def _weights(module: nn.Module) -> Tensors:
     """Parameters and persistent buffers under canonical names; they share storage with the module's."""
     return cast(Tensors, dict(get_model_state_dict(module)))
-
-
-def _resolve_kind(config: ParallelConfig, world: World) -> str:
-    if config.strategy == "auto":
-        return "single" if world.size == 1 else "ddp"
-    if config.strategy == "single" and world.size > 1:
-        raise ValueError(f"parallel.strategy is single, but {world.size} processes were started; use ddp or fsdp2")
-    if config.strategy in ("ddp", "fsdp2", "hsdp") and not torch.distributed.is_initialized():
-        raise ValueError(
-            f"parallel.strategy is {config.strategy}, but this process was not started by torchrun; "
-            "run `torchrun --nproc-per-node N -m pretrain CONFIG`"
-        )
-    return config.strategy
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.parallel.choose import make_strategy
 from pretrain.parallel.config import ParallelConfig
-from pretrain.parallel.native import NativeStrategy
 from pretrain.parallel.world import World, pick_device
 from tests.pretrain.runs import assert_same_weights, losses, overrides_of, run_here, run_several
 
@@ -55,7 +55,7 @@ def test_what_cannot_be_done_is_said(strategy: str, size: int, words: str) -> No
     from pretrain.optim import OptimConfig
 
     with pytest.raises(ValueError, match=words):
-        NativeStrategy(ParallelConfig(strategy=strategy), OptimConfig(), _world(size))  # type: ignore[arg-type]
+        make_strategy(ParallelConfig(strategy=strategy), OptimConfig(), _world(size))  # type: ignore[arg-type]
 
 
 def test_unknown_devices_are_refused() -> None:
