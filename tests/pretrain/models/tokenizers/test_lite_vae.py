@@ -1,15 +1,11 @@
-"""LiteVAE: the Haar transform against its definition, levels, any size, cost."""
+"""LiteVAE: the Haar transform against its definition, levels, impossible shapes; more in test_autoencoders."""
 
 from __future__ import annotations
-
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.models.tokenizers.autoencoder_flops import training_flops
 from pretrain.models.tokenizers.lite_vae import LiteVAE, LiteVAEConfig, haar
 
 TINY = {
@@ -52,49 +48,6 @@ def test_networks_see_every_level_on_the_scale_of_the_image() -> None:
     for level, coefficients in enumerate(seen, 1):
         means = torch.nn.functional.avg_pool2d(images, 2**level)
         torch.testing.assert_close(coefficients[:, :3], means)
-
-
-@pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize("size", [(1, 1), (24, 16), (13, 30)])
-def test_any_size_and_number_of_channels(channels: int, size: tuple[int, int]) -> None:
-    model, images = make(in_channels=channels), torch.randn(2, channels, *size)
-    output = model(images)
-    assert output.reconstruction.shape == images.shape
-    assert output.latent.shape == (2, 4, -(-size[0] // 8), -(-size[1] // 8))
-    torch.testing.assert_close(model.decode(model.encode(images), size), output.reconstruction)
-
-
-def test_gradients_reach_every_parameter_and_stop_at_frozen_steps() -> None:
-    model, images = make(gaussian=True), torch.randn(2, 3, 16, 16)
-    output = model(images, torch.randn(2, 4, 2, 2))
-    (output.reconstruction.square().mean() + output.kl.mean()).backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
-    model.train_only([r"decoder\..*"])
-    assert model.num_frozen_steps == len(model.encoder.steps())
-    assert not model(images).latent.requires_grad
-
-
-def test_a_start_from_meta_follows_the_seed_alone() -> None:
-    expected = make()
-    with torch.device("meta"):
-        other = LiteVAE(LiteVAEConfig(**TINY))
-    other.to_empty(device="cpu")
-    for parameter in other.parameters():
-        parameter.detach().fill_(float("nan"))
-    for model in (expected, other):
-        torch.manual_seed(1)
-        model.init_weights()
-    images = torch.randn(1, 3, 16, 16)
-    assert torch.equal(expected(images).reconstruction, other(images).reconstruction)
-    assert len(other.blocks()) == 3 + 1 + 5  # levels, joined, decoder: 3 and 2 between its stages
-
-
-def test_flops_are_those_counted() -> None:
-    model = make()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.randn(1, 3, 16, 24))
-    build = partial(LiteVAE, model.config)
-    assert training_flops(build, (16, 24), [".*"]) == 3 * counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
