@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,22 +27,71 @@ TOKEN_STD = 0.02
 """Standard deviation of the starting values of class and mask tokens."""
 
 
+class EncoderConfig(Protocol):
+    """What the configurations of both encoders have."""
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input, C."""
+
+    @property
+    def width(self) -> int:
+        """Features per token, D."""
+
+    @property
+    def depth(self) -> int:
+        """Number of transformer blocks."""
+
+    @property
+    def heads(self) -> int:
+        """Attention heads per block."""
+
+    @property
+    def mlp_ratio(self) -> float:
+        """Hidden features of a block's MLP / width."""
+
+
 class Encoder(nn.Module, ABC):
     """What the encoders of images (`ViT`) and of clips (`VideoViT`) share: blocks over the patches that are kept.
 
-    A subclass makes the modules, in the order in which they draw their starting values.
+    A subclass cuts the input into patches and says where they lie. It calls `init_weights` when it is complete.
     """
 
-    patch_embed: nn.Sequential
-    """A `PatchProjection` under timm's name `patch_embed.proj`; see `patch_embedding`."""
     cls_token: nn.Parameter
     """[1, 1, D]; not there where the encoder has no class token."""
-    has_class_token: bool
-    """Whether a class token stands in front of the patches' tokens."""
-    blocks: nn.ModuleList
-    """Transformer blocks, in forward order."""
-    norm: nn.LayerNorm
-    """Behind the last block."""
+    positions: nn.Module
+    """The module that gives positions; not there where they are no module."""
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        input_size: tuple[int, ...],
+        patch_size: tuple[int, ...],
+        *,
+        has_class_token: bool,
+        positions: nn.Module | None = None,
+    ) -> None:
+        """Makes the modules, in the order that their names have in state dicts.
+
+        Args:
+            config: the shape of the transformer.
+            input_size: (H, W) in pixels, or (T, H, W) for clips.
+            patch_size: (p, q) in pixels, or (t, p, q) for clips; divides `input_size`.
+            has_class_token: whether a class token stands in front of the patches' tokens.
+            positions: the module that gives positions; None where they are no module.
+        """
+        super().__init__()
+        self.input_shape = (config.in_channels, *input_size)
+        self.has_class_token = has_class_token
+        self.patch_embed = nn.Sequential(  # for the sake of timm's name, patch_embed.proj
+            OrderedDict(proj=PatchProjection(config.in_channels, patch_size, config.width))
+        )
+        if has_class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        if positions is not None:
+            self.positions = positions
+        self.blocks = transformer_blocks(config.width, config.depth, config.heads, config.mlp_ratio)
+        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
 
     def forward(self, inputs: Tensor, keep_ids: Tensor | None = None) -> Tensor:
         """Encodes the kept patches, or all of them.
@@ -99,7 +149,12 @@ class Encoder(nn.Module, ABC):
 
         Returns:
             [B, K, D], or [B, 1 + K, D] with a class token.
+
+        Raises:
+            ValueError: the inputs do not have the configured shape.
         """
+        if inputs.shape[1:] != self.input_shape:
+            raise ValueError(self._wrong_shape(inputs))
         patches = self.split(inputs)  # [B, N, V]
         if keep_ids is not None:
             patches = patches.gather(1, keep_ids[..., None].expand(-1, -1, patches.shape[-1]))
@@ -111,11 +166,7 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def split(self, inputs: Tensor) -> Tensor:
-        """Cuts the inputs into patches [B, N, V], with values in the order (c, p, q), or (c, t, p, q) for clips.
-
-        Raises:
-            ValueError: the inputs do not have the configured shape.
-        """
+        """Cuts the inputs into patches [B, N, V], with values in the order (c, p, q), or (c, t, p, q) for clips."""
 
     @abstractmethod
     def position_embedding(self, keep_ids: Tensor | None) -> Tensor:
@@ -128,6 +179,17 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def init_weights(self) -> None:
         """Fills all parameters and buffers with their starting values."""
+
+    def _wrong_shape(self, inputs: Tensor) -> str:
+        expected = f"[batch, {', '.join(map(str, self.input_shape))}]"
+        if len(self.input_shape) == 3:
+            kind, size = "images", "image size"
+        else:
+            kind, size, expected = "clips", "frames, size", f"{expected} (channels, frames, height, width)"
+        return (
+            f"The {kind} have shape {list(inputs.shape)}; expected {expected}. "
+            f"Make the data's {size} and channels agree with the model's."
+        )
 
 
 class PatchProjection(nn.Module):
@@ -148,11 +210,6 @@ class PatchProjection(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """Projects patches [..., V], with values in the order (c, p, q) or (c, t, p, q), to tokens [..., D]."""
         return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
-
-
-def patch_embedding(in_channels: int, patch_size: tuple[int, ...], width: int) -> nn.Sequential:
-    """A `PatchProjection` that is called `proj`, so that parameters have timm's names `patch_embed.proj.*`."""
-    return nn.Sequential(OrderedDict(proj=PatchProjection(in_channels, patch_size, width)))
 
 
 def transformer_blocks(width: int, depth: int, heads: int, mlp_ratio: float) -> nn.ModuleList:

@@ -15,18 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.losses.clips import split_tubelets
-from pretrain.models.encoder import (
-    LAYER_NORM_EPS,
-    TOKEN_STD,
-    Encoder,
-    init_layer,
-    patch_embedding,
-    transformer_blocks,
-)
+from pretrain.models.encoder import TOKEN_STD, Encoder, init_layer
 from pretrain.models.positions import SeparablePositions, SinusoidPositions
 from pretrain.models.vit import check_pixels
 
 Family = Literal["video_mae", "mae_st"]
+"""How an encoder knows where its tokens lie; see `VideoViTConfig.family`."""
 
 VIDEO_VIT_SIZES: dict[str, tuple[int, int, int, float]] = {
     "small": (384, 12, 6, 4.0),
@@ -108,7 +102,7 @@ class VideoViTConfig:
 
     @property
     def num_tokens(self) -> int:
-        """N."""
+        """Tokens of a clip, N."""
         return self.grid_size[0] * self.tokens_per_step
 
     @property
@@ -143,25 +137,21 @@ def check_width(width_name: str, width: int, heads_name: str, heads: int) -> Non
 class VideoViT(Encoder):
     """Encoder of VideoMAE (arXiv 2203.12602) or MAE-ST (2205.09113): pre-norm blocks and a final norm."""
 
+    positions: SinusoidPositions | SeparablePositions
+    """By the family; see `make_positions`."""
+
     def __init__(self, config: VideoViTConfig) -> None:
-        super().__init__()
+        super().__init__(
+            config,
+            config.clip_size,
+            config.token_size,
+            has_class_token=config.has_class_token,
+            positions=make_positions(config, config.width),
+        )
         self.config = config
-        self.has_class_token = config.has_class_token
-        self.patch_embed = patch_embedding(config.in_channels, config.token_size, config.width)
-        if config.has_class_token:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.positions = make_positions(config, config.width)
-        self.blocks = transformer_blocks(config.width, config.depth, config.heads, config.mlp_ratio)
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.init_weights()
 
     def split(self, inputs: Tensor) -> Tensor:
-        expected = (self.config.in_channels, *self.config.clip_size)
-        if inputs.ndim != 5 or inputs.shape[1:] != expected:
-            raise ValueError(
-                f"The clips have shape {list(inputs.shape)}; expected [batch, {', '.join(map(str, expected))}] "
-                "(channels, frames, height, width). Make the data's frames, size and channels agree with the model's."
-            )
         return split_tubelets(inputs, self.config.token_size).flatten(1, 3).flatten(2)
 
     def position_embedding(self, keep_ids: Tensor | None) -> Tensor:

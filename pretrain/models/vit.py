@@ -13,14 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.losses.pixels import split_patches
-from pretrain.models.encoder import (
-    LAYER_NORM_EPS,
-    TOKEN_STD,
-    Encoder,
-    init_layer,
-    patch_embedding,
-    transformer_blocks,
-)
+from pretrain.models.encoder import TOKEN_STD, Encoder, init_layer
 from pretrain.models.positions import sincos_position_embedding
 
 VIT_SIZES: dict[str, tuple[int, int, int]] = {
@@ -75,7 +68,7 @@ class ViTConfig:
 
     @property
     def num_patches(self) -> int:
-        """N."""
+        """Patches of an image, N."""
         return self.grid_size[0] * self.grid_size[1]
 
     @property
@@ -143,24 +136,13 @@ class ViT(Encoder):
     """float32 [1, 1 + N, D], the class token's first."""
 
     def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
+        super().__init__(config, config.image_size, config.patch_size, has_class_token=True)
         self.config = config
-        self.has_class_token = True
-        self.patch_embed = patch_embedding(config.in_channels, config.patch_size, config.width)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         # A buffer and not a frozen parameter: in the state dict as in the original, outside optimizers and shards.
         self.register_buffer("pos_embed", torch.zeros(1, 1 + config.num_patches, config.width))
-        self.blocks = transformer_blocks(config.width, config.depth, config.heads, config.mlp_ratio)
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.init_weights()
 
     def split(self, inputs: Tensor) -> Tensor:
-        expected = (self.config.in_channels, *self.config.image_size)
-        if inputs.ndim != 4 or inputs.shape[1:] != expected:
-            raise ValueError(
-                f"The images have shape {list(inputs.shape)}; expected [batch, {', '.join(map(str, expected))}]. "
-                "Make the data's image size and channels agree with the model's."
-            )
         return split_patches(inputs, self.config.patch_size).flatten(1, 2).flatten(2)
 
     def position_embedding(self, keep_ids: Tensor | None) -> Tensor:
