@@ -1,4 +1,4 @@
-"""The game between an autoencoder and its discriminator: losses, penalties, their weights over time, LeCam's averages.
+"""Losses of an autoencoder and its discriminator: penalties, weights over time, and LeCam's moving averages.
 
 Enters: logits of a patch discriminator. Leaves: one number per sample, float32 in any autocast.
 Legend: B batch, C channels, H/W pixels, h/w patches.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pretrain.losses.reconstruction import at_least_float32
 
 GRADIENT_EPS = 1e-8
+"""Added to the norm of the adversarial gradient, which is 0 where a hinge is flat."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class AdversarialConfig:
     """When and how the discriminator plays. The generator's loss counts `weight * generator_share(step)`."""
 
     weight: float = 0.0
-    """Of the generator's loss, beside a reconstruction loss that is a mean over values; 0 = no discriminator."""
+    """Weight of the generator's loss, beside a reconstruction loss that is a mean over values; 0 = no discriminator."""
     kind: Literal["hinge", "non_saturating"] = "hinge"
-    """Loss of both players."""
+    """Loss of both players: hinge as in VQGAN (arXiv 2012.09841), non_saturating as in the first GAN (1406.2661)."""
     adaptive: bool = False
     """Scale each sample's adversarial gradient at its pixels to its reconstruction gradient there, then by `weight`."""
     adaptive_max: float = 1e4
@@ -33,15 +34,15 @@ class AdversarialConfig:
     start_step: int = 0
     """Optimizer step of the run at which the discriminator starts to learn."""
     warmup_steps: int = 0
-    """Optimizer steps that it learns alone, before its judgement counts for the autoencoder."""
+    """Optimizer steps that it learns alone, before its loss counts for the autoencoder."""
     ramp_steps: int = 0
     """Optimizer steps over which the weight then rises linearly from 0."""
     r1_weight: float = 0.0
-    """Gamma of the penalty gamma / 2 * |gradient at images|**2; 0 = none. Differentiates twice: not under FSDP2."""
+    """Gamma of the penalty gamma / 2 * |gradient at images|**2 (R1, arXiv 1801.04406); 0 = none."""
     r1_every: int = 16
     """Optimizer steps between R1 penalties, each counted that many times (StyleGAN2's lazy regularisation)."""
     lecam_weight: float = 0.0
-    """Of LeCam's penalty (arXiv 2104.03310); 0 = none. Published: 0.001 to 0.3."""
+    """Weight of LeCam's penalty (arXiv 2104.03310); 0 = none. Published: 0.001 to 0.3."""
     lecam_decay: float = 0.999
     """Decay of LeCam's averages of the logits, per optimizer step."""
 
@@ -67,21 +68,37 @@ class AdversarialConfig:
         return min(1.0, (done + 1) / (self.ramp_steps + 1))
 
     def r1_factor(self, step: int) -> float:
-        """What the squared gradient is multiplied with in this optimizer step; 0 in most."""
+        """What R1's squared gradient is multiplied with in this optimizer step; 0 in steps without the penalty."""
         due = self.r1_weight > 0.0 and (step - self.start_step) % self.r1_every == 0
         return 0.5 * self.r1_weight * self.r1_every if due else 0.0
 
 
 def generator_loss(fake: Tensor, kind: str) -> Tensor:
-    """fake: logits [B, 1, h, w] of reconstructions. Returns [B]."""
+    """How far the discriminator is from taking reconstructions for images.
+
+    Args:
+        fake: logits [B, 1, h, w] of reconstructions.
+        kind: see `AdversarialConfig.kind`.
+
+    Returns:
+        float32 [B].
+    """
     fake = at_least_float32(fake)
     return sample_mean(-fake if kind == "hinge" else F.softplus(-fake))
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
-    """real, fake: logits [B, 1, h, w] of images and of their reconstructions. Returns [B].
+    """How far the discriminator is from telling images from reconstructions.
 
-    Hinge: the mean of both halves, as in VQGAN; non-saturating: their sum, as in the original GAN.
+    With "hinge" it is the mean of both halves, as in VQGAN; with "non_saturating" their sum, as in the original GAN.
+
+    Args:
+        real: logits [B, 1, h, w] of images.
+        fake: logits [B, 1, h, w] of their reconstructions.
+        kind: see `AdversarialConfig.kind`.
+
+    Returns:
+        float32 [B].
     """
     real, fake = at_least_float32(real), at_least_float32(fake)
     if kind == "hinge":
@@ -90,37 +107,50 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
 
 
 def squared_gradient(real: Tensor, images: Tensor) -> Tensor:
-    """R1 (arXiv 1801.04406): squared norm of each image's gradient of the mean logit, [B], itself differentiable.
+    """R1 (arXiv 1801.04406): squared norm of each image's gradient of the mean logit.
 
-    real: logits [B, 1, h, w] of `images`, which require gradients. Samples must not mix in the discriminator.
+    Args:
+        real: logits [B, 1, h, w] of `images`. Samples must not mix in the discriminator.
+        images: [B, C, H, W], which require gradients.
+
+    Returns:
+        float32 [B], itself differentiable.
     """
     (gradient,) = torch.autograd.grad(sample_mean(real).sum(), images, create_graph=True)
     return at_least_float32(gradient).square().flatten(1).sum(dim=1)
 
 
 def adaptive_factors(reconstruction: Tensor, adversarial: Tensor, maximum: float) -> Tensor:
-    """Per sample, |gradient of the reconstruction loss| / |gradient of the adversarial loss|, at most `maximum`: [B].
+    """Per sample, |gradient of the reconstruction loss| / |gradient of the adversarial loss|.
 
-    Both are gradients at the reconstruction's pixels, [B, C, H, W]. VQGAN takes them at the decoder's last layer, over
-    the whole batch: under sharding that layer's gradient lies in pieces, and ranks and micro-batches would each
-    get a factor of their own. At the pixels each sample has one that does not depend on its neighbours.
+    VQGAN (arXiv 2012.09841) takes these gradients at the decoder's last layer, over the whole batch: under
+    sharding that layer's gradient lies in pieces, and ranks and micro-batches would each get a factor of their own. At
+    the pixels each sample has one that does not depend on its neighbours.
+
+    Args:
+        reconstruction: gradient of the reconstruction loss at the reconstruction's pixels, [B, C, H, W].
+        adversarial: gradient of the adversarial loss there, [B, C, H, W].
+        maximum: largest factor.
+
+    Returns:
+        float32 [B].
     """
-    wanted, given = (
+    reconstruction_norm, adversarial_norm = (
         torch.linalg.vector_norm(at_least_float32(gradient).flatten(1), dim=1)
         for gradient in (reconstruction, adversarial)
     )
-    factors: Tensor = wanted / (given + GRADIENT_EPS)
+    factors: Tensor = reconstruction_norm / (adversarial_norm + GRADIENT_EPS)
     return factors.clamp(max=maximum)
 
 
 def with_gradient(value: Tensor, at: Tensor, gradient: Tensor) -> Tensor:
-    """`value` as a number, whose gradient at `at` is `gradient`: joins gradients that were computed apart."""
+    """The number `value` (0-d), whose gradient at `at` is `gradient`: joins gradients that were computed apart."""
     surrogate = (at * gradient.detach()).sum()
     return value.detach() + (surrogate - surrogate.detach())
 
 
 def sample_mean(values: Tensor) -> Tensor:
-    """[B, ...] -> [B]."""
+    """The mean over a sample's values: [B, ...] to [B]."""
     return values.flatten(1).mean(dim=1)
 
 
@@ -132,25 +162,42 @@ class LeCam(nn.Module):
     """
 
     averages: Tensor
+    """float32 [2]: of the mean logits of images and of reconstructions."""
     collected: Tensor
+    """float32 [3]: sums of the two over the micro-batches of a step, and how many these were."""
     collected_step: Tensor
+    """0-d int64: the optimizer step that `collected` belongs to; -1 before the first."""
 
     def __init__(self, decay: float) -> None:
         super().__init__()
         self.decay = decay
-        self.register_buffer("averages", torch.zeros(2))  # of images, of reconstructions
-        self.register_buffer("collected", torch.zeros(3))  # sums of the two, and how many micro-batches
+        self.register_buffer("averages", torch.zeros(2))
+        self.register_buffer("collected", torch.zeros(3))
         self.register_buffer("collected_step", torch.tensor(-1))
 
     def penalty(self, real: Tensor, fake: Tensor) -> Tensor:
-        """real, fake: logits [B, 1, h, w]. Returns [B]."""
+        """How far logits are from the other side's average (LeCam's regularisation, arXiv 2104.03310).
+
+        Args:
+            real: logits [B, 1, h, w] of images.
+            fake: logits [B, 1, h, w] of their reconstructions.
+
+        Returns:
+            float32 [B].
+        """
         real, fake = at_least_float32(real), at_least_float32(fake)
         average_real, average_fake = self.averages.clone()  # which an update may change before the backward pass
         return sample_mean(F.relu(real - average_fake).square()) + sample_mean(F.relu(average_real - fake).square())
 
     @torch.no_grad()
     def collect(self, real: Tensor, fake: Tensor, step: int) -> None:
-        """Takes in a micro-batch's logits; a collective where a process group exists. No host synchronisation."""
+        """Takes in a micro-batch's logits. A collective where a process group exists; the host does not wait.
+
+        Args:
+            real: logits [B, 1, h, w] of images.
+            fake: logits [B, 1, h, w] of their reconstructions.
+            step: optimizer steps done so far.
+        """
         means = torch.stack([at_least_float32(real).mean(), at_least_float32(fake).mean()])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(means)
@@ -165,6 +212,7 @@ class LeCam(nn.Module):
         self.collected_step.fill_(step)
 
     def reset_parameters(self) -> None:
+        """Fills the buffers as before the first step."""
         self.averages.zero_()
         self.collected.zero_()
         self.collected_step.fill_(-1)

@@ -3,6 +3,12 @@
 Enters: pictures in [-1, 1]. Leaves: one distance per sample. The weights belong to others and are not part of any
 checkpoint: the network's come from torchvision's own download or a path, the five weightings of its layers from a path
 or from torchmetrics, which ships them. Every file's SHA-256 is checked.
+
+Why torchmetrics does not compute the distance: its network with the layers' weightings is a private class, whose
+numbers have changed between versions; importing it loads over a thousand modules, transformers and matplotlib among
+them where they are installed; it downloads VGG-16 or draws its 138 million weights at random, and reads no file; under
+autocast it weighs and sums in bfloat16; and an extra, `eval`, would be needed to train. It would spare about 25 lines,
+those of `LPIPS.forward` and `_unit_features`. A test compares both.
 Legend: B batch, C channels, H/W pixels.
 """
 
@@ -21,17 +27,22 @@ from torch import Tensor, nn
 from pretrain.losses.reconstruction import at_least_float32
 
 FEATURE_EPS = 1e-8
+"""Added to the squared norm of a pixel's features."""
 SMALLEST_SIDE = {"vgg": 16, "alex": 31}
-"""Pixels that a network's poolings need."""
+"""Smallest height and width in pixels that a network's poolings allow."""
 INPUT_SHIFT = (-0.030, -0.088, -0.188)
+"""Subtracted from red, green and blue in [-1, 1]: ImageNet's mean on that scale."""
 INPUT_SCALE = (0.458, 0.448, 0.450)
+"""By which red, green and blue are then divided: ImageNet's standard deviation on that scale."""
 
-# Ends of the five slices of torchvision's `features`, and the channels that come out of each.
 _SLICES = {"vgg": (4, 9, 16, 23, 30), "alex": (2, 5, 8, 10, 12)}
+"""Where the five slices of torchvision's `features` end, in layers."""
 _CHANNELS = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}
-# First digits of the SHA-256 of the published files.
+"""Channels that come out of each slice."""
 _BACKBONE_SHA256 = {"vgg": "397923af", "alex": "7be5be79"}
+"""First digits of the SHA-256 of the files that torchvision publishes."""
 _LINEAR_SHA256 = {"vgg": "a78928a0af1e5f0f", "alex": "df73285e35b22355"}
+"""First digits of the SHA-256 of LPIPS 0.1's files, which torchmetrics ships."""
 
 
 class PerceptualWeightsError(ValueError):
@@ -43,7 +54,7 @@ class PerceptualConfig:
     """Which LPIPS, and where its weights are."""
 
     weight: float = 0.0
-    """Of the distance, beside a reconstruction loss that is a mean over values; 0 = none. DC-AE's recipe: 0.25."""
+    """Weight of the distance, beside a reconstruction loss that is a mean over values; 0 = none. DC-AE has 0.25."""
     network: Literal["vgg", "alex"] = "vgg"
     """VGG-16 is usual as a loss, AlexNet as a metric."""
     backbone_path: str | None = None
@@ -66,13 +77,19 @@ class PerceptualConfig:
 
 
 class LPIPS(nn.Module):
-    """The distance. Frozen: it has no dropout, is always in evaluation mode, and passes gradients to its inputs."""
+    """The distance. Frozen: without dropout, always in evaluation mode, passing gradients to its first input alone."""
 
     shift: Tensor
+    """float32 [3, 1, 1]: `INPUT_SHIFT`."""
     scale: Tensor
+    """float32 [3, 1, 1]: `INPUT_SCALE`."""
 
     def __init__(self, network: str) -> None:
-        """network: "vgg" or "alex". Its weights have no values until a state dict is loaded."""
+        """Makes the network, whose weights have no values until a state dict is loaded.
+
+        Args:
+            network: "vgg" or "alex".
+        """
         super().__init__()
         import torchvision
 
@@ -91,7 +108,15 @@ class LPIPS(nn.Module):
         self.eval()
 
     def forward(self, pictures: Tensor, targets: Tensor) -> Tensor:
-        """pictures, targets: float [B, 3, H, W] in [-1, 1]; gradients reach `pictures` alone. Returns [B]."""
+        """The distance of each picture from its target (arXiv 1801.03924, equation 1).
+
+        Args:
+            pictures: float [B, 3, H, W] in [-1, 1]; gradients reach them alone.
+            targets: float [B, 3, H, W] in [-1, 1].
+
+        Returns:
+            At least float32 [B], also under autocast.
+        """
         with torch.no_grad():
             expected = self._unit_features(targets)
         distances = [
@@ -105,6 +130,7 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def _unit_features(self, pictures: Tensor) -> list[Tensor]:
+        """The slices' features, each pixel's of length 1: [B, channels, h, w] each, at least float32."""
         x, kept = (pictures - self.shift) / self.scale, []
         for number, layer in enumerate(self.features, 1):
             x = layer(x)
@@ -118,7 +144,8 @@ class LPIPS(nn.Module):
 def load_lpips(config: PerceptualConfig) -> LPIPS:
     """LPIPS with its weights, on the CPU.
 
-    Raises PerceptualWeightsError when a file is missing, is another one, or cannot be downloaded.
+    Raises:
+        PerceptualWeightsError: a file is missing, is another one than expected, or cannot be downloaded.
     """
     with torch.device("cpu"):
         model = LPIPS(config.network)

@@ -23,7 +23,16 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """tokens: [B, N, D]. attn_mask, is_causal: as in scaled_dot_product_attention; timm's block passes them."""
+        """Mixes the tokens of each sample.
+
+        Args:
+            tokens: [B, N, D].
+            attn_mask: as in scaled_dot_product_attention; timm's block passes it.
+            is_causal: as in scaled_dot_product_attention; timm's block passes it.
+
+        Returns:
+            [B, N, D], without the residual connection.
+        """
         query, key, value = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, D/heads]
             for part in self.qkv(tokens).chunk(3, dim=-1)
@@ -34,10 +43,20 @@ class SelfAttention(nn.Module):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Scaled dot-product attention; query, key, value: [B, heads, N, D/heads], and so is the result.
+    """Scaled dot-product attention (Vaswani et al., arXiv 1706.03762, equation 1).
 
     On a CPU in bfloat16 it computes in float32: more exact, and the layer's forward and backward take 14% less time
     (56.7 against 65.9 ms for 8 x 197 tokens, 512 wide, 16 heads, two cores), as torch's bfloat16 kernel is slow there.
+
+    Args:
+        query: [B, heads, N, D/heads].
+        key: as `query`.
+        value: as `query`.
+        attn_mask: as in scaled_dot_product_attention; None attends to all tokens.
+        is_causal: whether each token sees only itself and those before it.
+
+    Returns:
+        [B, heads, N, D/heads], in the type of `query`.
     """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):

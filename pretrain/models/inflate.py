@@ -18,19 +18,28 @@ from pretrain.models.positions import sinusoid_table
 from pretrain.models.video_vit import VideoViTConfig
 
 Inflation = Literal["average", "centre"]
+"""How a patch's projection becomes a tubelet's; see `inflate_encoder`."""
 
 
 def inflate_encoder(state: Mapping[str, Tensor], config: VideoViTConfig, how: Inflation) -> dict[str, Tensor]:
     """The state dict of `VideoViT(config)` from that of a `ViT`.
 
-    The projection of a patch becomes one of a tubelet. "average": each frame has 1/t of its weights, so that a clip
-    that does not move gives the image's tokens. "centre": the frame in the middle (t // 2) has all of them, the others
-    none, so that training finds the use of their neighbours. Blocks and norm are taken as they are. mae_st: the
-    positions in space and the class token are the image's, the positions in time start at zero. video_mae: its
-    sinusoid is fixed, and there is no class token, so the image's are left out.
+    The projection of a patch becomes one of a tubelet. Blocks and norm are taken as they are. An encoder of the family
+    mae_st takes the image's positions in space and its class token, and its positions in time start at zero. One of the
+    family video_mae has a fixed sinusoid and no class token, so the image's are left out.
 
-    state: names of `ViT` (`patch_embed.proj.weight`, `pos_embed`, `blocks.*`, ...). Raises ValueError when the image
-    encoder does not fit `config`.
+    Args:
+        state: names of `ViT` (`patch_embed.proj.weight`, `pos_embed`, `blocks.*`, ...).
+        config: the video encoder.
+        how: "average" gives each of the t frames 1/t of the patch's weights, so that a clip that does not move has the
+            image's tokens; "centre" gives all of them to the frame in the middle (t // 2) and none to the others, so
+            that training finds the use of its neighbours.
+
+    Returns:
+        New tensors under the names of `VideoViT`.
+
+    Raises:
+        ValueError: the image encoder does not fit `config`, or `how` is neither.
     """
     if how not in ("average", "centre"):
         raise ValueError(f"The inflation is {how!r}; expected 'average' or 'centre'.")
@@ -51,7 +60,7 @@ def inflate_encoder(state: Mapping[str, Tensor], config: VideoViTConfig, how: In
 
 
 def _inflate(weight: Tensor, frames: int, how: Inflation) -> Tensor:
-    """[D, C, p, q] -> [D, C, t, p, q]."""
+    """Gives a projection [D, C, p, q] a time axis: [D, C, t, p, q]."""
     if how == "average":
         return (weight / frames)[:, :, None].repeat(1, 1, frames, 1, 1)
     inflated = torch.zeros_like(weight)[:, :, None].repeat(1, 1, frames, 1, 1)
@@ -60,7 +69,11 @@ def _inflate(weight: Tensor, frames: int, how: Inflation) -> Tensor:
 
 
 def _check_fit(state: Mapping[str, Tensor], config: VideoViTConfig) -> None:
-    """Raise ValueError, naming what differs."""
+    """Compares the image encoder's shape with the video encoder's.
+
+    Raises:
+        ValueError: `state` is no image encoder's, or they differ; the message says in what.
+    """
     needed = ["patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"]
     if config.family == "mae_st":
         needed.append("cls_token")

@@ -51,7 +51,7 @@ class MAEConfig:
 
     @property
     def num_kept(self) -> int:
-        """K."""
+        """Patches of an image that the encoder sees, K."""
         return num_kept(self.encoder.num_patches, self.mask_ratio)
 
 
@@ -76,9 +76,17 @@ class MAE(nn.Module):
         self.decoder = MAEDecoder(config)
 
     def forward(self, images: Tensor, noise: Tensor) -> MAEOutput:
-        """images: float32 [B, C, H, W], normalised. noise: float32 [B, N]; the patches with the least noise are kept.
+        """Predicts the hidden patches of each image from the others.
 
-        Raises ValueError for other shapes, or inputs of lower precision: the targets are taken from the images.
+        Args:
+            images: float32 [B, C, H, W], normalised.
+            noise: float32 [B, N]; the patches with the least noise are kept.
+
+        Returns:
+            The loss, all predictions, and the mask.
+
+        Raises:
+            ValueError: other shapes, or inputs of lower precision, from which no exact target can be taken.
         """
         check_inputs(images, noise, self.config.encoder)
         keep_ids, _, mask = random_masking(noise, self.config.mask_ratio)
@@ -93,7 +101,7 @@ class MAE(nn.Module):
         return normalise_patches(patches) if self.config.norm_pixels else patches
 
     def init_weights(self) -> None:
-        """Fill all parameters and buffers with the paper's starting values (encoder first, then decoder)."""
+        """Fills all parameters and buffers with the paper's starting values (encoder first, then decoder)."""
         self.encoder.init_weights()
         self.decoder.init_weights()
 
@@ -105,6 +113,7 @@ class MAEDecoder(nn.Module):
     """
 
     pos_embed: Tensor
+    """float32 [1, 1 + N, E], the class token's first; fixed."""
 
     def __init__(self, config: MAEConfig) -> None:
         super().__init__()
@@ -120,7 +129,15 @@ class MAEDecoder(nn.Module):
         self.init_weights()
 
     def forward(self, tokens: Tensor, keep_ids: Tensor) -> Tensor:
-        """tokens: [B, 1 + K, D], class token first. keep_ids: int64 [B, K]. Returns [B, N, p*q*C]."""
+        """Predicts all patches.
+
+        Args:
+            tokens: [B, 1 + K, D] of the encoder, the class token first.
+            keep_ids: int64 [B, K], the patches that the encoder saw.
+
+        Returns:
+            [B, N, p*q*C].
+        """
         tokens = self.place(self.embed(tokens), keep_ids) + self.pos_embed
         for block in self.blocks:
             tokens = block(tokens)
@@ -128,7 +145,7 @@ class MAEDecoder(nn.Module):
         return prediction
 
     def place(self, tokens: Tensor, keep_ids: Tensor) -> Tensor:
-        """Put the class token and the kept tokens at their places among mask tokens: [B, 1 + K, E] -> [B, 1 + N, E].
+        """Puts the class token and the kept tokens at their places among mask tokens: [B, 1 + K, E] -> [B, 1 + N, E].
 
         A scatter with unique targets: one copy instead of a concatenation and a gather, and its gradient (a gather)
         adds nothing up in an order that a GPU could change.
@@ -146,7 +163,11 @@ class MAEDecoder(nn.Module):
 
 
 def check_inputs(images: Tensor, noise: Tensor, config: ViTConfig) -> None:
-    """Raise ValueError unless the images are full precision and the noise has one value per patch of each image."""
+    """Checks what `MAE.forward` is given.
+
+    Raises:
+        ValueError: the images are not full precision, or the noise has not one value for each patch of each image.
+    """
     if images.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"The images are {images.dtype}; expected normalised float32, from which the targets are taken. Normalise "

@@ -30,8 +30,13 @@ class Masking(NamedTuple):
 def position_noise(positions: Tensor, num_tokens: int, seed: int) -> Tensor:
     """Uniform noise for each token of each sample, a pure function of (seed, position, token).
 
-    positions: int64 [B], global sample positions. num_tokens: N. seed: any int (taken modulo 2**64).
-    Returns float32 [B, N] in [0, 1) with 24 random bits, on the device of `positions`, the same bits on every device.
+    Args:
+        positions: int64 [B], global sample positions.
+        num_tokens: N.
+        seed: any integer; taken modulo 2**64.
+
+    Returns:
+        float32 [B, N] in [0, 1) with 24 random bits, on the device of `positions`, the same bits on every device.
     """
     mixed_seed = finalise64(seed, lambda word, count: word % 2**64 >> count, int)
     sample_key = _finalise(positions[:, None] * _signed(WEYL_INCREMENT) + _signed(mixed_seed))  # [B, 1]
@@ -43,7 +48,8 @@ def position_noise(positions: Tensor, num_tokens: int, seed: int) -> Tensor:
 def num_kept(num_tokens: int, mask_ratio: float) -> int:
     """How many tokens the encoder sees: `int(num_tokens * (1 - mask_ratio))`, as in He et al. (arXiv 2111.06377).
 
-    Raises ValueError when mask_ratio is outside [0, 1) or leaves no token.
+    Raises:
+        ValueError: `mask_ratio` is outside [0, 1), or leaves no token.
     """
     if not 0.0 <= mask_ratio < 1.0:
         raise ValueError(f"mask_ratio is {mask_ratio}; expected a share of hidden tokens in [0, 1).")
@@ -57,11 +63,18 @@ def num_kept(num_tokens: int, mask_ratio: float) -> int:
 
 
 def random_masking(noise: Tensor, mask_ratio: float) -> Masking:
-    """Keep the tokens with the least noise.
+    """Keeps the tokens with the least noise.
 
-    noise: float32 or float64 [B, N]. mask_ratio: share of hidden tokens, in [0, 1); 0 keeps (and reorders) all.
-    Raises ValueError for a ratio that leaves no token, and for noise of lower precision: in bfloat16 the noise of 196
-    tokens has many ties, which the sort resolves towards the first patches.
+    Args:
+        noise: float32 or float64 [B, N].
+        mask_ratio: share of hidden tokens, in [0, 1); 0 keeps (and reorders) all.
+
+    Returns:
+        Which tokens are kept, and the mask.
+
+    Raises:
+        ValueError: the ratio leaves no token, or the noise is of lower precision: in bfloat16 the noise of 196 tokens
+            has many ties, which the sort resolves towards the first patches.
     """
     if noise.dtype not in (torch.float32, torch.float64):
         raise ValueError(

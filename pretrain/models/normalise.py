@@ -7,14 +7,18 @@ Legend: B batch, C channels, H/W pixels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Of ImageNet's red, green and blue, on the scale where the stored range is [0, 1]."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Of ImageNet's red, green and blue, on the scale where the stored range is [0, 1]."""
 
-# The largest value of each stored type, which becomes 1.0.
 _FULL_SCALE = {torch.uint8: 255.0, torch.uint16: 65535.0}
+"""The largest value of each stored type, which becomes 1.0."""
 
 
 def default_mean(in_channels: int) -> tuple[float, ...]:
@@ -28,7 +32,11 @@ def default_std(in_channels: int) -> tuple[float, ...]:
 
 
 def check_statistics(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> None:
-    """Raises ValueError unless there is one number per channel in each, and every std is positive."""
+    """Checks the statistics of a configuration.
+
+    Raises:
+        ValueError: there is not one number per channel in each, or a standard deviation is not positive.
+    """
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
             raise ValueError(
@@ -44,13 +52,35 @@ def shown_channels(in_channels: int) -> int:
     return 3 if in_channels >= 3 else 1
 
 
+def fill_statistics(config: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Gives a frozen configuration the statistics that it leaves empty, and checks them.
+
+    Args:
+        config: with the fields `mean` and `std`, which a YAML file may give as lists.
+        mean: one number per channel, for an empty `config.mean`.
+        std: one number per channel, for an empty `config.std`.
+
+    Raises:
+        ValueError: the configuration's own do not fit the channels, or a standard deviation is not positive.
+    """
+    channels = len(mean)
+    object.__setattr__(config, "mean", tuple(config.mean) or mean)
+    object.__setattr__(config, "std", tuple(config.std) or std)
+    check_statistics(config.mean, config.std, channels)
+
+
 class Normalise:
     """`(image / full scale - mean) / std`, per channel, on the images' device."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """mean, std: one number per channel, on the scale where the stored range is [0, 1]; std > 0.
+        """Takes the statistics of a data set.
 
-        Raises ValueError when their lengths differ or a std is not positive.
+        Args:
+            mean: one number per channel, on the scale where the stored range is [0, 1].
+            std: one number per channel, on the same scale; > 0.
+
+        Raises:
+            ValueError: their lengths differ, or a standard deviation is not positive.
         """
         if not mean or len(mean) != len(std) or min(std) <= 0.0:
             raise ValueError(
@@ -59,12 +89,19 @@ class Normalise:
         self.mean = tuple(mean)
         self.std = tuple(std)
         # Per device, because copying them from the host again each step would make the host wait.
-        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
-        """images: uint8 or uint16 [B, C, H, W]. Returns float32 of the same shape.
+        """Normalises stored images.
 
-        Raises ValueError for another type or number of channels.
+        Args:
+            images: uint8 or uint16 [B, C, H, W].
+
+        Returns:
+            float32 [B, C, H, W], on the same device.
+
+        Raises:
+            ValueError: the images have another type or number of channels.
         """
         if images.dtype not in _FULL_SCALE:
             raise ValueError(f"The images are {images.dtype}; expected uint8 or uint16 as stored, not yet normalised.")
@@ -73,22 +110,23 @@ class Normalise:
                 f"The images have shape {list(images.shape)}, and mean and std have {len(self.mean)} channels; "
                 f"expected [batch, {len(self.mean)}, height, width]. Make in_channels, mean and std fit the data."
             )
-        mean, std = self._on(images.device)
+        mean, std = self._statistics_on(images.device)
         return (images.to(torch.float32) / _FULL_SCALE[images.dtype] - mean) / std
 
     def to_uint8(self, normalised: Tensor) -> Tensor:
-        """The inverse for showing: float [B, C, H, W] -> uint8, clipped to the range."""
-        mean, std = self._on(normalised.device)
+        """The inverse for showing: float [B, C, H, W] to uint8 of the same shape, clipped to the range."""
+        mean, std = self._statistics_on(normalised.device)
         return ((normalised * std + mean) * 255.0).round().clamp(0.0, 255.0).to(torch.uint8)
 
     def to_picture(self, normalised: Tensor) -> Tensor:
         """The channels of `shown_channels` of float [B, C, H, W], as uint8 [B, 1 or 3, H, W] on the CPU."""
         return self.to_uint8(normalised)[:, : shown_channels(len(self.mean))].cpu()
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._constants:
-            self._constants[device] = (
+    def _statistics_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, float32 [C, 1, 1] each."""
+        if device not in self._on_device:
+            self._on_device[device] = (
                 torch.tensor(self.mean, device=device)[:, None, None],
                 torch.tensor(self.std, device=device)[:, None, None],
             )
-        return self._constants[device]
+        return self._on_device[device]

@@ -1,6 +1,7 @@
 """Normalisations of DC-AE: RMS over channels, and batch norm whose statistics are the same on all ranks.
 
 Enters and leaves: feature maps [B, C, H, W], in the type in which they came.
+Legend: B batch, C channels, H/W pixels of the map.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPS = 1e-5
+"""Added to the mean square or the variance, under the root."""
 BATCH_NORM_MOMENTUM = 0.1
+"""Weight of a step's statistics in the running ones."""
 
 
 class RMSNorm(nn.Module):
@@ -46,8 +49,11 @@ class BatchNorm(nn.Module):
     """
 
     running_mean: Tensor
+    """float32 [C], moving average over training steps."""
     running_var: Tensor
+    """float32 [C], moving average of the unbiased variance over training steps."""
     num_batches_tracked: Tensor
+    """0-d int64: how many training steps the averages have seen."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -59,6 +65,7 @@ class BatchNorm(nn.Module):
         self.frozen = False
         """Use the running statistics in training too, and keep them."""
         self.batch_statistics: tuple[Tensor, Tensor] | None = None
+        """Mean and unbiased variance [C] of the last training forward pass; None once they are committed."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)

@@ -8,5 +8,5 @@ import torch
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """A context in which products keep the type of their inputs. The meta device knows no autocast."""
+    """A context in which products keep the type of their inputs; empty on the meta device, which has no autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

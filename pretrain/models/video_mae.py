@@ -23,6 +23,7 @@ from pretrain.models.video_masking import ClipMask
 from pretrain.models.video_vit import VIDEO_VIT_SIZES, VideoViT, VideoViTConfig, check_width, make_positions
 
 Method = Literal["mae_st", "video_mae", "video_mae_v2"]
+"""The paper whose decoder and settings a model has."""
 
 DECODERS: dict[Method, dict[str, tuple[int, int, int]]] = {
     "mae_st": dict.fromkeys(("base", "large", "huge"), (512, 4, 16)),
@@ -64,6 +65,7 @@ class VideoMAEConfig:
 
     @property
     def num_predicted_frames(self) -> int:
+        """Frames of a clip that are predicted."""
         return self.encoder.num_frames if self.predicted_frames is None else self.predicted_frames
 
     @property
@@ -73,7 +75,7 @@ class VideoMAEConfig:
 
     @property
     def target_values(self) -> int:
-        """V."""
+        """Predicted values of a token, V."""
         frames, height, width = self.target_size
         return frames * height * width * self.encoder.in_channels
 
@@ -85,9 +87,17 @@ def video_mae_config(
     image_size: int | tuple[int, int] = 224,
     in_channels: int = 3,
 ) -> VideoMAEConfig:
-    """The paper's model of a method (a key of DECODERS) and a size. image_size: pixels, a side or (height, width).
+    """The paper's model of a method and a size.
 
-    Raises ValueError for a name that the paper does not have.
+    Args:
+        method: a key of `DECODERS`.
+        size: a key of `DECODERS[method]`.
+        num_frames: of a clip.
+        image_size: a side or (height, width) of a frame, in pixels.
+        in_channels: channels of a frame.
+
+    Raises:
+        ValueError: the method's paper has no model of that size.
     """
     if method not in DECODERS or size not in DECODERS[method]:
         known = ", ".join(f"{name} {'/'.join(sizes)}" for name, sizes in DECODERS.items())
@@ -128,9 +138,18 @@ class VideoMAE(nn.Module):
         self.decoder = VideoMAEDecoder(config)
 
     def forward(self, clips: Tensor, mask: ClipMask, target: Tensor) -> VideoMAEOutput:
-        """clips: float32 [B, C, T, H, W], normalised. target: float32 [B, M, V], for the tokens `mask.predict_ids`.
+        """Predicts tokens of each clip from those that the encoder sees.
 
-        Raises ValueError for other shapes, or inputs of lower precision.
+        Args:
+            clips: float32 [B, C, T, H, W], normalised.
+            mask: which tokens are seen, and which predicted.
+            target: float32 [B, M, V], of the tokens `mask.predict_ids`.
+
+        Returns:
+            The loss and the predictions.
+
+        Raises:
+            ValueError: other shapes, or inputs of lower precision.
         """
         check_inputs(clips, mask, target, self.config)
         tokens = self.encoder(clips, mask.keep_ids)  # [B, K, D], and the class token first in MAE-ST
@@ -138,7 +157,7 @@ class VideoMAE(nn.Module):
         return VideoMAEOutput(clip_loss(prediction, target, mask.counted), prediction)
 
     def init_weights(self) -> None:
-        """Fill all parameters and buffers with their starting values (encoder first, then decoder)."""
+        """Fills all parameters and buffers with their starting values (encoder first, then decoder)."""
         self.encoder.init_weights()
         self.decoder.init_weights()
 
@@ -165,9 +184,15 @@ class VideoMAEDecoder(nn.Module):
         self.init_weights()
 
     def forward(self, tokens: Tensor, keep_ids: Tensor, predict_ids: Tensor) -> Tensor:
-        """tokens: [B, K, D], or [B, 1 + K, D] with a class token. keep_ids: int64 [B, K]. predict_ids: int64 [B, M].
+        """Predicts tokens.
 
-        Returns [B, M, V].
+        Args:
+            tokens: [B, K, D] of the encoder, or [B, 1 + K, D] with a class token.
+            keep_ids: int64 [B, K], the tokens that the encoder saw.
+            predict_ids: int64 [B, M], the tokens to predict.
+
+        Returns:
+            [B, M, V].
         """
         visible = self.embed(tokens[:, -keep_ids.shape[1] :]) + self.positions(keep_ids)
         parts = [visible, self.mask_token + self.positions(predict_ids)]
@@ -195,7 +220,11 @@ class VideoMAEDecoder(nn.Module):
 
 
 def check_inputs(clips: Tensor, mask: ClipMask, target: Tensor, config: VideoMAEConfig) -> None:
-    """Raise ValueError unless clips and targets are full precision, and the targets fit the tokens to predict."""
+    """Checks what `VideoMAE.forward` is given.
+
+    Raises:
+        ValueError: clips or targets are not full precision, or the targets do not fit the tokens to predict.
+    """
     for name, tensor in (("clips", clips), ("targets", target)):
         if tensor.dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -211,9 +240,14 @@ def check_inputs(clips: Tensor, mask: ClipMask, target: Tensor, config: VideoMAE
 
 
 def video_mae_flops(config: VideoMAEConfig, num_kept: int, num_predicted: int) -> float:
-    """Model FLOPs of forward and backward for one clip of which `num_kept` tokens are seen.
+    """Model FLOPs of forward and backward for one clip.
 
     Counts matrix products, as `mae_flops` does; the decoder counts the tokens of its sequence.
+
+    Args:
+        config: the autoencoder.
+        num_kept: tokens of the clip that the encoder sees, K.
+        num_predicted: tokens of the clip that the decoder predicts, M.
     """
     encoder = config.encoder
     first = int(encoder.has_class_token)

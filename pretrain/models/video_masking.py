@@ -16,9 +16,9 @@ from torch import Tensor
 from pretrain.models.masking import num_kept, position_noise
 
 CELL_TOKENS = 4
-"""Of a running cell: 2 x 2 tokens."""
-# The cells' phases must not follow from the noise of the tubes.
+"""Tokens of a running cell, 2 x 2."""
 _PHASE_SEED = 0x5EED_CE11
+"""Added to the seed for the phases of running cells, which must not follow from the noise of the tubes."""
 
 
 class ClipMask(NamedTuple):
@@ -32,7 +32,7 @@ class ClipMask(NamedTuple):
     """bool [B * R, M]: predictions that count in the loss; the encoder saw the others."""
 
     def hidden(self, num_tokens: int) -> Tensor:
-        """bool [B * R, N]: True = hidden from the encoder."""
+        """The mask of all N tokens, bool [B * R, N]: True = hidden from the encoder."""
         every = torch.ones(len(self.keep_ids), num_tokens, dtype=torch.bool, device=self.keep_ids.device)
         return every.scatter(1, self.keep_ids, False)
 
@@ -40,28 +40,49 @@ class ClipMask(NamedTuple):
 def spacetime_masks(
     positions: Tensor, repeats: int, grid_size: tuple[int, int, int], mask_ratio: float, seed: int
 ) -> ClipMask:
-    """MAE-ST's (arXiv 2205.09113): any `int(N * (1 - mask_ratio))` tokens are kept; all hidden ones are predicted.
+    """MAE-ST's masks (arXiv 2205.09113): any `int(N * (1 - mask_ratio))` tokens are kept, all hidden ones predicted.
 
-    positions: int64 [B]. repeats: R. grid_size: tokens along time, height, width. Raises ValueError for a ratio that
-    leaves no token.
+    Args:
+        positions: int64 [B], global sample positions of the videos.
+        repeats: R.
+        grid_size: tokens along time, height and width.
+        mask_ratio: share of the tokens that is hidden, in [0, 1).
+        seed: any integer.
+
+    Returns:
+        The masks of all clips; every prediction counts.
+
+    Raises:
+        ValueError: the ratio is outside [0, 1), or leaves no token.
     """
     steps, rows, columns = grid_size
     noise = repeat_noise(positions, repeats, steps * rows * columns, seed)
-    keep_ids, predict_ids = _split(noise, num_kept(noise.shape[1], mask_ratio))
+    keep_ids, predict_ids = _split_by_noise(noise, num_kept(noise.shape[1], mask_ratio))
     return ClipMask(keep_ids, predict_ids, torch.ones_like(predict_ids, dtype=torch.bool))
 
 
 def tube_masks(
     positions: Tensor, repeats: int, grid_size: tuple[int, int, int], mask_ratio: float, seed: int
 ) -> ClipMask:
-    """VideoMAE's (arXiv 2203.12602): the same places are hidden at all times; all hidden tokens are predicted.
+    """VideoMAE's masks (arXiv 2203.12602): the same places are hidden at all times, all hidden tokens are predicted.
 
-    Arguments as for `spacetime_masks`; `num_tube_kept` places are kept.
+    Args:
+        positions: int64 [B], global sample positions of the videos.
+        repeats: R.
+        grid_size: tokens along time, height and width.
+        mask_ratio: share of the places that is hidden, in [0, 1); see `num_tube_kept`.
+        seed: any integer.
+
+    Returns:
+        The masks of all clips; every prediction counts.
+
+    Raises:
+        ValueError: the ratio is outside [0, 1).
     """
     steps, rows, columns = grid_size
     noise = repeat_noise(positions, repeats, rows * columns, seed)
-    kept, hidden = _split(noise, num_tube_kept(rows * columns, mask_ratio))
-    keep_ids, predict_ids = (_tubes(places, steps, rows * columns) for places in (kept, hidden))
+    kept, hidden = _split_by_noise(noise, num_tube_kept(rows * columns, mask_ratio))
+    keep_ids, predict_ids = (_at_all_times(places, steps, rows * columns) for places in (kept, hidden))
     return ClipMask(keep_ids, predict_ids, torch.ones_like(predict_ids, dtype=torch.bool))
 
 
@@ -73,10 +94,23 @@ def dual_masks(
     decoder_mask_ratio: float,
     seed: int,
 ) -> ClipMask:
-    """VideoMAE v2's (arXiv 2303.16727): tubes for the encoder, running cells for the decoder.
+    """VideoMAE v2's masks (arXiv 2303.16727): tubes for the encoder, running cells for the decoder.
 
     The decoder predicts the tokens that its own mask leaves; those among them that the encoder saw do not count.
-    decoder_mask_ratio: 0.25, 0.5 or 0.75. The other arguments as for `tube_masks`.
+
+    Args:
+        positions: int64 [B], global sample positions of the videos.
+        repeats: R.
+        grid_size: tokens along time, height and width.
+        mask_ratio: share of the places that is hidden from the encoder, in [0, 1).
+        decoder_mask_ratio: share of the tokens that the decoder leaves out; 0.25, 0.5 or 0.75.
+        seed: any integer.
+
+    Returns:
+        The masks of all clips.
+
+    Raises:
+        ValueError: a ratio is not one of these, or 2 x 2 cells do not fill the grid.
     """
     tubes = tube_masks(positions, repeats, grid_size, mask_ratio, seed)
     cells = running_cells(grid_size, decoder_mask_ratio, positions.device)  # [4, N]
@@ -89,11 +123,22 @@ def dual_masks(
 def running_cells(
     grid_size: tuple[int, int, int], decoder_mask_ratio: float, device: torch.device | None = None
 ) -> Tensor:
-    """The decoder's masks of VideoMAE v2, one for each phase: bool [4, N], True = not predicted.
+    """The decoder's masks of VideoMAE v2 (arXiv 2303.16727), one for each phase of a cell.
 
     In a cell of 2 x 2 tokens, numbered row by row, `int(4 * ratio)` neighbouring numbers are masked; with each step in
     time they move by one, so that over four steps every place is masked equally often. Phases differ in the first
-    step. Raises ValueError for another ratio, and for a grid that 2 x 2 cells do not fill.
+    step.
+
+    Args:
+        grid_size: tokens along time, height and width.
+        decoder_mask_ratio: share of the tokens that is masked; 0.25, 0.5 or 0.75.
+        device: of the result; None is the default device.
+
+    Returns:
+        bool [4, N]: True = not predicted.
+
+    Raises:
+        ValueError: another ratio, or a grid that 2 x 2 cells do not fill.
     """
     steps, rows, columns = grid_size
     masked = num_masked_of_cell(decoder_mask_ratio)
@@ -111,7 +156,11 @@ def running_cells(
 
 
 def num_masked_of_cell(decoder_mask_ratio: float) -> int:
-    """Masked tokens of a running cell: `int(4 * ratio)`, 1 to 3. Raises ValueError for another ratio."""
+    """Masked tokens of a running cell: `int(4 * ratio)`, 1 to 3.
+
+    Raises:
+        ValueError: another ratio than 0.25, 0.5 and 0.75.
+    """
     masked = CELL_TOKENS * decoder_mask_ratio
     if masked not in (1, 2, 3):
         raise ValueError(
@@ -128,7 +177,10 @@ def num_decoded(grid_size: tuple[int, int, int], decoder_mask_ratio: float) -> i
 
 def num_tube_kept(tokens_per_step: int, mask_ratio: float) -> int:
     """Places that a tube mask keeps: S - int(S * mask_ratio), as in VideoMAE (20 of 196 at 0.9, where MAE's rule for
-    images, int(S * 0.1), would keep 19). Raises ValueError when mask_ratio is outside [0, 1) or hides every place.
+    images, int(S * 0.1), would keep 19).
+
+    Raises:
+        ValueError: `mask_ratio` is outside [0, 1).
     """
     if not 0.0 <= mask_ratio < 1.0:
         raise ValueError(f"mask_ratio is {mask_ratio}; expected a share of hidden tokens in [0, 1).")
@@ -144,18 +196,25 @@ def num_tube_tokens_kept(grid_size: tuple[int, int, int], mask_ratio: float) -> 
 def repeat_noise(positions: Tensor, repeats: int, num_tokens: int, seed: int) -> Tensor:
     """Uniform noise for each token of each clip, a pure function of (seed, position, repeat, token).
 
-    positions: int64 [B]. Returns float32 [B * R, num_tokens]; see `position_noise`, which this cuts into repeats.
+    Args:
+        positions: int64 [B], global sample positions of the videos.
+        repeats: R.
+        num_tokens: of a clip.
+        seed: any integer.
+
+    Returns:
+        float32 [B * R, num_tokens] in [0, 1): `position_noise` of the videos, cut into repeats.
     """
     return position_noise(positions, repeats * num_tokens, seed).view(len(positions) * repeats, num_tokens)
 
 
-def _split(noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+def _split_by_noise(noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Ids of the `kept` least and of the other values in each row of [B, N], both ascending."""
     order = noise.argsort(dim=1, stable=True)
     return order[:, :kept].sort(dim=1).values, order[:, kept:].sort(dim=1).values
 
 
-def _tubes(places: Tensor, steps: int, tokens_per_step: int) -> Tensor:
+def _at_all_times(places: Tensor, steps: int, tokens_per_step: int) -> Tensor:
     """Token ids of the places [B, P] at all times: [B, steps * P]."""
     starts = torch.arange(steps, device=places.device) * tokens_per_step
     return (starts[:, None] + places[:, None]).flatten(1)

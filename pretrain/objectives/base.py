@@ -58,9 +58,11 @@ class Objective(ABC):
 
     @abstractmethod
     def turns(self, batch: Batch, step: int) -> Iterator[Turn]:
-        """Yield the losses of one micro-batch in the order in which the players move.
+        """Yields the losses of one micro-batch in the order in which the players move.
 
-        batch: this rank's micro-batch on the device. step: optimizer steps done so far, >= 0.
+        Args:
+            batch: this rank's micro-batch on the device.
+            step: optimizer steps done so far, >= 0.
         """
 
     @abstractmethod
@@ -69,14 +71,14 @@ class Objective(ABC):
 
     @abstractmethod
     def init_weights(self, player: str) -> None:
-        """Fill a player's materialised parameters and buffers (e.g. after `to_empty`) with their starting values.
+        """Fills a player's materialised parameters and buffers (e.g. after `to_empty`) with their starting values.
 
         Draws from torch's default generator of the parameters' device: seed it first. The values do not depend on
         what the tensors held before.
         """
 
     def start(self, seed: int) -> None:
-        """Fill all players with their starting values from one generator seeded with `seed`, one after the other.
+        """Fills all players with their starting values from one generator seeded with `seed`, one after the other.
 
         A run's start: it is the same for every strategy, and for whoever wants the untrained model later.
         """
@@ -96,7 +98,9 @@ class Objective(ABC):
     def alarms(self, metrics: Mapping[str, float], step: int) -> list[str]:
         """Sentences about what is going wrong, for people and the journal.
 
-        metrics: means of the logging interval that ended at optimizer step `step`, e.g. "train/loss".
+        Args:
+            metrics: means of the logging interval, e.g. "train/loss".
+            step: the optimizer step at which the interval ended.
         """
         return []
 

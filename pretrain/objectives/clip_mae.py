@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pretrain.losses.clips import from_tubelets, predicted_frames, tubelets
-from pretrain.models.normalise import Normalise, check_statistics, default_mean, default_std, shown_channels
+from pretrain.models.normalise import Normalise, default_mean, default_std, fill_statistics, shown_channels
 from pretrain.models.video_mae import VideoMAE, VideoMAEConfig, VideoMAEOutput, video_mae_flops
 from pretrain.models.video_masking import ClipMask
 from pretrain.models.video_vit import VideoViT
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
     from data_pipes.batch import Batch
 
 GREY = 128
+"""What hidden tokens are shown as, of 255."""
 SHOWN_FRAMES = 4
 """At most this many frames of a clip in a picture."""
 
 MakeMasks = Callable[[Tensor, int, int], ClipMask]
-"""(positions [B], repeats, seed) -> the masks of [B * R] clips."""
+"""Makes the masks of [B * R] clips of (positions int64 [B], repeats R, seed)."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,7 @@ class ClipMAEConfig:
 
     def __post_init__(self) -> None:
         channels = self.model.encoder.in_channels
-        object.__setattr__(self, "mean", tuple(self.mean) or default_mean(channels))
-        object.__setattr__(self, "std", tuple(self.std) or default_std(channels))
-        check_statistics(self.mean, self.std, channels)
+        fill_statistics(self, default_mean(channels), default_std(channels))
         if self.repeats < 1:
             raise ValueError(f"repeats is {self.repeats}; expected at least 1 clip of each video.")
         if self.norm_pixels and self.model.target_values < 2 * channels:
@@ -66,7 +65,11 @@ class ClipMAEConfig:
 
 
 def check_family(config: VideoMAEConfig, family: str, method: str) -> None:
-    """Raise ValueError unless the encoder is of the family that the method has."""
+    """Checks a method's encoder.
+
+    Raises:
+        ValueError: the encoder is of another family than the method's.
+    """
     if config.encoder.family != family:
         raise ValueError(
             f"{method} has an encoder of the family {family!r}; model.encoder.family is {config.encoder.family!r}."
@@ -74,7 +77,11 @@ def check_family(config: VideoMAEConfig, family: str, method: str) -> None:
 
 
 def check_some_hidden(num_kept: int, num_tokens: int, mask_ratio: float) -> None:
-    """Raise ValueError when there would be nothing to predict."""
+    """Checks a method's mask.
+
+    Raises:
+        ValueError: it hides no token, so that there would be nothing to predict.
+    """
     if num_kept == num_tokens:
         raise ValueError(
             f"mask_ratio {mask_ratio} hides none of {num_tokens} tokens, so there is nothing to predict. Raise it."
@@ -127,13 +134,19 @@ class ClipMAEObjective(MaskedAutoencoderObjective):
 
     @torch.no_grad()
     def films(self, batch: Batch) -> dict[str, Tensor]:
-        """The first clip of each video and what the model makes of it: uint8 [B, T, 1 or 3, H, W] on the CPU.
+        """The first clip of each video and what the model makes of it, in the frames that the method predicts.
 
-        T: the frames that the method predicts. "input": these frames. "masked": the hidden tokens in grey.
-        "prediction": the model's output in the hidden tokens that it predicts, grey in those that it does not (VideoMAE
-        v2), the frames themselves elsewhere. With `norm_pixels` the model predicts each token's contrast and not its
-        brightness, so this honest view is grey on average where tokens were hidden. "oracle_denormalised" (only with
-        `norm_pixels`): the same with each token's true mean and deviation put back, which the model was not given.
+        "input" is these frames, "masked" has the hidden tokens in grey. "prediction" has the model's output in the
+        hidden tokens that it predicts, grey in those that it does not (VideoMAE v2), and the frames themselves
+        elsewhere. With `norm_pixels` the model predicts each token's contrast and not its brightness, so this honest
+        view is grey on average where tokens were hidden. "oracle_denormalised" (only with `norm_pixels`) is the same
+        with each token's true mean and deviation put back, which the model was not given.
+
+        Args:
+            batch: of stored clips.
+
+        Returns:
+            Views by name, uint8 [B, T, 1 or 3, H, W] on the CPU, where T are the predicted frames.
         """
         clips = batch.images[:, :1]
         output, mask = self._forward(clips, batch.positions, VALIDATION_SEED)
@@ -154,7 +167,7 @@ class ClipMAEObjective(MaskedAutoencoderObjective):
         return {name: film[:, frames].permute(0, 2, 3, 1, 4).flatten(3) for name, film in films.items()}
 
     def flops_per_sample(self) -> float:
-        """Of one video: all its clips."""
+        """Model FLOPs of forward and backward for one video, with all its clips."""
         return self.repeats * self._flops_per_clip
 
     def build_backbone(self) -> VideoViT:
@@ -172,7 +185,19 @@ class ClipMAEObjective(MaskedAutoencoderObjective):
         return self.config.repeats
 
     def _forward(self, images: Tensor, positions: Tensor, seed: int) -> tuple[VideoMAEOutput, ClipMask]:
-        """images: stored [B, R, C, T, H, W]. The repeats become clips of their own: [B * R, C, T, H, W]."""
+        """Predicts the hidden tokens of each clip.
+
+        Args:
+            images: uint8 [B, R, C, T, H, W] as stored. The repeats become clips of their own: [B * R, C, T, H, W].
+            positions: int64 [B], global sample positions of the videos.
+            seed: of the masks.
+
+        Returns:
+            What the model gives for the [B * R] clips, and their masks.
+
+        Raises:
+            ValueError: the clips do not have the configured shape.
+        """
         expected = (self.in_channels, self.num_frames, *self.image_size)
         if images.ndim != 6 or images.shape[2:] != expected:
             raise ValueError(
@@ -186,17 +211,17 @@ class ClipMAEObjective(MaskedAutoencoderObjective):
         return output, mask
 
     def _values(self, clips: Tensor) -> Tensor:
-        """Stored [B * R, C, T, H, W] -> the predicted frames' tokens [B * R, N, V, C], stored."""
+        """Cuts the predicted frames of stored clips [B * R, C, T, H, W] into stored tokens [B * R, N, V, C]."""
         if len(self._frames) < clips.shape[2]:  # slices: a list as an index would be copied to a GPU in every step
             clips = torch.stack([clips[:, :, frame] for frame in self._frames], dim=2)
         return tubelets(clips, self.config.model.target_size)
 
     @staticmethod
     def _gather(values: Tensor, ids: Tensor) -> Tensor:
-        """[B * R, N, V, C] -> [B * R, M, V, C]."""
+        """The tokens [B * R, N, V, C] with the given ids [B * R, M]: [B * R, M, V, C]."""
         return values.gather(1, ids[..., None, None].expand(-1, -1, *values.shape[2:]))
 
     def _film(self, values: Tensor) -> Tensor:
-        """uint8 [B, N, V, C] -> [B, T, 1 or 3, H, W] on the CPU."""
+        """Puts tokens uint8 [B, N, V, C] together to clips [B, T, 1 or 3, H, W] on the CPU."""
         clips = from_tubelets(values, self.config.model.encoder.grid_size, self.config.model.target_size)
         return clips[:, : shown_channels(self.in_channels)].transpose(1, 2).cpu()

@@ -16,7 +16,7 @@ from torch import Tensor
 from pretrain.losses.pixels import patch_statistics, patchify, unpatchify
 from pretrain.models.mae import MAE, MAEConfig, MAEOutput, mae_flops
 from pretrain.models.masking import position_noise
-from pretrain.models.normalise import Normalise, check_statistics, default_mean, default_std
+from pretrain.models.normalise import Normalise, default_mean, default_std, fill_statistics
 from pretrain.models.vit import ViT
 from pretrain.objectives.base import Turn
 from pretrain.objectives.masked_autoencoder import VALIDATION_SEED, MaskedAutoencoderObjective
@@ -40,9 +40,7 @@ class ImageMAEConfig:
 
     def __post_init__(self) -> None:
         channels = self.model.encoder.in_channels
-        object.__setattr__(self, "mean", tuple(self.mean) or default_mean(channels))
-        object.__setattr__(self, "std", tuple(self.std) or default_std(channels))
-        check_statistics(self.mean, self.std, channels)
+        fill_statistics(self, default_mean(channels), default_std(channels))
 
 
 class ImageMAEObjective(MaskedAutoencoderObjective):
@@ -70,11 +68,17 @@ class ImageMAEObjective(MaskedAutoencoderObjective):
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """The batch as the model sees it, and what it makes of it; the first 3 channels, or the first of fewer.
 
-        "input": the image. "masked": the hidden patches in grey. "prediction": the visible patches with the model's
-        output in the hidden ones, shown through the data set's mean and std. With `norm_pixels` the model predicts each
-        patch's contrast and not its brightness, so this honest view is grey on average where patches were hidden.
-        "oracle_denormalised" (only with `norm_pixels`): the same with each hidden patch's true mean and variance put
-        back, which the model was not given and did not predict.
+        "input" is the image, "masked" has the hidden patches in grey. "prediction" has the model's output in the hidden
+        patches, shown through the data set's mean and std, and the image elsewhere. With `norm_pixels` the model
+        predicts each patch's contrast and not its brightness, so this honest view is grey on average where patches were
+        hidden. "oracle_denormalised" (only with `norm_pixels`) is the same with each hidden patch's true mean and
+        variance put back, which the model was not given and did not predict.
+
+        Args:
+            batch: of stored images.
+
+        Returns:
+            Views by name, uint8 [B, 1 or 3, H, W] on the CPU.
         """
         images = self.normalise(batch.images)
         output = self._forward(images, batch.positions, VALIDATION_SEED)
@@ -106,6 +110,6 @@ class ImageMAEObjective(MaskedAutoencoderObjective):
         return output
 
     def _pixels(self, patches: Tensor) -> Tensor:
-        """[B, N, p*q*C] -> [B, C, H, W]."""
+        """Puts patches [B, N, p*q*C] together to images [B, C, H, W]."""
         encoder = self.config.model.encoder
         return unpatchify(patches, encoder.grid_size, encoder.patch_size)

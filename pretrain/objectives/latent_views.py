@@ -16,9 +16,10 @@ from torch import Tensor
 from pretrain.models.masking import position_noise
 from pretrain.models.tokenizers.latent_view import LatentView
 
-# Keep the draws apart from each other and from a gaussian latent's noise, which uses the seed itself.
 _PREFIX_SEED = 0x51CE
+"""Keeps the draws of prefixes apart from those of transforms and of a gaussian's noise, which uses the seed itself."""
 _EQUIVARIANCE_SEED = 0xE9
+"""Keeps the draws of transforms apart from those of prefixes and of a gaussian's noise."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,11 @@ class ChannelPrefixConfig:
             raise ValueError(f"prefix.step is {self.step}; expected 0 or more.")
 
     def check(self, latent_channels: int) -> None:
-        """Raises ValueError for what a latent with so many channels cannot do."""
+        """Checks the settings against a latent.
+
+        Raises:
+            ValueError: a latent with so many channels has no such prefixes, or settings are given that nothing reads.
+        """
         if self.step == 0 and (self.always_min_max or self.validated):
             raise ValueError(
                 "prefix.always_min_max or prefix.validated is set and prefix.step is 0, which keeps all channels. Set "
@@ -66,7 +71,16 @@ class ChannelPrefixConfig:
         return [*range(self.step, latent_channels, self.step), latent_channels] if self.step else []
 
     def draw(self, positions: Tensor, latent_channels: int, seed: int) -> Tensor | None:
-        """positions: int64 [B]. Returns the number of kept channels, int64 [B], on the same device; None: all."""
+        """How many channels each sample keeps in this step.
+
+        Args:
+            positions: int64 [B], global sample positions.
+            latent_channels: channels of the latent.
+            seed: of the run.
+
+        Returns:
+            int64 [B], on the same device; None where all samples keep all channels.
+        """
         num_counts = len(self.counts(latent_channels))
         if not num_counts:
             return None
@@ -103,7 +117,13 @@ class EquivarianceConfig:
         return [(rows, max(1, round(rows * width / height))) for rows in range(smallest, height + 1)]
 
     def draw(self, step: int, latent_size: tuple[int, int], seed: int) -> LatentView:
-        """The transform of this optimizer step, for a latent of `latent_size` (h, w). No device is read."""
+        """The transform of an optimizer step, drawn without reading from a device.
+
+        Args:
+            step: optimizer steps done so far.
+            latent_size: h, w of the latent.
+            seed: of the run.
+        """
         applies, size, turns = position_noise(torch.tensor([step]), 3, seed ^ _EQUIVARIANCE_SEED)[0].tolist()
         if applies >= self.probability:
             return LatentView()

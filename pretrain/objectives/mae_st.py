@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pretrain.models.masking import num_kept
+from pretrain.models.normalise import fill_statistics
 from pretrain.models.video_mae import VideoMAEConfig, video_mae_config
 from pretrain.models.video_masking import ClipMask, spacetime_masks
 from pretrain.objectives.clip_mae import ClipMAEConfig, ClipMAEObjective, check_family, check_some_hidden
 from pretrain.objectives.clip_target import joint_target
 
 PAPER_MEAN = 0.45
+"""Of red, green and blue alike, on the scale where the stored range is [0, 1]."""
 PAPER_STD = 0.225
+"""Of red, green and blue alike, on the scale where the stored range is [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,8 @@ class MAESTConfig(ClipMAEConfig):
     """Clips of each video in a batch (data.video.repeats). Batches, learning rates and epochs count videos."""
 
     def __post_init__(self) -> None:
-        channels = self.model.encoder.in_channels
-        if channels == 3:  # the paper's statistics, not ImageNet's
-            object.__setattr__(self, "mean", tuple(self.mean) or (PAPER_MEAN,) * channels)
-            object.__setattr__(self, "std", tuple(self.std) or (PAPER_STD,) * channels)
+        if self.model.encoder.in_channels == 3:  # the paper's statistics, not ImageNet's
+            fill_statistics(self, (PAPER_MEAN,) * 3, (PAPER_STD,) * 3)
         super().__post_init__()
         check_family(self.model, "mae_st", "mae_st")
         check_some_hidden(self.num_kept, self.model.encoder.num_tokens, self.mask_ratio)
@@ -43,7 +44,7 @@ class MAESTConfig(ClipMAEConfig):
 
 
 def mae_st_objective(config: MAESTConfig, seed: int) -> ClipMAEObjective:
-    """seed: of the training masks."""
+    """The objective of a configuration; `seed` is that of the training masks."""
     grid_size = config.model.encoder.grid_size
 
     def make_masks(positions: Tensor, repeats: int, seed: int) -> ClipMask:

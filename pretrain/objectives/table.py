@@ -31,4 +31,4 @@ OBJECTIVES: dict[str, tuple[type[Any], Callable[[Any, int], Objective]]] = {
     "video_mae": (VideoMAEObjectiveConfig, video_mae_objective),
     "video_mae_v2": (VideoMAEv2Config, video_mae_v2_objective),
 }
-"""Name in `objective.name` -> (config dataclass, what makes the objective as `make(config, seed)`)."""
+"""By `objective.name`: the dataclass of the configuration, and what makes the objective as `make(config, seed)`."""

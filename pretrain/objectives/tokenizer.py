@@ -41,8 +41,6 @@ from pretrain.objectives.tokenizer_config import TokenizerConfig
 if TYPE_CHECKING:
     from data_pipes.batch import Batch
 
-__all__ = ["TokenizerConfig", "TokenizerObjective", "position_normal"]
-
 
 class TokenizerObjective(Objective):
     """Two players: "autoencoder", and "discriminator", which is there if its loss has a weight."""
@@ -51,8 +49,15 @@ class TokenizerObjective(Objective):
     backbone_prefix = ""
 
     def __init__(self, config: TokenizerConfig, seed: int, build: Callable[[Any], Autoencoder] = DCAE) -> None:
-        """seed: of a gaussian latent's noise and of the views in training, with each sample's position and the step.
-        build: makes the autoencoder of `config.model`.
+        """Builds the players on the current default device, and reads LPIPS' weights where a device is given.
+
+        Args:
+            config: the autoencoder, what of it is trained, and the losses.
+            seed: of a gaussian latent's noise and of the views in training, with each sample's position and the step.
+            build: makes the autoencoder of `config.model`.
+
+        Raises:
+            PerceptualWeightsError: a file of LPIPS is missing, or another one than expected.
         """
         self.config = config
         self.seed = seed
@@ -74,8 +79,8 @@ class TokenizerObjective(Objective):
         images = self.normalise(batch.images)
         view = self._view(batch.positions, images, step)
         output = self._forward(images, self._noise(batch.positions, images), view)
-        if not view.keeps_places:
-            images = view.of_images(pad_to_multiple(images, self.config.model.factor), self.config.model.factor)
+        if not view.keeps_geometry:
+            images = view.apply_to_images(pad_to_multiple(images, self.config.model.factor), self.config.model.factor)
         yield self._autoencoder_turn(output, images, step)
         if self.config.adversarial.discriminator_learns(step):
             yield self._discriminator_turn(output.reconstruction.detach().float(), images, step)
@@ -88,10 +93,10 @@ class TokenizerObjective(Objective):
         if weight == 0.0:
             loss = self._distance(reconstruction, images, metrics).mean()
         elif not config.adversarial.adaptive:
-            judged = self._judge(reconstruction, metrics)
-            loss = (self._distance(reconstruction, images, metrics) + weight * judged).mean()
+            adversarial = self._generator_loss(reconstruction, metrics)
+            loss = (self._distance(reconstruction, images, metrics) + weight * adversarial).mean()
         else:
-            loss = self._balanced(reconstruction, images, weight, metrics)
+            loss = self._adaptive_loss(reconstruction, images, weight, metrics)
         if output.kl is not None:
             kl = kl_per_value(output.kl, images)
             metrics["kl"] = kl.mean()
@@ -105,7 +110,7 @@ class TokenizerObjective(Objective):
         return Turn(loss, "autoencoder", {name: value.detach() for name, value in metrics.items()})
 
     def _distance(self, reconstruction: Tensor, images: Tensor, metrics: dict[str, Tensor]) -> Tensor:
-        """[B]: L1 and LPIPS."""
+        """L1 and LPIPS of each sample, weighted: float32 [B]. Puts their means into `metrics`."""
         distance = l1(reconstruction, images)
         metrics["l1"] = distance.mean()
         if self.config.perceptual.weight > 0.0:
@@ -114,26 +119,35 @@ class TokenizerObjective(Objective):
             distance = distance + self.config.perceptual.weight * perceptual
         return distance
 
-    def _judge(self, reconstruction: Tensor, metrics: dict[str, Tensor]) -> Tensor:
-        """[B]: the generator's loss. The discriminator's weights are constants here."""
+    def _generator_loss(self, reconstruction: Tensor, metrics: dict[str, Tensor]) -> Tensor:
+        """The adversarial loss of each reconstruction, float32 [B]; the discriminator's weights are constants here."""
         logits: Logits = self.players["discriminator"](reconstruction)
-        judged = generator_loss(logits.fake, self.config.adversarial.kind)
-        metrics["adversarial"] = judged.mean()
-        return judged
+        adversarial = generator_loss(logits.fake, self.config.adversarial.kind)
+        metrics["adversarial"] = adversarial.mean()
+        return adversarial
 
-    def _balanced(self, reconstruction: Tensor, images: Tensor, weight: float, metrics: dict[str, Tensor]) -> Tensor:
-        """The loss with adaptive weights: both gradients are taken at the pixels, and go on joined."""
+    def _adaptive_loss(
+        self, reconstruction: Tensor, images: Tensor, weight: float, metrics: dict[str, Tensor]
+    ) -> Tensor:
+        """The loss with adaptive weights, 0-d: both gradients are taken at the pixels, and go on joined."""
         pixels = reconstruction.detach().requires_grad_()
-        distance, judged = self._distance(pixels, images, metrics), self._judge(pixels, metrics)
-        (wanted,) = torch.autograd.grad(distance.mean(), pixels)
-        (given,) = torch.autograd.grad(judged.mean(), pixels)
-        factors = adaptive_factors(wanted, given, self.config.adversarial.adaptive_max)
+        distance, adversarial = self._distance(pixels, images, metrics), self._generator_loss(pixels, metrics)
+        (of_distance,) = torch.autograd.grad(distance.mean(), pixels)
+        (of_adversarial,) = torch.autograd.grad(adversarial.mean(), pixels)
+        factors = adaptive_factors(of_distance, of_adversarial, self.config.adversarial.adaptive_max)
         metrics["adaptive_factor"] = factors.mean()
-        value = (distance + weight * factors * judged).mean()
-        return with_gradient(value, reconstruction, wanted + weight * factors[:, None, None, None] * given)
+        value = (distance + weight * factors * adversarial).mean()
+        gradient = of_distance + weight * factors[:, None, None, None] * of_adversarial
+        return with_gradient(value, reconstruction, gradient)
 
     def _discriminator_turn(self, reconstruction: Tensor, images: Tensor, step: int) -> Turn:
-        """reconstruction: detached. Runs after the autoencoder's step, with what it made before."""
+        """The discriminator's loss. Runs after the autoencoder's step, with what that made before.
+
+        Args:
+            reconstruction: float32 [B, C, H, W], detached.
+            images: float32 [B, C, H, W], normalised.
+            step: optimizer steps done so far.
+        """
         config = self.config.adversarial
         r1_factor = config.r1_factor(step)
         shown = images.detach().requires_grad_(r1_factor > 0.0)
@@ -160,8 +174,12 @@ class TokenizerObjective(Objective):
 
     @torch.no_grad()
     def validate(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Of the latents' means: the distances that training minimises, and PSNR of the rounded picture; that also for
-        each count of channels that is trained, "psnr_16" from the first 16 alone. Codes are counted per batch.
+        """Distances between images and the reconstructions of their latents' means.
+
+        Returns:
+            "loss", what training minimises, without adversarial and latent terms; "psnr" of the rounded pictures in dB;
+            "latent_rms"; for a codebook `code_metrics` of the batch; and for each count of channels that is trained
+            "psnr_<count>", from the first channels alone.
         """
         images = self.normalise(batch.images)
         output = self._forward(images, None)
@@ -183,7 +201,14 @@ class TokenizerObjective(Objective):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """The "input", its "reconstruction", and their "difference" around grey; of 3 channels, or of the first."""
+        """The "input", its "reconstruction", and their "difference" around grey; of 3 channels, or of the first.
+
+        Args:
+            batch: of stored images.
+
+        Returns:
+            Views by name, uint8 [B, 1 or 3, H, W] on the CPU.
+        """
         images = self.normalise(batch.images)
         shown = self.normalise.to_picture(images)
         reconstruction = self.normalise.to_picture(self._forward(images, None).reconstruction.float())
@@ -194,7 +219,7 @@ class TokenizerObjective(Objective):
         return collapse_alarms(metrics, self.config.adversarial, step)
 
     def flops_per_sample(self) -> float:
-        """Of the autoencoder alone, with what is frozen in this phase."""
+        """Model FLOPs of the autoencoder alone, forward and backward, with what is frozen in this phase."""
         return training_flops(self.build, self.image_size, self.config.trained_patterns())
 
     def build_backbone(self) -> Autoencoder:
@@ -241,7 +266,7 @@ class TokenizerObjective(Objective):
         return self.lpips.to(device)
 
     def _to_lpips(self, normalised: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, 3, H, W] in [-1, 1]."""
+        """What LPIPS sees of normalised images [B, C, H, W]: [B, 3, H, W] in [-1, 1]."""
         channels = self.config.perceptual.channels or ((0, 1, 2) if self.in_channels >= 3 else (0, 0, 0))
         planes = [normalised[:, c] * (2.0 * self.std[c]) + (2.0 * self.mean[c] - 1.0) for c in channels]
         return torch.stack(planes, dim=1)
@@ -252,12 +277,21 @@ class TokenizerObjective(Objective):
 
 
 def latent_size(images: Tensor, factor: int) -> tuple[int, int]:
-    """h, w of the latents of images [B, C, H, W]."""
+    """Height and width of the latents of images [B, C, H, W], in latent pixels."""
     return -(-images.shape[2] // factor), -(-images.shape[3] // factor)
 
 
 def position_normal(positions: Tensor, count: int, seed: int) -> Tensor:
-    """Standard normal noise, a pure function of (seed, position, index), by Box and Muller: float32 [B, count]."""
+    """Standard normal noise, a pure function of (seed, position, index), by Box and Muller's transform.
+
+    Args:
+        positions: int64 [B], global sample positions.
+        count: numbers per sample.
+        seed: any integer.
+
+    Returns:
+        float32 [B, count], on the device of `positions`.
+    """
     uniform = position_noise(positions, 2 * count, seed)
     radius = (-2.0 * torch.log1p(-uniform[:, :count])).sqrt()  # 1 - uniform is never 0
     return radius * torch.cos(2.0 * math.pi * uniform[:, count:])

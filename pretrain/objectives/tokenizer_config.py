@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from pretrain.losses.adversarial import AdversarialConfig
 from pretrain.losses.perceptual import SMALLEST_SIDE, PerceptualConfig
-from pretrain.models.normalise import check_statistics
+from pretrain.models.normalise import fill_statistics
 from pretrain.models.tokenizers.dc_ae_config import DCAEConfig
 from pretrain.models.tokenizers.discriminator import DiscriminatorConfig
 from pretrain.models.vit import check_pixels
@@ -38,7 +38,7 @@ class TokenizerConfig:
     trained: tuple[str, ...] = ("all",)
     """Names of `TRAINED_PARTS`, or regular expressions that match whole parameter names; all else is frozen."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
-    """LPIPS beside the L1 loss."""
+    """LPIPS beside the L1 loss; with a weight of 0 there is none."""
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     """The generator's and discriminator's losses; with a weight of 0 there is no discriminator."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -50,7 +50,8 @@ class TokenizerConfig:
     init_from: str | None = None
     """Run, checkpoint or weights file whose autoencoder the run starts from; null: random weights."""
     kl_weight: float = 0.0
-    """Of a gaussian latent's divergence, on the scale of a reconstruction that is summed over values (SD: 1e-6)."""
+    """Weight of a gaussian latent's divergence from N(0, 1), as for a reconstruction loss that is summed over values
+    (Stable Diffusion's: 1e-6)."""
     mean: tuple[float, ...] = ()
     """Per channel, on the scale where the stored range is [0, 1]; empty: 0.5, so that images lie in [-1, 1]."""
     std: tuple[float, ...] = ()
@@ -60,12 +61,10 @@ class TokenizerConfig:
         channels = self.model.in_channels
         object.__setattr__(self, "image_size", tuple(self.image_size))
         object.__setattr__(self, "trained", tuple(self.trained))
-        object.__setattr__(self, "mean", tuple(self.mean) or (0.5,) * channels)
-        object.__setattr__(self, "std", tuple(self.std) or (0.5,) * channels)
         check_pixels(image_size=self.image_size)
         if not self.trained:
             raise ValueError(f"trained is empty; expected names such as {', '.join(TRAINED_PARTS)}, or patterns.")
-        check_statistics(self.mean, self.std, channels)
+        fill_statistics(self, (0.5,) * channels, (0.5,) * channels)
         self.prefix.check(self.model.latent_channels)
         self._check_losses()
 
@@ -89,12 +88,12 @@ class TokenizerConfig:
                 f"equivariance may shrink; perceptual.network {self.perceptual.network} needs sides of at least "
                 f"{needed} pixels. Use larger images or equivariance.min_scale, or set perceptual.weight to 0."
             )
-        judged = 3 << self.discriminator.layers  # each layer halves, and two 4 x 4 convolutions need 3 pixels
-        if self.adversarial.weight > 0.0 and smallest < judged:
+        needed = 3 << self.discriminator.layers  # each layer halves, and two 4 x 4 convolutions need 3 pixels
+        if self.adversarial.weight > 0.0 and smallest < needed:
             raise ValueError(
                 f"The losses compare images down to {smallest} pixels: image_size is {list(self.image_size)}, which "
                 f"equivariance may shrink; a discriminator of {self.discriminator.layers} layers needs sides of at "
-                f"least {judged} pixels. Use larger images or equivariance.min_scale, or fewer discriminator.layers."
+                f"least {needed} pixels. Use larger images or equivariance.min_scale, or fewer discriminator.layers."
             )
         if self.adversarial.r1_weight > 0.0 and self.discriminator.norm == "batch":
             raise ValueError(
@@ -110,7 +109,7 @@ class TokenizerConfig:
 
     @property
     def smallest_side(self) -> int:
-        """Of the images that losses compare, in pixels."""
+        """Smallest height or width of the images that losses compare, in pixels."""
         smallest = min(self.image_size)
         if self.equivariance.probability > 0.0:
             shrunk = self.equivariance.sizes(self.latent_size)[0]

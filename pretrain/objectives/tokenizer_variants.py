@@ -1,4 +1,4 @@
-"""Training of tokenizers whose latent is made of codes (SimVQ, FSQ): `TokenizerObjective` around a quantised DC-AE."""
+"""`TokenizerObjective` around other autoencoders: a DC-AE with codes (SimVQ, FSQ), ViTok, and LiteVAE."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class QuantisedTokenizerConfig(TokenizerConfig):
 
 
 def quantised_tokenizer_objective(config: QuantisedTokenizerConfig, seed: int) -> TokenizerObjective:
+    """The objective around a DC-AE with a codebook; arguments as for `TokenizerObjective`."""
     return TokenizerObjective(config, seed, build=QuantisedDCAE)
 
 
@@ -40,6 +41,7 @@ class ViTTokenizerConfig(TokenizerConfig):
 
 
 def vit_tokenizer_objective(config: ViTTokenizerConfig, seed: int) -> TokenizerObjective:
+    """The objective around ViTok (arXiv 2501.09755); arguments as for `TokenizerObjective`."""
     return TokenizerObjective(config, seed, build=ViTAutoencoder)
 
 
@@ -52,4 +54,5 @@ class WaveletTokenizerConfig(TokenizerConfig):
 
 
 def wavelet_tokenizer_objective(config: WaveletTokenizerConfig, seed: int) -> TokenizerObjective:
+    """The objective around LiteVAE (arXiv 2405.14477); arguments as for `TokenizerObjective`."""
     return TokenizerObjective(config, seed, build=LiteVAE)

@@ -27,7 +27,7 @@ class VideoMAEObjectiveConfig(ClipMAEConfig):
 
 
 def video_mae_objective(config: VideoMAEObjectiveConfig, seed: int) -> ClipMAEObjective:
-    """seed: of the training masks."""
+    """The objective of a configuration; `seed` is that of the training masks."""
     grid_size = config.model.encoder.grid_size
 
     def make_masks(positions: Tensor, repeats: int, seed: int) -> ClipMask:

@@ -50,7 +50,7 @@ class VideoMAEv2Config(ClipMAEConfig):
 
 
 def video_mae_v2_objective(config: VideoMAEv2Config, seed: int) -> ClipMAEObjective:
-    """seed: of the training masks."""
+    """The objective of a configuration; `seed` is that of the training masks."""
     grid_size = config.model.encoder.grid_size
 
     def make_masks(positions: Tensor, repeats: int, seed: int) -> ClipMask:

@@ -1,4 +1,4 @@
-"""What all autoencoders share: a forward pass of steps one after the other, frozen beginnings, any size of picture.
+"""What all autoencoders share: a forward pass in steps, of which the first ones may be frozen, and any picture size.
 
 Enters: normalised images of any size. Leaves: reconstructions of the same size, and latents. An architecture gives an
 encoder, a bottleneck and a decoder (`pretrain/models/tokenizers/dc_ae.py` is one).
@@ -22,7 +22,7 @@ from pretrain.models.tokenizers.latent_view import LatentView
 
 
 class AutoencoderConfig(Protocol):
-    """What everybody may ask of an architecture's configuration."""
+    """What the configuration of every architecture has."""
 
     @property
     def in_channels(self) -> int:
@@ -54,15 +54,16 @@ class AutoencoderOutput(NamedTuple):
     latent: Tensor
     """[B, L, h, w], as the decoder got it."""
     kl: Tensor | None
-    """[B]: divergence from N(0, 1) in nats, summed over the latent values shown; None where not gaussian."""
+    """[B]: divergence from N(0, 1) in nats, summed over the latent values that the decoder saw; None where the latent
+    is not gaussian."""
     commitment: Tensor | None = None
-    """0-d: what a learned codebook adds to the loss; see `Latent`."""
+    """0-d: what a learned codebook adds to the loss; None without one. See `Latent`."""
     code_counts: Tensor | None = None
-    """float32 [K]: how often each code occurs in this batch; None where not quantised."""
+    """float32 [K]: how often each code occurs in this batch; None where the latent is not quantised."""
 
 
-class Half(nn.Module, ABC):
-    """An encoder or a decoder. Its layers next to the latent and to the pixels are called `project_in` or
+class EncoderOrDecoder(nn.Module, ABC):
+    """One half of an autoencoder. Its layers next to the latent and to the pixels are called `project_in` or
     `project_out`: names of trained parts rely on them."""
 
     @abstractmethod
@@ -75,7 +76,7 @@ class Half(nn.Module, ABC):
 
     @abstractmethod
     def init_weights(self) -> None:
-        """Fill all parameters and buffers with their starting values."""
+        """Fills all parameters and buffers with their starting values."""
 
 
 class Autoencoder(nn.Module):
@@ -84,7 +85,13 @@ class Autoencoder(nn.Module):
     An architecture is a subclass that only builds the three.
     """
 
-    def __init__(self, config: AutoencoderConfig, encoder: Half, bottleneck: Bottleneck, decoder: Half) -> None:
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        encoder: EncoderOrDecoder,
+        bottleneck: Bottleneck,
+        decoder: EncoderOrDecoder,
+    ) -> None:
         super().__init__()
         self.config = config
         self.encoder = encoder
@@ -94,28 +101,50 @@ class Autoencoder(nn.Module):
         """How many of `steps()` run without gradients; see `train_only`."""
 
     def forward(self, images: Tensor, noise: Tensor | None = None, view: LatentView | None = None) -> AutoencoderOutput:
-        """images: float [B, C, H, W]. noise: standard normal [B, L, h, w], for a gaussian latent; None takes its mean.
-        view: what of the latent the decoder sees; None: all of it.
+        """Reconstructs images.
 
-        The sides need not be multiples of the factor: images are padded on the right and at the bottom.
+        Args:
+            images: float [B, C, H, W]. The sides need not be multiples of the factor: images are padded on the right
+                and at the bottom.
+            noise: standard normal [B, L, h, w], for a gaussian latent; None takes its mean.
+            view: what of the latent the decoder sees; None is all of it.
+
+        Returns:
+            The reconstructions, the latents, and what these cost.
         """
         latent, view = self._latent(images, noise), view or LatentView()
-        shown, kl, kept = view.of_latent(latent.values), latent.kl, view.kept(self.config.latent_channels)
+        shown, kl = view.apply_to_latent(latent.values), latent.kl
         if kl is not None:
+            kept = view.kept_channels(self.config.latent_channels)
             kl = (kl if kept is None else kl * kept).sum(dim=1)
         decoded = self._run(self.decoder.steps(), shown, len(self.encoder.steps()))
-        if view.keeps_places:
+        if view.keeps_geometry:
             decoded = decoded[..., : images.shape[2], : images.shape[3]]
         if self.training:
             commit_statistics(module for module in self.decoder.modules() if isinstance(module, BatchNorm))
         return AutoencoderOutput(decoded, shown, kl, latent.commitment, latent.code_counts)
 
     def encode(self, images: Tensor) -> Tensor:
-        """images: float [B, C, H, W], any size. Returns unscaled latents [B, L, ceil(H / factor), ceil(W / factor)]."""
+        """The latents of images, without noise.
+
+        Args:
+            images: float [B, C, H, W], any size.
+
+        Returns:
+            Unscaled latents [B, L, ceil(H / factor), ceil(W / factor)].
+        """
         return self._latent(images, None).values
 
     def decode(self, latent: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """latent: [B, L, h, w], unscaled. size: height and width to crop to; None keeps h * factor, w * factor."""
+        """The images of latents.
+
+        Args:
+            latent: [B, L, h, w], unscaled.
+            size: height and width to crop to, in pixels; None keeps h * factor, w * factor.
+
+        Returns:
+            [B, C, H, W], on the scale of the images that the model was trained on.
+        """
         decoded = self._run(self.decoder.steps(), latent, len(self.encoder.steps()))
         return decoded if size is None else decoded[..., : size[0], : size[1]]
 
@@ -131,7 +160,13 @@ class Autoencoder(nn.Module):
         """Trains the parameters whose full name matches one of the regular expressions, and freezes all others.
 
         Steps before the first trained one run without gradients from now on; batch norms that are not trained keep
-        their statistics. Raises ValueError for a pattern that matches no parameter.
+        their statistics.
+
+        Args:
+            patterns: regular expressions, matched from start to end of a name.
+
+        Raises:
+            ValueError: a pattern matches no parameter.
         """
         names = [name for name, _ in self.named_parameters()]
         for pattern in patterns:
@@ -151,7 +186,7 @@ class Autoencoder(nn.Module):
         self.num_frozen_steps = trained.index(True) if any(trained) else len(trained)
 
     def init_weights(self) -> None:
-        """Fill all parameters and buffers with their starting values."""
+        """Fills all parameters and buffers with their starting values."""
         for part in (self.encoder, self.bottleneck, self.decoder):
             part.init_weights()
 
@@ -161,7 +196,7 @@ class Autoencoder(nn.Module):
         return latent
 
     def _run(self, steps: list[nn.Module], x: Tensor, first: int) -> Tensor:
-        """Calls the steps; `first` is the number of the first of them in `steps()`."""
+        """Calls steps one after the other; `first` is the index of the first of them in `self.steps()`."""
         x = x.contiguous(memory_format=torch.channels_last)
         for number, step in enumerate(steps, first):
             if number < self.num_frozen_steps:
@@ -173,7 +208,7 @@ class Autoencoder(nn.Module):
 
 
 def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
-    """Repeats the last row and column until both sides are multiples of `factor`."""
+    """Repeats the last row and column of [B, C, H, W] until both sides are multiples of `factor`."""
     down, right = -images.shape[2] % factor, -images.shape[3] % factor
     return F.pad(images, (0, right, 0, down), mode="replicate") if down or right else images
 

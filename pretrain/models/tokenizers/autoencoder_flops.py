@@ -17,14 +17,20 @@ from pretrain.models.tokenizers.autoencoder import Autoencoder, pad_to_multiple
 from pretrain.models.tokenizers.linear_attention import LiteMLA, attention_flops
 
 COUNTED = (nn.Conv2d, nn.Linear, PatchProjection, LiteMLA, SelfAttention)
+"""Layers whose products are counted; of the two attentions only what their inner layers do not count."""
 
 
 @torch.no_grad()
 def training_flops(build: Callable[[], Autoencoder], image_size: tuple[int, int], trained: Sequence[str]) -> float:
-    """FLOPs of forward and backward for one image of which `trained` (see `Autoencoder.train_only`) is trained.
+    """FLOPs of forward and backward for one image.
 
     The backward pass costs as much as the forward pass for the gradients of a step's input, from the first trained step
     on, and again for those of its weights, where they are trained.
+
+    Args:
+        build: makes the autoencoder on the current default device.
+        image_size: height and width, in pixels.
+        trained: what is trained; see `Autoencoder.train_only`.
     """
     with torch.device("meta"):
         model = build().eval()
@@ -46,7 +52,7 @@ def training_flops(build: Callable[[], Autoencoder], image_size: tuple[int, int]
 
 
 def _flops(layer: nn.Module, out: Tensor) -> float:
-    """Of one layer's own products, without those of layers in it; `out` is one sample."""
+    """FLOPs of one layer's own products, without those of the layers in it; `out` is its output for one sample."""
     if isinstance(layer, LiteMLA):
         return attention_flops(layer.proj.in_channels, out.shape[2] * out.shape[3])
     if isinstance(layer, SelfAttention):

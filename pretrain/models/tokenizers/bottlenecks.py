@@ -13,20 +13,21 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
+"""To which a log-variance is clamped, as in latent diffusion's autoencoder (arXiv 2112.10752)."""
 
 
 class Latent(NamedTuple):
     """A latent and its cost."""
 
     values: Tensor
-    """[B, L, h, w]."""
+    """[B, L, h, w], what the decoder gets."""
     kl: Tensor | None = None
-    """[B, L], float32: divergence from N(0, 1) in nats, summed over places; None where not gaussian."""
+    """float32 [B, L]: divergence from N(0, 1) in nats, summed over places; None where the latent is not gaussian."""
     commitment: Tensor | None = None
-    """0-d, float32: loss that pulls the encoder's values and their codes together, weighted; None without a codebook
+    """0-d float32: loss that pulls the encoder's values and their codes together, weighted; None without a codebook
     that learns."""
     code_counts: Tensor | None = None
-    """float32 [K]: how often each code occurs in this batch; None where not quantised."""
+    """float32 [K]: how often each code occurs in this batch; None where the latent is not quantised."""
 
 
 class Bottleneck(nn.Module, ABC):
@@ -34,13 +35,16 @@ class Bottleneck(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, encoded: Tensor, noise: Tensor | None) -> Latent:
-        """encoded: the encoder's output. noise: standard normal [B, L, h, w], where the latent is random in training;
-        None takes its mean.
+        """Makes the latent.
+
+        Args:
+            encoded: the encoder's output, [B, L, h, w], or as many channels as the bottleneck asks for.
+            noise: standard normal [B, L, h, w], where the latent is random in training; None takes its mean.
         """
 
     @abstractmethod
     def init_weights(self) -> None:
-        """Fill all parameters and buffers with their starting values."""
+        """Fills all parameters and buffers with their starting values."""
 
 
 class Direct(Bottleneck):
@@ -57,7 +61,12 @@ class Gaussian(Bottleneck):
     """The encoder gives a mean and a log-variance for each latent value."""
 
     def forward(self, encoded: Tensor, noise: Tensor | None) -> Latent:
-        """encoded: [B, 2 L, h, w], the means first."""
+        """Draws the latent (Kingma and Welling, arXiv 1312.6114, section 2.4; the divergence is its appendix B).
+
+        Args:
+            encoded: [B, 2 L, h, w], the means first, then the log-variances.
+            noise: standard normal [B, L, h, w]; None takes the means.
+        """
         mean, log_variance = encoded.float().chunk(2, dim=1)
         log_variance = log_variance.clamp(*LOG_VARIANCE_RANGE)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).flatten(2).sum(dim=2)
@@ -69,4 +78,5 @@ class Gaussian(Bottleneck):
 
 
 def direct_or_gaussian(gaussian: bool) -> Bottleneck:
+    """The bottleneck of an autoencoder without a codebook."""
     return Gaussian() if gaussian else Direct()

@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import nn
 
-from pretrain.models.tokenizers.autoencoder import Autoencoder, Half
+from pretrain.models.tokenizers.autoencoder import Autoencoder, EncoderOrDecoder
 from pretrain.models.tokenizers.autoencoder_flops import training_flops
 from pretrain.models.tokenizers.bottlenecks import direct_or_gaussian
 from pretrain.models.tokenizers.dc_ae_blocks import (
@@ -29,6 +29,7 @@ from pretrain.models.tokenizers.dc_ae_blocks import (
 from pretrain.models.tokenizers.dc_ae_config import DCAEConfig
 
 MULTISCALE_KERNELS = (5,)
+"""Sizes of the depthwise branches of a "multiscale" block's attention, as in SANA's autoencoder."""
 
 
 class DCAE(Autoencoder):
@@ -40,8 +41,8 @@ class DCAE(Autoencoder):
         super().__init__(config, Encoder(config), direct_or_gaussian(config.gaussian), Decoder(config))
 
 
-class Encoder(Half):
-    """Image -> latent (or its mean and log-variance)."""
+class Encoder(EncoderOrDecoder):
+    """Maps images [B, C, H, W] to latents [B, L, h, w], or to means and log-variances [B, 2 L, h, w]."""
 
     def __init__(self, config: DCAEConfig) -> None:
         super().__init__()
@@ -70,8 +71,11 @@ class Encoder(Half):
         self.apply(init_module)
 
 
-class Decoder(Half):
-    """Latent -> image. `stages` are counted from full resolution, as in the official weights, and run backwards."""
+class Decoder(EncoderOrDecoder):
+    """Maps latents [B, L, h, w] to images [B, C, H, W].
+
+    `stages` are counted from full resolution, as in the official weights, and run backwards.
+    """
 
     def __init__(self, config: DCAEConfig) -> None:
         super().__init__()
@@ -100,12 +104,12 @@ class Decoder(Half):
 
 
 def make_block(kind: str, width: int, norm: str) -> nn.Module:
-    """One block of a stage."""
+    """One block of a stage of `width` channels; `kind` and `norm` are those of `DCAEConfig`."""
     if kind == "res":
         return ResBlock(width, norm)
     return EfficientViTBlock(width, MULTISCALE_KERNELS if kind == "multiscale" else ())
 
 
 def dc_ae_flops(config: DCAEConfig, image_size: tuple[int, int], trained: Sequence[str]) -> float:
-    """FLOPs of forward and backward for one image of which `trained` (see `train_only`) is trained."""
+    """FLOPs of forward and backward for one image; see `training_flops`."""
     return training_flops(partial(DCAE, config), image_size, trained)

@@ -14,6 +14,7 @@ from pretrain.models.norms import BatchNorm, RMSNorm
 from pretrain.models.tokenizers.linear_attention import LiteMLA
 
 GLU_RATIO = 4
+"""Hidden channels of a gated convolution / its width, as in DC-AE's code."""
 
 
 class ResBlock(nn.Module):
@@ -63,10 +64,11 @@ class GLUMBConv(nn.Module):
 
 
 class Downsample(nn.Module):
-    """[B, C, H, W] -> [B, C', H/2, W/2].
+    """Halves a map: [B, C, H, W] to [B, C', H/2, W/2].
 
-    "shuffle": a convolution to C'/4 whose 2 x 2 pixels become channels; "interpolate": a strided one. The shortcut
-    turns the input's 2 x 2 pixels into channels and averages groups of them.
+    With the resampling "shuffle" it is a convolution to C'/4 channels whose 2 x 2 pixels become channels, with
+    "interpolate" a strided convolution. The shortcut turns the input's 2 x 2 pixels into channels and averages groups
+    of them.
     """
 
     def __init__(self, width: int, out_width: int, resampling: str, shortcut: bool) -> None:
@@ -85,10 +87,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """[B, C, H, W] -> [B, C', 2H, 2W].
+    """Doubles a map: [B, C, H, W] to [B, C', 2H, 2W].
 
-    "shuffle": a convolution to 4C' whose channels become 2 x 2 pixels; "interpolate": nearest neighbours, then a
-    convolution. The shortcut repeats the input's channels and turns them into 2 x 2 pixels.
+    With the resampling "shuffle" it is a convolution to 4C' channels, which become 2 x 2 pixels, with "interpolate"
+    nearest neighbours and then a convolution. The shortcut repeats the input's channels and turns them into 2 x 2
+    pixels.
     """
 
     def __init__(self, width: int, out_width: int, resampling: str, shortcut: bool) -> None:
@@ -162,24 +165,24 @@ class DecoderOut(nn.Module):
 
 
 def average_channels(x: Tensor, out_channels: int) -> Tensor:
-    """Means over groups of neighbouring channels: [B, C, H, W] -> [B, out_channels, H, W]."""
+    """Means over groups of neighbouring channels: [B, C, H, W] to [B, out_channels, H, W]."""
     grouped: Tensor = x.unflatten(1, (out_channels, -1))
     return grouped.mean(dim=2)
 
 
 def repeat_channels(x: Tensor, out_channels: int) -> Tensor:
-    """Each channel several times in a row: [B, C, H, W] -> [B, out_channels, H, W]."""
+    """Each channel several times in a row: [B, C, H, W] to [B, out_channels, H, W]."""
     return x[:, :, None].expand(-1, -1, out_channels // x.shape[1], -1, -1).flatten(1, 2)
 
 
 def add_repeated(out: Tensor, x: Tensor) -> Tensor:
-    """`out + repeat_channels(x)`, without writing the repeated channels down."""
+    """`out + repeat_channels(x, out's channels)`, without writing the repeated channels down."""
     grouped: Tensor = out.unflatten(1, (x.shape[1], -1))
     return (grouped + x[:, :, None]).flatten(1, 2)
 
 
 @torch.no_grad()
 def init_module(module: nn.Module) -> None:
-    """Starting values of one layer: torch's own for convolutions, ones and zeros for norms. For `Module.apply`."""
+    """Starting values of one layer, for `nn.Module.apply`: torch's own for convolutions, ones and zeros for norms."""
     if isinstance(module, (nn.Conv2d, RMSNorm, BatchNorm)):
         module.reset_parameters()

@@ -8,7 +8,9 @@ from typing import Any, Literal
 from pretrain.models.tokenizers.linear_attention import HEAD_WIDTH
 
 BLOCKS = ("res", "attention", "multiscale")
+"""Kinds of blocks; see `DCAEConfig.blocks`."""
 NORMS = ("rms", "batch")
+"""Kinds of norms; see `DCAEConfig.decoder_norms`."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class DCAEConfig:
     decoder_depths: tuple[int, ...] = (0, 5, 10, 2, 2, 2)
     """Decoder blocks per stage, in the order of `widths`; the first may be 0 as in the encoder."""
     blocks: tuple[str, ...] = ("res", "res", "res", "attention", "attention", "attention")
-    """Per stage: "res", "attention" (linear attention and a gated convolution), "multiscale" (5 x 5 branch with it)."""
+    """Per stage: "res", "attention" (linear attention and a gated convolution), or "multiscale" (the same, whose
+    attention has a 5 x 5 branch beside it)."""
     decoder_norms: tuple[str, ...] = ("batch", "batch", "batch", "rms", "rms", "rms")
     """Per stage of the decoder: "rms" (with SiLU) or, for "res" blocks, "batch" (with ReLU). The encoder has "rms"."""
     output_act: Literal["relu", "silu"] = "relu"
@@ -40,7 +43,7 @@ class DCAEConfig:
     gaussian: bool = False
     """The encoder predicts a mean and a log-variance per latent value (a KL autoencoder); false: the latent itself."""
     scaling_factor: float = 1.0
-    """1 / root mean square of the latents over a data set: what a diffusion model multiplies them with. Unused here."""
+    """What a diffusion model multiplies latents with: 1 / their root mean square over a data set. Not used here."""
 
     def __post_init__(self) -> None:
         for name in ("widths", "encoder_depths", "decoder_depths", "blocks", "decoder_norms"):
@@ -108,7 +111,7 @@ class DCAEConfig:
         return {"encoder_deepest": deepest, "decoder_deepest": deepest, "decoder_finest": finest}
 
 
-def _residual(latent_channels: int, num_stages: int) -> DCAEConfig:
+def _dc_ae_1_5(latent_channels: int, num_stages: int) -> DCAEConfig:
     """DC-AE 1.5: residual blocks alone, no shortcuts at the latent."""
     depths = (0, 5, 10) + (4,) * (num_stages - 3)
     return DCAEConfig(
@@ -123,8 +126,8 @@ def _residual(latent_channels: int, num_stages: int) -> DCAEConfig:
     )
 
 
-def _deeper(latent_channels: int, more: int, scaling_factor: float) -> DCAEConfig:
-    """DC-AE f32c32 with stages of 2048 channels below it."""
+def _with_deeper_stages(latent_channels: int, more: int, scaling_factor: float) -> DCAEConfig:
+    """DC-AE f32c32 with `more` stages of 2048 channels behind it."""
     base = DCAEConfig()
     return DCAEConfig(
         latent_channels=latent_channels,
@@ -139,8 +142,8 @@ def _deeper(latent_channels: int, more: int, scaling_factor: float) -> DCAEConfi
 
 DCAE_PRESETS: dict[str, DCAEConfig] = {
     "f32c32": DCAEConfig(scaling_factor=0.3189),
-    "f64c128": _deeper(128, 1, 0.2889),
-    "f128c512": _deeper(512, 2, 0.4883),
+    "f64c128": _with_deeper_stages(128, 1, 0.2889),
+    "f128c512": _with_deeper_stages(512, 2, 0.4883),
     "f32c32-sana": DCAEConfig(
         encoder_depths=(2, 2, 2, 3, 3, 3),
         decoder_depths=(3,) * 6,
@@ -149,8 +152,8 @@ DCAE_PRESETS: dict[str, DCAEConfig] = {
         resampling="interpolate",
         scaling_factor=0.41407,
     ),
-    "1.5-f32c128": _residual(128, 6),
-    "1.5-f64c128": _residual(128, 7),
+    "1.5-f32c128": _dc_ae_1_5(128, 6),
+    "1.5-f64c128": _dc_ae_1_5(128, 7),
     "tiny": DCAEConfig(
         latent_channels=8,
         widths=(16, 32, 64),
@@ -160,13 +163,19 @@ DCAE_PRESETS: dict[str, DCAEConfig] = {
         decoder_norms=("batch", "batch", "rms"),
     ),
 }
-"""By name; scaling factors of the weights that the authors trained on ImageNet (SANA's: on its own mixture)."""
+"""Configurations by name. The scaling factors belong to the weights that the authors trained on ImageNet, SANA's to
+those that were trained on its own mixture."""
 
 
 def dc_ae_config(preset: str, **changes: Any) -> DCAEConfig:
     """A named configuration, with fields changed: `dc_ae_config("f32c32", in_channels=1)`.
 
-    Raises ValueError for an unknown name.
+    Args:
+        preset: a key of `DCAE_PRESETS`.
+        **changes: fields of `DCAEConfig`.
+
+    Raises:
+        ValueError: there is no such preset.
     """
     if preset not in DCAE_PRESETS:
         raise ValueError(f"There is no DC-AE called {preset!r}; expected one of {', '.join(DCAE_PRESETS)}.")

@@ -20,9 +20,19 @@ from pretrain.models.tokenizers.autoencoder import Autoencoder, pad_to_multiple
 
 @torch.no_grad()
 def encode_tiled(model: Autoencoder, images: Tensor, tile: int = 1024, overlap: int = 256) -> Tensor:
-    """`model.encode(images)` with tiles of `tile` pixels that overlap by `overlap`, both multiples of the factor.
+    """`model.encode(images)`, tile by tile.
 
-    images: float [B, C, H, W]. Returns [B, L, h, w]. Raises ValueError for other tiles.
+    Args:
+        model: the autoencoder.
+        images: float [B, C, H, W].
+        tile: side of a tile in pixels, a multiple of the model's factor.
+        overlap: of neighbouring tiles, in pixels, a multiple of the factor.
+
+    Returns:
+        [B, L, h, w], unscaled.
+
+    Raises:
+        ValueError: `tile` or `overlap` is no multiple of the factor, or tiles do not advance.
     """
     factor = model.config.factor
     check_tiles(tile, overlap, factor)
@@ -33,9 +43,20 @@ def encode_tiled(model: Autoencoder, images: Tensor, tile: int = 1024, overlap: 
 def decode_tiled(
     model: Autoencoder, latent: Tensor, size: tuple[int, int] | None = None, tile: int = 1024, overlap: int = 256
 ) -> Tensor:
-    """`model.decode(latent, size)` with tiles of `tile` pixels of the picture that overlap by `overlap`.
+    """`model.decode(latent, size)`, tile by tile.
 
-    latent: [B, L, h, w]. Returns [B, C, H, W]. Raises ValueError for tiles that are no multiples of the factor.
+    Args:
+        model: the autoencoder.
+        latent: [B, L, h, w], unscaled.
+        size: height and width to crop to, in pixels; None crops nothing.
+        tile: side of a tile in pixels of the picture, a multiple of the model's factor.
+        overlap: of neighbouring tiles, in pixels of the picture, a multiple of the factor.
+
+    Returns:
+        [B, C, H, W].
+
+    Raises:
+        ValueError: `tile` or `overlap` is no multiple of the factor, or tiles do not advance.
     """
     factor = model.config.factor
     check_tiles(tile, overlap, factor)
@@ -44,6 +65,11 @@ def decode_tiled(
 
 
 def check_tiles(tile: int, overlap: int, factor: int) -> None:
+    """Checks tiles, all in pixels of the picture.
+
+    Raises:
+        ValueError: `tile` or `overlap` is no multiple of `factor`, or tiles do not advance.
+    """
     if tile % factor or overlap % factor or not 0 <= overlap < tile:
         raise ValueError(
             f"tile is {tile} and overlap {overlap} pixels; expected multiples of the model's factor {factor}, with an "
@@ -54,9 +80,17 @@ def check_tiles(tile: int, overlap: int, factor: int) -> None:
 def map_tiles(
     function: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, scale: tuple[int, int]
 ) -> Tensor:
-    """Applies `function` to overlapping tiles of x [B, C, H, W] and joins the results, float32.
+    """Applies a function to overlapping tiles and joins the results.
 
-    tile, overlap: in pixels of x. scale: a result has scale[0] pixels for scale[1] of x, in each direction.
+    Args:
+        function: maps a tile [B, C, h, w] to its result.
+        x: [B, C, H, W].
+        tile: side of a tile, in pixels of `x`.
+        overlap: of neighbouring tiles, in pixels of `x`.
+        scale: a result has scale[0] pixels for scale[1] of `x`, in each direction.
+
+    Returns:
+        The joined results in float32; where one tile covers `x`, the function's own result.
     """
     height, width = x.shape[2:]
     rows, columns = tile_starts(height, tile, overlap), tile_starts(width, tile, overlap)
@@ -89,7 +123,19 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def fade(start: int, tile: int, length: int, overlap: int, scale: tuple[int, int], device: torch.device) -> Tensor:
-    """Weights along one side of a tile's result: 1, falling to 0 over the middle half of the overlap at each cut."""
+    """Weights along one side of a tile's result: 1, falling to 0 over the middle half of the overlap at each cut.
+
+    Args:
+        start: where the tile begins, in pixels of the input.
+        tile: its length, in pixels of the input.
+        length: of the whole input, in pixels.
+        overlap: of neighbouring tiles, in pixels of the input.
+        scale: a result has scale[0] pixels for scale[1] of the input.
+        device: of the weights.
+
+    Returns:
+        float32, one weight in [0, 1] per pixel of the result.
+    """
     up, down = scale
     count, width = tile * up // down, max(1.0, overlap * up / down)
     centre = torch.arange(count, device=device, dtype=torch.float32) + 0.5

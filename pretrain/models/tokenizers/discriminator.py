@@ -19,8 +19,11 @@ from pretrain.models.norms import NORM_EPS
 from pretrain.models.precision import without_autocast
 
 SLOPE = 0.2
+"""Of the leaky ReLUs where the input is negative."""
 WEIGHT_STD = 0.02
+"""Standard deviation of the weights' starting values, as in pix2pix."""
 MAX_WIDENING = 8
+"""Most channels of a layer / those of the first."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class DiscriminatorConfig:
     layers: int = 3
     """Layers that halve the resolution; two that do not follow. 1, 2, 3, 4 see 16, 34, 70, 142 pixels."""
     norm: Literal["spectral", "batch", "none"] = "spectral"
-    """spectral: of the weights, samples stay independent; batch: statistics of the rank's micro-batch (as in VQGAN)."""
+    """spectral: of the weights, so that samples stay independent (arXiv 1802.05957); batch: by the statistics of the
+    rank's micro-batch, as in VQGAN; none."""
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.layers < 1:
@@ -40,7 +44,7 @@ class DiscriminatorConfig:
 
 
 class Logits(NamedTuple):
-    """What a discriminator says."""
+    """What a discriminator gives: high where a patch looks like an image's."""
 
     fake: Tensor
     """[B, 1, h, w], of the reconstructions."""
@@ -64,11 +68,14 @@ class Discriminator(nn.Module):
         self.lecam = LeCam(lecam_decay)
 
     def forward(self, reconstructions: Tensor, images: Tensor | None = None) -> Logits:
-        """reconstructions, images: float [B, C, H, W].
+        """Judges reconstructions alone in the autoencoder's turn, and beside images in the discriminator's own.
 
-        Without images it is the autoencoder's turn: the weights are constants, so that its backward pass leaves no
-        gradient in them, under any wrapper. With images it is its own: gradients reach the weights, and spectral norms
-        move on.
+        In the autoencoder's turn the weights are constants, so that its backward pass leaves no gradient in them, under
+        any wrapper. In its own, gradients reach the weights, and the estimates of spectral norms advance.
+
+        Args:
+            reconstructions: float [B, C, H, W].
+            images: float [B, C, H, W]; None in the autoencoder's turn.
         """
         constant = images is None
         pictures = [reconstructions] if images is None else [reconstructions, images]
@@ -78,7 +85,7 @@ class Discriminator(nn.Module):
         return Logits(logits[0], None if images is None else logits[1])
 
     def init_weights(self) -> None:
-        """Fill all parameters and buffers with their starting values: weights N(0, 0.02), as in pix2pix."""
+        """Fills all parameters and buffers with their starting values: weights N(0, 0.02), as in pix2pix."""
         for module in self.modules():
             if isinstance(module, (PatchConv, LeCam)):
                 module.reset_parameters()
@@ -88,6 +95,7 @@ class PatchConv(nn.Module):
     """A 4 x 4 convolution of several batches with one weight, and a norm; batches never share statistics."""
 
     direction: Tensor
+    """float32 [out_width]: left singular vector of the largest singular value, as far as power iteration has come."""
 
     def __init__(self, width: int, out_width: int, stride: int, spectral: bool, batch_norm: bool) -> None:
         super().__init__()
@@ -100,7 +108,15 @@ class PatchConv(nn.Module):
         self.reset_parameters()
 
     def forward(self, pictures: list[Tensor], constant: bool) -> list[Tensor]:
-        """constant: no gradient for the parameters, no change of the buffers."""
+        """Convolves and normalises each batch.
+
+        Args:
+            pictures: batches [B, width, H, W].
+            constant: whether the parameters get no gradient and the buffers do not change.
+
+        Returns:
+            A map [B, out_width, h, w] for each batch.
+        """
         weight: Tensor = self.weight
         bias: Tensor = self.bias
         norm_weight: Tensor | None = self.norm_weight
@@ -108,7 +124,7 @@ class PatchConv(nn.Module):
             weight, bias = weight.detach(), bias.detach()
             norm_weight = None if norm_weight is None else norm_weight.detach()
         if self.spectral:
-            weight = weight / self._largest_stretch(weight, move=self.training and not constant)
+            weight = weight / self._spectral_norm(weight, advance=self.training and not constant)
         if norm_weight is None:
             return [F.conv2d(x, weight, bias, self.stride, 1) for x in pictures]
         convolved = [F.conv2d(x, weight, None, self.stride, 1) for x in pictures]
@@ -117,19 +133,28 @@ class PatchConv(nn.Module):
             for x in convolved
         ]
 
-    def _largest_stretch(self, weight: Tensor, move: bool) -> Tensor:
-        """The weight's largest singular value by one step of power iteration (arXiv 1802.05957), 0-d float32."""
+    def _spectral_norm(self, weight: Tensor, advance: bool) -> Tensor:
+        """The weight's largest singular value by one step of power iteration (arXiv 1802.05957, algorithm 1).
+
+        Args:
+            weight: [out_width, width, 4, 4].
+            advance: whether `direction` takes over the step's result.
+
+        Returns:
+            0-d float32, differentiable in `weight`.
+        """
         with without_autocast(weight.device):
             matrix = weight.flatten(1).float()
             with torch.no_grad():
                 right = F.normalize(self.direction @ matrix, dim=0)
                 left = F.normalize(matrix @ right, dim=0)
-                if move:
+                if advance:
                     self.direction.copy_(left)
             return left @ (matrix @ right)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Fills parameters and buffers with their starting values; the direction is a random one of length 1."""
         nn.init.normal_(self.weight, std=WEIGHT_STD)
         nn.init.zeros_(self.bias)
         if self.norm_weight is not None:

@@ -28,33 +28,41 @@ class LatentView:
     """Counter-clockwise turns by 90 degrees, 0 to 3."""
 
     @property
-    def keeps_places(self) -> bool:
-        """Whether the reconstruction should lie where the image lies."""
+    def keeps_geometry(self) -> bool:
+        """Whether the latent is neither resized nor turned, so that the reconstruction should be the image itself."""
         return self.size is None and self.quarter_turns == 0
 
-    def kept(self, num_channels: int) -> Tensor | None:
-        """bool [B, num_channels]: which latent channels the decoder sees; None where it sees all."""
+    def kept_channels(self, num_channels: int) -> Tensor | None:
+        """Which latent channels the decoder sees, bool [B, num_channels]; None where it sees all."""
         if self.channels is None:
             return None
         return torch.arange(num_channels, device=self.channels.device) < self.channels[:, None]
 
-    def of_latent(self, latent: Tensor) -> Tensor:
-        """[B, L, h, w] -> [B, L, h', w'].
+    def apply_to_latent(self, latent: Tensor) -> Tensor:
+        """What the decoder sees of a latent: [B, L, h, w] to [B, L, h', w'].
 
         Hidden channels are multiplied with 0. A convolution then gives what its weights, sliced to the kept input
         channels, give with the same bias: products with 0 add nothing. A shortcut that repeats channels adds 0 to
         the features that belong to hidden ones; slicing alone would not define it, as it would deal the kept channels
         out anew for each count. DC-AE 1.5 has no such shortcut, so there both are the same function.
         """
-        kept = self.kept(latent.shape[1])
+        kept = self.kept_channels(latent.shape[1])
         if kept is not None:
             latent = latent * kept[:, :, None, None].to(latent.dtype)
         if self.size is not None:
             latent = resize(latent, self.size)
         return torch.rot90(latent, self.quarter_turns, (2, 3)) if self.quarter_turns else latent
 
-    def of_images(self, padded: Tensor, factor: int) -> Tensor:
-        """padded: float [B, C, H, W], H and W multiples of `factor`. Returns what the decoder should make of it."""
+    def apply_to_images(self, padded: Tensor, factor: int) -> Tensor:
+        """What the decoder should make of the view.
+
+        Args:
+            padded: the images, float [B, C, H, W], with H and W multiples of `factor`.
+            factor: pixels of the image per pixel of the latent, in each direction.
+
+        Returns:
+            float [B, C, h' * factor, w' * factor], resized and turned as the latent is.
+        """
         if self.size is not None:
             padded = resize(padded, (self.size[0] * factor, self.size[1] * factor))
         return torch.rot90(padded, self.quarter_turns, (2, 3)) if self.quarter_turns else padded

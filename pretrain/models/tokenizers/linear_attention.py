@@ -17,14 +17,21 @@ from pretrain.models.norms import RMSNorm
 from pretrain.models.precision import without_autocast
 
 HEAD_WIDTH = 32
+"""Channels of a head, d."""
 ATTENTION_EPS = 1e-15
+"""Added to the sum of a query's weights, which is 0 where no key agrees with it."""
 
 
 class LiteMLA(nn.Module):
     """Linear attention over all pixels, with optional depthwise branches that see a neighbourhood (multi-scale)."""
 
     def __init__(self, width: int, scales: tuple[int, ...] = ()) -> None:
-        """width: multiple of 32. scales: odd kernel sizes of the depthwise branches; none in DC-AE, (5,) in SANA's."""
+        """Makes the layers with torch's starting values.
+
+        Args:
+            width: C, a multiple of 32.
+            scales: odd kernel sizes of the depthwise branches; none in DC-AE, (5,) in SANA's.
+        """
         super().__init__()
         heads = width // HEAD_WIDTH
         self.qkv = nn.Conv2d(width, 3 * width, 1, bias=False)
@@ -39,7 +46,7 @@ class LiteMLA(nn.Module):
         self.norm = RMSNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [B, C, H, W]; returns the same shape, without the residual connection."""
+        """Mixes the pixels of a map [B, C, H, W] into one of the same shape, without the residual connection."""
         qkv = self.qkv(x)
         if len(self.aggregate):
             qkv = torch.cat([qkv, *(branch(qkv) for branch in self.aggregate)], dim=1)
@@ -52,8 +59,14 @@ class LiteMLA(nn.Module):
 def attend(qkv: Tensor) -> Tensor:
     """The attention itself: linear in N, or for at most 32 tokens quadratic, whichever multiplies less.
 
-    qkv: [B, G * 3 * 32, N], channels interleaved per head: 32 of the query, 32 of the key, 32 of the value, and so on.
-    Returns [B, G * 32, N], at least float32. Call it outside of autocast, which would cast the products down.
+    Call it outside of autocast, which would cast the products down.
+
+    Args:
+        qkv: [B, G * 3 * 32, N], channels interleaved per head: 32 of the query, 32 of the key, 32 of the value, and so
+            on.
+
+    Returns:
+        [B, G * 32, N], at least float32.
     """
     heads = at_least_float32(qkv).unflatten(1, (-1, 3 * HEAD_WIDTH))
     query, key, value = heads.split(HEAD_WIDTH, dim=2)  # [B, G, d, N] each
@@ -62,14 +75,23 @@ def attend(qkv: Tensor) -> Tensor:
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """(V K^T) Q with a row of ones below V, which sums the weights: [B, G, d, N] each, and so is the result."""
+    """(V K^T) Q with a row of ones below V, which sums the weights (arXiv 2205.14756).
+
+    Args:
+        query: [B, G, d, N], not negative.
+        key: as `query`.
+        value: [B, G, d, N].
+
+    Returns:
+        [B, G, d, N].
+    """
     sums = F.pad(value, (0, 0, 0, 1), value=1.0) @ key.transpose(-1, -2)  # [B, G, d + 1, d]
     mixed = sums @ query
     return mixed[..., :-1, :] / (mixed[..., -1:, :] + ATTENTION_EPS)
 
 
 def quadratic_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """V (K^T Q), the weights normalised over the keys: [B, G, d, N] each, and so is the result."""
+    """V (K^T Q), the weights normalised over the keys; arguments and result are those of `linear_attention`."""
     weights = key.transpose(-1, -2) @ query  # [B, G, keys, queries]
     return value @ (weights / (weights.sum(dim=-2, keepdim=True) + ATTENTION_EPS))
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.models.norms import RMSNorm
-from pretrain.models.tokenizers.autoencoder import Autoencoder, Half
+from pretrain.models.tokenizers.autoencoder import Autoencoder, EncoderOrDecoder
 from pretrain.models.tokenizers.bottlenecks import direct_or_gaussian
 from pretrain.models.tokenizers.dc_ae import Decoder
 from pretrain.models.tokenizers.dc_ae_blocks import ResBlock, init_module
@@ -65,7 +65,7 @@ class LiteVAEConfig:
 
     @property
     def levels(self) -> int:
-        """Wavelet levels."""
+        """How often the Haar transform halves the picture."""
         return len(self.decoder_widths) - 1
 
     @property
@@ -105,8 +105,8 @@ class LiteVAE(Autoencoder):
         super().__init__(config, WaveletEncoder(config), bottleneck, Decoder(config.decoder_shape()))
 
 
-class WaveletEncoder(Half):
-    """Image -> latent (or its mean and log-variance)."""
+class WaveletEncoder(EncoderOrDecoder):
+    """Maps images [B, C, H, W] to latents [B, L, h, w], or to means and log-variances [B, 2 L, h, w]."""
 
     def __init__(self, config: LiteVAEConfig) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class WaveletEncoder(Half):
 
 
 class WaveletLevels(nn.Module):
-    """[B, C, H, W] -> [B, width, h, w]: each level's coefficients through a network of its own, then joined.
+    """Sends each level's coefficients through a network of its own and joins them: [B, C, H, W] to [B, width, h, w].
 
     A level's features come to the latent's size by pixel unshuffle, which loses nothing, and a 1 x 1 convolution.
     """
@@ -141,7 +141,7 @@ class WaveletLevels(nn.Module):
             for _ in range(levels)
         )
         self.factors = [1 << (levels - level) for level in range(1, levels + 1)]
-        """By which each level is larger than the latent."""
+        """Of each level, its side / the latent's."""
         self.join = nn.Conv2d(sum(width * factor**2 for factor in self.factors), config.width, 1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -169,10 +169,14 @@ class NormedConv(nn.Module):
 
 
 def haar(x: Tensor) -> Tensor:
-    """One level of the orthonormal Haar transform: [B, C, H, W], sides even -> [B, 4 C, H / 2, W / 2].
+    """One level of the orthonormal Haar transform, which keeps the sum of squares.
 
-    First all channels' averages, then their differences between columns, between rows, and diagonally. The sum of
-    squares stays the same.
+    Args:
+        x: [B, C, H, W], both sides even.
+
+    Returns:
+        [B, 4 C, H / 2, W / 2]: first all channels' averages (doubled, as the transform is orthonormal), then their
+        differences between columns, between rows, and diagonally.
     """
     top_left, top_right, bottom_left, bottom_right = (x[..., row::2, column::2] for row in (0, 1) for column in (0, 1))
     top, top_change = top_left + top_right, top_left - top_right

@@ -32,22 +32,27 @@ class QuantisedDCAEConfig:
 
     @property
     def in_channels(self) -> int:
+        """Channels of the images."""
         return self.autoencoder.in_channels
 
     @property
     def latent_channels(self) -> int:
+        """Channels of the latent."""
         return self.autoencoder.latent_channels
 
     @property
     def factor(self) -> int:
+        """Pixels of the image per pixel of the latent, in each direction."""
         return self.autoencoder.factor
 
     @property
     def gaussian(self) -> bool:
+        """False: the latent is made of codes."""
         return False
 
     @property
     def stage_names(self) -> dict[str, str]:
+        """Prefixes of parameter names by place; see `AutoencoderConfig`."""
         return self.autoencoder.stage_names
 
 
@@ -62,10 +67,25 @@ class QuantisedDCAE(Autoencoder):
         super().__init__(config, Encoder(config.autoencoder), quantiser, Decoder(config.autoencoder))
 
     def to_codes(self, images: Tensor) -> Tensor:
-        """images: float [B, C, H, W], any size. Returns int64 [B, G, h, w] in [0, K)."""
+        """The codes of images.
+
+        Args:
+            images: float [B, C, H, W], any size.
+
+        Returns:
+            int64 [B, G, h, w] in [0, K).
+        """
         encoded = self._run(self.encoder.steps(), pad_to_multiple(images, self.config.factor), 0)
         return self.bottleneck.to_codes(encoded)
 
     def from_codes(self, codes: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """codes: int64 [B, G, h, w]. size: height and width to crop to. Returns [B, C, H, W]."""
+        """The images of codes.
+
+        Args:
+            codes: int64 [B, G, h, w] in [0, K).
+            size: height and width to crop to, in pixels; None crops nothing.
+
+        Returns:
+            [B, C, H, W].
+        """
         return self.decode(self.bottleneck.from_codes(codes), size)

@@ -28,15 +28,16 @@ class QuantiserConfig:
     kind: Literal["sim_vq", "fsq"] = "sim_vq"
     """sim_vq: a frozen gaussian codebook times a trained matrix; fsq: rounding to a grid, nothing to train."""
     num_codes: int = 16384
-    """Codes of sim_vq."""
+    """sim_vq's number of codes, K."""
     commitment_weight: float = 1.0
-    """Of sim_vq's loss (mean squared distance of codes and features, per value) beside the reconstruction's."""
+    """Weight of sim_vq's loss (mean squared distance of codes and features, per value) beside the reconstruction's."""
     commitment_share: float = 0.25
     """Within that loss, how much the encoder is pulled to the codes; the codes are pulled to the encoder by 1."""
     rotation_trick: bool = False
-    """sim_vq's gradient to the encoder: rotated with the code (arXiv 2410.06424), or copied (the paper)."""
+    """Whether sim_vq's gradient to the encoder is rotated with the code (arXiv 2410.06424); false copies it, as in the
+    paper."""
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
-    """fsq's values per channel, each at least 3; a code spans that many channels."""
+    """fsq's values per channel, each at least 3; a code spans as many channels as there are levels."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
@@ -49,7 +50,11 @@ class QuantiserConfig:
             raise ValueError(f"levels is {list(self.levels)}; expected at least 3 per channel.")
 
     def check(self, latent_channels: int) -> None:
-        """Raises ValueError for a latent that does not fall into whole codes."""
+        """Checks whether a latent falls into whole codes.
+
+        Raises:
+            ValueError: fsq's levels do not divide the channels.
+        """
         if self.kind == "fsq" and latent_channels % len(self.levels):
             raise ValueError(
                 f"The latent has {latent_channels} channels and levels has {len(self.levels)} values; expected a "
@@ -58,7 +63,7 @@ class QuantiserConfig:
 
     @property
     def codebook_size(self) -> int:
-        """K."""
+        """Number of codes, K."""
         return self.num_codes if self.kind == "sim_vq" else math.prod(self.levels)
 
 
@@ -67,11 +72,11 @@ class Quantiser(Bottleneck):
 
     @abstractmethod
     def to_codes(self, encoded: Tensor) -> Tensor:
-        """[B, L, h, w] -> int64 [B, G, h, w], in [0, K)."""
+        """The codes of an encoder's output: [B, L, h, w] to int64 [B, G, h, w], in [0, K)."""
 
     @abstractmethod
     def from_codes(self, codes: Tensor) -> Tensor:
-        """int64 [B, G, h, w] -> what `forward` gives for them, float32 [B, L, h, w]."""
+        """What `forward` gives for codes: int64 [B, G, h, w] to float32 [B, L, h, w]."""
 
 
 class SimVQ(Quantiser):
@@ -80,7 +85,7 @@ class SimVQ(Quantiser):
     def __init__(self, config: QuantiserConfig, latent_channels: int) -> None:
         super().__init__()
         self.num_codes = config.num_codes
-        self.codebook = _package().SimVQ(
+        self.codebook = _vector_quantize_pytorch().SimVQ(
             latent_channels,
             config.num_codes,
             codebook_transform=CodebookTransform(latent_channels),
@@ -131,7 +136,7 @@ class FSQ(Quantiser):
         super().__init__()
         self.levels, self.num_codes = config.levels, config.codebook_size
         # Of the package's forward pass only the rounding is used: its tables of codes cannot be made on meta.
-        self.grid = _package().FSQ(list(config.levels), return_indices=False)
+        self.grid = _vector_quantize_pytorch().FSQ(list(config.levels), return_indices=False)
         # Made part of the state dict, which is how a sharded model gets what it is not built with.
         for name in ("_levels", "_basis"):
             self.grid.register_buffer(name, getattr(self.grid, name), persistent=True)
@@ -156,7 +161,7 @@ class FSQ(Quantiser):
         self.grid._basis.copy_(torch.cat([levels.new_ones(1), levels.cumprod(0)[:-1]]))
 
     def _round(self, encoded: Tensor) -> Tensor:
-        """[B, L, h, w] -> [B, h, w, G, levels], with the gradient of the bound and not of the rounding."""
+        """Rounds [B, L, h, w] to [B, h, w, G, levels], with the gradient of the bound and not of the rounding."""
         with without_autocast(encoded.device):
             places = at_least_float32(encoded).permute(0, 2, 3, 1).unflatten(3, (-1, len(self.levels)))
             rounded: Tensor = self.grid.quantize(places)
@@ -164,16 +169,21 @@ class FSQ(Quantiser):
 
     @staticmethod
     def _to_map(values: Tensor) -> Tensor:
-        """[B, h, w, G, levels] -> [B, L, h, w]."""
+        """Puts values [B, h, w, G, levels] back into a map [B, L, h, w]."""
         return values.flatten(3).permute(0, 3, 1, 2)
 
 
 def build_quantiser(config: QuantiserConfig, latent_channels: int) -> Quantiser:
+    """The bottleneck of a configuration."""
     return SimVQ(config, latent_channels) if config.kind == "sim_vq" else FSQ(config, latent_channels)
 
 
-def _package() -> Any:
-    """vector-quantize-pytorch, whose import takes seconds. Raises ImportError with what to install."""
+def _vector_quantize_pytorch() -> Any:
+    """The package, imported where it is needed, as that takes seconds.
+
+    Raises:
+        ImportError: it is not installed; the message says how to.
+    """
     try:
         import vector_quantize_pytorch
     except ImportError as error:
@@ -185,16 +195,21 @@ def _package() -> Any:
 
 
 def count_codes(codes: Tensor, num_codes: int) -> Tensor:
-    """How often each code occurs: integers of any shape -> float32 [num_codes]. Sums of ones are exact in any order."""
+    """How often each code occurs: integers of any shape to float32 [num_codes]. Sums of ones are exact in any order."""
     flat = codes.flatten().long()
     counts = torch.zeros(num_codes, device=codes.device)
     return counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype))
 
 
 def code_metrics(counts: Tensor) -> dict[str, Tensor]:
-    """Share of the codes that occur, and perplexity: as many equally frequent codes would be as hard to guess. 0-d.
+    """How well a batch uses its codebook.
 
-    counts: [K], see `count_codes`. Of one batch: neither exceeds what its number of places allows.
+    Args:
+        counts: float32 [K] of one batch; see `count_codes`.
+
+    Returns:
+        "code_usage", the share of the codes that occur, and "code_perplexity": as many equally frequent codes would be
+        as hard to guess. 0-d each; neither exceeds what the batch's number of places allows.
     """
     share = counts / counts.sum()
     entropy = -(share * share.clamp_min(1e-12).log()).sum()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pretrain.losses.pixels import split_patches
 from pretrain.models.encoder import LAYER_NORM_EPS, PatchProjection, init_layer, transformer_blocks
 from pretrain.models.positions import sincos_position_embedding
-from pretrain.models.tokenizers.autoencoder import Autoencoder, Half
+from pretrain.models.tokenizers.autoencoder import Autoencoder, EncoderOrDecoder
 from pretrain.models.tokenizers.bottlenecks import direct_or_gaussian
 from pretrain.models.vit import check_width
 
@@ -92,8 +92,8 @@ class ViTAutoencoder(Autoencoder):
         super().__init__(config, encoder, direct_or_gaussian(config.gaussian), decoder)
 
 
-class Transformer(Half):
-    """One half: from a map to tokens [B, h, w, D], through blocks, to another map."""
+class Transformer(EncoderOrDecoder):
+    """An encoder or a decoder: from a map to tokens [B, h, w, D], through blocks, to another map."""
 
     def __init__(self, project_in: nn.Module, blocks: nn.ModuleList, project_out: nn.Module) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Transformer(Half):
 
 
 class GridBlock(nn.Module):
-    """A transformer block on tokens that keep their grid: [B, h, w, D] -> [B, h, w, D]."""
+    """A transformer block on tokens that keep their grid: [B, h, w, D] to [B, h, w, D]."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -125,6 +125,7 @@ class GridBlock(nn.Module):
 
 
 def grid_blocks(width: int, depth: int, heads: int, mlp_ratio: float) -> nn.ModuleList:
+    """`transformer_blocks`, each as a `GridBlock`."""
     return nn.ModuleList(GridBlock(block) for block in transformer_blocks(width, depth, heads, mlp_ratio))
 
 
@@ -133,20 +134,20 @@ class Positions:
 
     def __init__(self, width: int) -> None:
         self.width = width
-        self._known: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._cache: dict[tuple[int, int, torch.device], Tensor] = {}
 
     def add_to(self, tokens: Tensor) -> Tensor:
-        """tokens: [B, h, w, D]."""
+        """Adds to tokens [B, h, w, D] the embedding of their places."""
         rows, columns = tokens.shape[1:3]
         key = rows, columns, tokens.device
-        if key not in self._known:
+        if key not in self._cache:
             places = sincos_position_embedding((rows, columns), self.width)[0, 1:]
-            self._known[key] = places.unflatten(0, (rows, columns)).to(tokens.device)
-        return tokens + self._known[key].to(tokens.dtype)
+            self._cache[key] = places.unflatten(0, (rows, columns)).to(tokens.device)
+        return tokens + self._cache[key].to(tokens.dtype)
 
 
 class PatchesIn(nn.Module):
-    """[B, C, H, W] -> tokens [B, h, w, D]."""
+    """Images [B, C, H, W] to tokens [B, h, w, D]."""
 
     def __init__(self, in_channels: int, patch_size: int, width: int) -> None:
         super().__init__()
@@ -160,7 +161,7 @@ class PatchesIn(nn.Module):
 
 
 class LatentIn(nn.Module):
-    """[B, L, h, w] -> tokens [B, h, w, D]."""
+    """Latents [B, L, h, w] to tokens [B, h, w, D]."""
 
     def __init__(self, latent_channels: int, width: int) -> None:
         super().__init__()
@@ -172,7 +173,7 @@ class LatentIn(nn.Module):
 
 
 class LatentOut(nn.Module):
-    """Tokens [B, h, w, D] -> [B, channels, h, w]."""
+    """Tokens [B, h, w, D] to latents [B, channels, h, w], or to their means and log-variances."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
@@ -185,7 +186,7 @@ class LatentOut(nn.Module):
 
 
 class PixelsOut(nn.Module):
-    """Tokens [B, h, w, D] -> [B, C, H, W]."""
+    """Tokens [B, h, w, D] to images [B, C, H, W]."""
 
     def __init__(self, width: int, out_channels: int, patch_size: int) -> None:
         super().__init__()

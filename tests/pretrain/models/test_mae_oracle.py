@@ -67,7 +67,7 @@ def make_pair(
     mask_ratio: float,
     norm_pixels: bool,
 ) -> tuple[nn.Module, MAE]:
-    """Their model with random weights, and ours with the same. decoder: (width, depth, heads)."""
+    """Their model with random weights, and ours with the same; the decoder is given as (width, depth, heads)."""
     torch.manual_seed(0)
     theirs = transformers.ViTMAEForPreTraining(
         transformers.ViTMAEConfig(

@@ -39,7 +39,7 @@ def make(config: VideoMAEConfig, batch_size: int = 2) -> tuple[VideoMAE, Tensor,
 
 
 def literal_tokens(clip: Tensor, token_size: tuple[int, int, int], order: str) -> Tensor:
-    """[C, T, H, W] -> [N, values], one value at a time. order: "tpqc" (targets) or "ctpq" (a convolution's)."""
+    """Cuts [C, T, H, W] into [N, values], value by value, in the order "tpqc" (targets) or "ctpq" (a convolution)."""
     frames, height, width = token_size
     tokens = []
     for t in range(0, clip.shape[1], frames):

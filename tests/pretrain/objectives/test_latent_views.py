@@ -116,7 +116,7 @@ def test_transforms_follow_the_step_and_the_seed() -> None:
     views = [equivariance.draw(step, (8, 8), 0) for step in range(2000)]
     assert views == [equivariance.draw(step, (8, 8), 0) for step in range(2000)]
     assert views != [equivariance.draw(step, (8, 8), 1) for step in range(2000)]
-    moved = [view for view in views if not view.keeps_places]
+    moved = [view for view in views if not view.keeps_geometry]
     assert abs(len(moved) / 2000 - 0.5 * (1 - 1 / 28)) < 0.04  # 7 sizes and 4 turns, one of them as it was
     assert {view.size for view in moved} == {None, *((n, n) for n in range(2, 8))}
     assert {view.quarter_turns for view in moved} == {0, 1, 2, 3}
@@ -137,7 +137,7 @@ def test_all_losses_compare_with_the_moved_image(size: tuple[int, int]) -> None:
             wanted = F.interpolate(wanted, tuple(4 * side for side in view.size), mode="bilinear")
         latent, wanted = (torch.rot90(x, view.quarter_turns, (2, 3)) for x in (latent, wanted))
         fake = objective.autoencoder.decode(latent)
-        if view.keeps_places:
+        if view.keeps_geometry:
             fake, wanted = (x[..., : size[0], : size[1]] for x in (fake, wanted))
         for module in objective.players.values():
             module.eval()  # spectral norms stay

@@ -86,7 +86,7 @@ def test_latents_and_images_move_alike(size: tuple[int, int] | None, turns: int)
     view = LatentView(size=size, quarter_turns=turns)
     image = F.interpolate(torch.randn(1, 2, 6, 4), scale_factor=4.0, mode="nearest")
     latent = F.avg_pool2d(image, 4)
-    moved, wanted = view.of_latent(latent), view.of_images(image, 4)
+    moved, wanted = view.apply_to_latent(latent), view.apply_to_images(image, 4)
     height, width = size or (6, 4)
     assert moved.shape[2:] == ((width, height) if turns % 2 else (height, width))
     assert wanted.shape[2:] == (4 * moved.shape[2], 4 * moved.shape[3])
@@ -96,7 +96,7 @@ def test_latents_and_images_move_alike(size: tuple[int, int] | None, turns: int)
     torch.testing.assert_close(wanted, by_hand)
     if size is None:
         torch.testing.assert_close(F.avg_pool2d(wanted, 4), moved)
-        assert view.keeps_places == (turns == 0)
+        assert view.keeps_geometry == (turns == 0)
 
 
 def test_a_moved_latent_is_decoded_whole() -> None:
@@ -105,4 +105,4 @@ def test_a_moved_latent_is_decoded_whole() -> None:
     output = model(images, None, view)
     by_hand = F.interpolate(model.encode(images), (3, 4), mode="bilinear").transpose(2, 3).flip(2)
     torch.testing.assert_close(output.reconstruction, model.decode(by_hand))
-    assert output.reconstruction.shape == view.of_images(pad_to_multiple(images, 4), 4).shape == (1, 3, 16, 12)
+    assert output.reconstruction.shape == view.apply_to_images(pad_to_multiple(images, 4), 4).shape == (1, 3, 16, 12)
