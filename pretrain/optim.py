@@ -30,13 +30,13 @@ class OptimConfig:
     weight_decay: float = 0.05
     """Decoupled weight decay on every parameter but biases and one-dimensional ones."""
     warmup_epochs: float = 0.0
-    """Linear warm-up from 0, in epochs. Give this or `warmup_steps`."""
+    """Length of the linear warm-up from 0, in epochs. Give this or `warmup_steps`."""
     warmup_steps: int = 0
-    """Linear warm-up from 0, in optimizer steps at this global batch."""
+    """Length of the linear warm-up from 0, in optimizer steps at this global batch."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after the warm-up, per step."""
     min_lr: float = 0.0
-    """Learning rate at the end of the schedule."""
+    """Learning rate at the end of the schedule; a constant one does not fall to it."""
     clip_norm: float | None = None
     """Largest global gradient norm; null = no clipping (the norm is still measured)."""
     ema_decay: float | None = None
@@ -58,7 +58,11 @@ class OptimConfig:
             self.of(player)
 
     def of(self, player: str) -> OptimConfig:
-        """One player's own settings. Raises ValueError for keys of `players` that are no settings."""
+        """One player's own settings: these, with what `players` changes for it.
+
+        Raises:
+            ValueError: `players` has a key for it that is no setting.
+        """
         changes = dict(self.players.get(player) or {})
         known = [entry.name for entry in dataclasses.fields(self) if entry.name != "players"]
         for key in changes:
@@ -79,10 +83,10 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LearningRate:
-    """A player's learning rate by the number of samples consumed."""
+    """A player's learning rate as a function of the samples consumed."""
 
     config: OptimConfig
-    """The player's own."""
+    """The player's own settings."""
     global_batch: int
     """Samples per step."""
     samples_per_epoch: int
@@ -91,7 +95,7 @@ class LearningRate:
     """The run's length in samples."""
 
     def at(self, position: int) -> float:
-        """For the step that starts at sample `position`."""
+        """The learning rate of the step that starts at sample `position`."""
         warmup = self.config.warmup_epochs * self.samples_per_epoch + self.config.warmup_steps * self.global_batch
         return scheduled_lr(
             position,
@@ -104,10 +108,17 @@ class LearningRate:
 
 
 def scheduled_lr(position: float, *, peak: float, total: float, warmup: float, minimum: float, schedule: str) -> float:
-    """The learning rate for the step that starts at sample `position` of `total`.
+    """The learning rate for a step: linear from 0 through the warm-up, then the schedule's shape down to `minimum`.
 
-    `position`, `total` and `warmup` are in one unit (samples). Linear from 0 through the warm-up, then the schedule's
-    shape down to `minimum` at `total` (MAE evaluates its half-cosine per iteration in the same way).
+    MAE (arXiv 2111.06377) evaluates its half-cosine per iteration in the same way.
+
+    Args:
+        position: samples consumed before the step.
+        peak: after the warm-up.
+        total: the run's length, in samples.
+        warmup: length of the warm-up, in samples.
+        minimum: at the end of the run.
+        schedule: "cosine", "linear" or "constant", which stays at `peak`.
     """
     if position < warmup:
         return peak * position / warmup
@@ -124,6 +135,13 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_deca
     """Two AdamW groups: decayed, and not decayed (biases and one-dimensional parameters). Frozen ones are left out.
 
     Class and mask tokens have three dimensions and are decayed, as in the original MAE.
+
+    Args:
+        parameters: by canonical name.
+        weight_decay: of the first group, per unit of learning rate.
+
+    Returns:
+        The groups that are not empty, as AdamW takes them.
     """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []

@@ -10,9 +10,15 @@ from __future__ import annotations
 def fit_micro_batch(global_batch: int, world_size: int, wanted: int | None) -> int:
     """Samples per rank and forward pass: the largest divisor of global_batch / world_size that is at most `wanted`.
 
-    wanted: None: all of a rank's share in one pass. The configured value is what a device's memory holds, so it is
-    never exceeded. Raises ValueError where the world size does not divide the global batch, with the nearest numbers
-    of processes that do.
+    Args:
+        global_batch: samples per optimizer step, over all ranks and micro-batches.
+        world_size: number of processes.
+        wanted: the configured micro-batch. It is what a device's memory holds, so it is never exceeded; None takes all
+            of a rank's share in one pass.
+
+    Raises:
+        ValueError: a number is less than 1, or the world size does not divide the global batch; the message names the
+            nearest numbers of processes that do.
     """
     if global_batch < 1 or world_size < 1 or (wanted is not None and wanted < 1):
         raise ValueError(

@@ -15,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 aten = torch.ops.aten
+"""torch's operations below autograd, which checkpointing sees."""
 EXPENSIVE = frozenset(
     {
         aten.mm.default,
@@ -39,9 +40,13 @@ def checkpoint_blocks(
     *,
     preserve_rng_state: bool = True,
 ) -> None:
-    """Replaces each block, wherever it hangs in `module`, by one that recomputes its activations as `mode` says.
+    """Replaces each block, wherever it hangs in `module`, by one that recomputes its activations.
 
-    preserve_rng_state: draw the same random numbers again, for blocks with dropout.
+    Args:
+        module: changed in place.
+        blocks: modules inside of it.
+        mode: see `ParallelConfig.activation_checkpointing`.
+        preserve_rng_state: draw the same random numbers again, for blocks with dropout.
     """
     if mode == "none":
         return
@@ -56,5 +61,5 @@ def checkpoint_blocks(
 
 
 def keep_expensive(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """The policy of "selective"."""
+    """What "selective" does with an operation's result: keeps that of an `EXPENSIVE` one, recomputes all others."""
     return CheckpointPolicy.MUST_SAVE if operation in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE

@@ -62,7 +62,11 @@ def make_strategy(config: ParallelConfig, optim: OptimConfig, world: World) -> S
 
 
 def _check_processes(strategy: str, num_processes: int, has_process_group: bool) -> None:
-    """Raises ValueError where the strategy needs more or fewer processes, or a process group that is not there."""
+    """Compares a strategy with the processes that were started.
+
+    Raises:
+        ValueError: it is for one process alone, or needs a process group that is not there.
+    """
     if strategy == "single" and num_processes > 1:
         raise ValueError(f"parallel.strategy is single, but {num_processes} processes were started; use ddp or fsdp2")
     if strategy not in ("auto", "single") and not has_process_group:

@@ -14,7 +14,7 @@ class DeepSpeedConfig:
     """What only the strategies zero1, zero2 and zero3 have."""
 
     ds_config: str | None = None
-    """Path of a DeepSpeed JSON file that is merged; fields that Tessera decides may not differ. null = none."""
+    """Path of a DeepSpeed JSON file that is merged; fields that Tessera decides may not differ. null: no file."""
     offload_optimizer: bool = False
     """Keep fp32 master weights and AdamW's moments in host memory, and step there."""
     offload_param: bool = False
@@ -28,7 +28,7 @@ class ParallelConfig:
     strategy: Literal["auto", "single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"] = "auto"
     """auto = single with one process, ddp with several. zero1, zero2 and zero3 need the extra `deepspeed`."""
     shards: int | None = None
-    """Processes per shard group under hsdp; null = those of one node. World size must be a multiple of it."""
+    """Processes per shard group under hsdp; null = those of one node. The world size must be a multiple of it."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto = bf16 on CUDA, fp32 on CPU. Weights, optimizer and losses stay fp32."""
     compile: Literal["auto", "off", "blocks"] = "auto"

@@ -38,6 +38,7 @@ from pretrain.parallel.zero_masters import (
 )
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state per element, under torch's names."""
 
 
 class DeepSpeedStrategy(Strategy):
@@ -84,11 +85,11 @@ class DeepSpeedStrategy(Strategy):
         self.spans = find_spans(self.zero, self.stage, parameters)
         start_adamw(self.adamw, self.masters)
         # What the optimizer does not step on: frozen parameters and buffers.
-        self.unstepped = frozen_weights(self.stage, parameters) | {b.name: b.tensor for b in buffers}
+        self.untrained = frozen_weights(self.stage, parameters) | {b.name: b.tensor for b in buffers}
         self.average: list[Tensor] = []
         if self.optim.ema_decay is not None:
             self.average = [flat.detach().clone() for flat in self.masters]
-            self.unstepped_average = {name: tensor.clone() for name, tensor in self.unstepped.items()}
+            self.untrained_average = {name: tensor.clone() for name, tensor in self.untrained.items()}
         return self.objective
 
     def _prepare_others(self) -> None:
@@ -126,8 +127,8 @@ class DeepSpeedStrategy(Strategy):
         self.engine.step()  # clips; where the global norm is not finite, every rank drops the gradients instead
         if self.average:
             assert self.optim.ema_decay is not None
-            pairs = [(self.unstepped_average[name], tensor) for name, tensor in self.unstepped.items()]
-            floating = [(_held(a), _held(b)) for a, b in pairs if b.is_floating_point()]
+            pairs = [(self.untrained_average[name], tensor) for name, tensor in self.untrained.items()]
+            floating = [(_local_piece(a), _local_piece(b)) for a, b in pairs if b.is_floating_point()]
             averages = self.average + [average for average, _ in floating]
             weights = [flat.detach() for flat in self.masters] + [weight for _, weight in floating]
             update_ema(averages, weights, self.optim.ema_decay)
@@ -145,17 +146,17 @@ class DeepSpeedStrategy(Strategy):
         return result
 
     def _weights(self) -> Tensors:
-        return {name: span.of(self.masters) for name, span in self.spans.items()} | self.unstepped
+        return {name: span.fragment_of(self.masters) for name, span in self.spans.items()} | self.untrained
 
     def _averages(self) -> Tensors:
-        return {name: span.of(self.average) for name, span in self.spans.items()} | self.unstepped_average
+        return {name: span.fragment_of(self.average) for name, span in self.spans.items()} | self.untrained_average
 
     def _optimizer_state(self) -> Tensors:
         moments = {key: [self.adamw.state[flat][key] for flat in self.masters] for key in _MOMENTS}
         result: Tensors = {}
         for name, span in self.spans.items():
             result[f"{name}.step"] = self.adamw.state[self.masters[span.flat]]["step"].detach().clone()
-            result |= {f"{name}.{key}": span.of(flats) for key, flats in moments.items()}
+            result |= {f"{name}.{key}": span.fragment_of(flats) for key, flats in moments.items()}
         return result
 
     @torch.no_grad()
@@ -193,8 +194,11 @@ class _Buffer:
     """A persistent buffer by its place, because moving a module to a device replaces the tensor."""
 
     name: str
+    """Canonical, from the player's root."""
     owner: nn.Module
+    """The module that registered it."""
     attribute: str
+    """Its name there."""
 
     @property
     def tensor(self) -> Tensor:
@@ -208,12 +212,13 @@ def _persistent_buffers(module: nn.Module) -> Iterator[_Buffer]:
                 yield _Buffer(f"{prefix}.{attribute}" if prefix else attribute, owner, attribute)
 
 
-def _held(tensor: Tensor) -> Tensor:
+def _local_piece(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
     return tensor.piece if isinstance(tensor, Fragments) else tensor
 
 
 def _gather(share: Fragments) -> Tensor:
-    """The whole tensor, on rank 0; other ranks get rubbish. A collective."""
+    """The whole tensor on rank 0; what other ranks get is not defined. A collective."""
     whole = torch.zeros(share.numel(), dtype=share.dtype, device=share.device)
     whole[share.start : share.start + share.piece.numel()] = share.piece
     dist.reduce(whole, dst=0)  # each element is one rank's value plus zeros: exact
@@ -221,7 +226,11 @@ def _gather(share: Fragments) -> Tensor:
 
 
 def _import_deepspeed(world: World) -> Any:
-    """The module, joined to the process group that is there already."""
+    """Imports DeepSpeed for the run's device, and joins it to the process group that is there already.
+
+    Raises:
+        ValueError: this process has imported DeepSpeed for another kind of device.
+    """
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # read at import
     with _without_mlflow():
         import deepspeed
@@ -245,7 +254,7 @@ def _import_deepspeed(world: World) -> Any:
 
 @contextmanager
 def _without_mlflow() -> Iterator[None]:
-    """Its autotuner, unused here, imports MLflow where it can: 13 of 17 seconds of importing, on every rank."""
+    """Keeps DeepSpeed from importing MLflow for its autotuner, unused here: 13 of 17 seconds, on every rank."""
     if "mlflow" in sys.modules:
         yield
         return

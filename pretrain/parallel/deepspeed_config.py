@@ -62,10 +62,15 @@ _REFUSED = {
     "zero_optimization.offload_param.nvme_path": "NVMe offload is not supported; offload to the CPU",
     "zero_optimization.offload_optimizer.ratio": "it needs DeepSpeed's own Adam; all of the optimizer is offloaded",
 }
+"""Why a field is refused and what to set instead, by its dotted name."""
 
 
 def require_deepspeed(strategy: str) -> None:
-    """Raises ValueError where DeepSpeed is not installed."""
+    """Checks that the package is there, without importing it.
+
+    Raises:
+        ValueError: DeepSpeed, which `strategy` needs, is not installed.
+    """
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError(
             f"parallel.strategy is {strategy}, which needs DeepSpeed, and it is not installed; "
@@ -78,9 +83,19 @@ def check_ds_config(
 ) -> dict[str, Any]:
     """What `deepspeed.initialize` takes: Tessera's decisions and the user's file. A pure function of both.
 
-    bf16: the precision that `parallel.precision` stands for on the run's device. batch: the run's values of
-    DeepSpeed's three batch fields, compared with the file's; None where they were compared before.
-    Raises ValueError that names the field, both values and what to do.
+    Args:
+        parallel: the strategy, one of `ZERO_STAGES`, and the user's file.
+        optim: what gradient clipping follows.
+        bf16: whether forward passes compute in bf16 on the run's device.
+        batch: the run's values of DeepSpeed's three batch fields, compared with the file's; None where they were
+            compared before.
+
+    Returns:
+        DeepSpeed's configuration, nested as its JSON file is.
+
+    Raises:
+        ValueError: the file cannot be read or disagrees with the run, or the strategy cannot do what is asked; the
+            message names the field, both values and what to do.
     """
     stage = ZERO_STAGES[parallel.strategy]
     if parallel.deepspeed.offload_param and stage != 3:
@@ -93,7 +108,7 @@ def check_ds_config(
             "parallel.compile is blocks, but zero3 gathers weights by hooks inside of the blocks, which torch.compile "
             "cannot trace; set parallel.compile=off, or use zero2 or fsdp2"
         )
-    decided = _decisions(stage, parallel, optim, bf16=bf16)
+    decided = _decided_fields(stage, parallel, optim, bf16=bf16)
     path = parallel.deepspeed.ds_config
     user = {} if path is None else _flatten(_read(Path(path)))
     for name, value in user.items():
@@ -108,14 +123,16 @@ def check_ds_config(
             _check_passed_through(path, name, value, known=[*decided, *_BATCH])
     merged: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     for name, (value, _) in decided.items():
-        _put(merged, name, value)
+        _set_nested(merged, name, value)
     for name, value in user.items():
         if name not in decided and name not in _BATCH:
-            _put(merged, name, value)
+            _set_nested(merged, name, value)
     return merged
 
 
-def _decisions(stage: int, parallel: ParallelConfig, optim: OptimConfig, *, bf16: bool) -> dict[str, tuple[Any, str]]:
+def _decided_fields(
+    stage: int, parallel: ParallelConfig, optim: OptimConfig, *, bf16: bool
+) -> dict[str, tuple[Any, str]]:
     """Tessera's value of each field that it decides, and what to do about another one."""
     precision = "set parallel.precision to fp32 or bf16 (fp32 weights under autocast) and delete the field"
     decided: dict[str, tuple[Any, str]] = {
@@ -148,6 +165,11 @@ def _decisions(stage: int, parallel: ParallelConfig, optim: OptimConfig, *, bf16
 
 
 def _check_passed_through(path: str | None, name: str, value: Any, known: list[str]) -> None:
+    """Checks a field of the user's file that Tessera does not decide; `known` are the names that it does.
+
+    Raises:
+        ValueError: the field is refused or not supported; the message says why.
+    """
     for refused, reason in _REFUSED.items():
         if name == refused or name.startswith(f"{refused}."):
             raise ValueError(f"{path}: {refused} is set, but {reason}, and delete the field")
@@ -180,7 +202,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names to values; "auto" (transformers' word for "as the trainer decides") counts as not given."""
+    """Values by dotted names; "auto" (transformers' word for "as the trainer decides") counts as not given."""
     flat: dict[str, Any] = {}
     for key, value in section.items():
         if isinstance(value, dict):
@@ -190,7 +212,8 @@ def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _put(nested: dict[str, Any], name: str, value: Any) -> None:
+def _set_nested(nested: dict[str, Any], name: str, value: Any) -> None:
+    """Sets a dotted name."""
     *sections, key = name.split(".")
     for section in sections:
         nested = nested.setdefault(section, {})

@@ -25,6 +25,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes, one number per dimension."""
 
 _aten = torch.ops.aten
+"""torch's operations below autograd, which a tensor subclass sees."""
 _ELEMENTWISE = {
     _aten.detach.default,
     _aten.clone.default,
@@ -33,10 +34,11 @@ _ELEMENTWISE = {
     _aten.empty_like.default,
     _aten.isfinite.default,
 }
+"""Operations that need no other rank's elements."""
 
 
 def boxes_of_range(start: int, stop: int, shape: Sequence[int]) -> list[Box]:
-    """Cuts elements [start, stop) of a C-contiguous tensor into boxes, in the order of the elements."""
+    """Cuts elements [start, stop) of a C-contiguous tensor of `shape` into boxes, in the order of the elements."""
     if start >= stop:
         return []
     if not shape:
@@ -45,25 +47,28 @@ def boxes_of_range(start: int, stop: int, shape: Sequence[int]) -> list[Box]:
     row = math.prod(inner_shape)  # elements per index of the first dimension
     first, last = -(-start // row), stop // row  # whole indices are [first, last)
     if first > last:  # within one index
-        return _at(last, boxes_of_range(start - last * row, stop - last * row, inner_shape))
-    boxes = _at(first - 1, boxes_of_range(start - (first - 1) * row, row, inner_shape)) if start < first * row else []
+        return _nest(last, boxes_of_range(start - last * row, stop - last * row, inner_shape))
+    boxes = _nest(first - 1, boxes_of_range(start - (first - 1) * row, row, inner_shape)) if start < first * row else []
     if first < last:
         boxes.append(((first, *(0 for _ in inner_shape)), (last - first, *inner_shape)))
-    return boxes + _at(last, boxes_of_range(0, stop - last * row, inner_shape))
+    return boxes + _nest(last, boxes_of_range(0, stop - last * row, inner_shape))
 
 
-def _at(index: int, inner: list[Box]) -> list[Box]:
+def _nest(index: int, inner: list[Box]) -> list[Box]:
+    """Boxes of the inner dimensions as boxes within one index of a dimension in front of them."""
     return [((index, *offsets), (1, *sizes)) for offsets, sizes in inner]
 
 
 class Fragments(Tensor):
-    """Elements [start, start + piece.numel()) of a tensor of `shape`; the other ranks hold the rest.
+    """Elements [start, start + piece.numel()) of a tensor whose other elements the other ranks hold.
 
-    piece: 1-D, shared and not copied. shape: of the whole tensor.
+    `shape` is the whole tensor's.
     """
 
     piece: Tensor
+    """1-D: this rank's elements, shared with their owner and not copied."""
     start: int
+    """Index of the first of them in the flattened tensor."""
 
     @staticmethod
     def __new__(cls, piece: Tensor, start: int, shape: Sequence[int]) -> Fragments:

@@ -19,11 +19,21 @@ from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.world import World
 
 SMALL_BYTES = 2**30
-"""Gathered weights up to this size are kept: 1.3% of an 80 GB device for one all-gather less per block and step."""
+"""Gathered weights of up to this many bytes are kept: 1.3% of an 80 GB device for one all-gather less per block and
+step."""
 
 
 def device_mesh(kind: str, config: ParallelConfig, world: World) -> DeviceMesh:
-    """One axis of shards; under hsdp a second one of replicas in front of it."""
+    """One axis of shards; under hsdp a second one of replicas in front of it.
+
+    Args:
+        kind: "fsdp2" or "hsdp".
+        config: with the number of shards.
+        world: all processes. Under hsdp torchrun's LOCAL_WORLD_SIZE gives the processes of a node.
+
+    Raises:
+        ValueError: the shards do not divide the world size.
+    """
     if kind == "fsdp2":
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     shards = num_shards(kind, config, world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
@@ -31,7 +41,11 @@ def device_mesh(kind: str, config: ParallelConfig, world: World) -> DeviceMesh:
 
 
 def num_shards(kind: str, config: ParallelConfig, world_size: int, ranks_per_node: int) -> int:
-    """Into how many pieces a weight is cut. Raises ValueError where the processes cannot be divided so."""
+    """Into how many pieces a weight is cut.
+
+    Raises:
+        ValueError: the shards do not divide the world size.
+    """
     shards = world_size if kind == "fsdp2" else config.shards or ranks_per_node
     if world_size % shards:
         raise ValueError(f"parallel.shards is {shards}, which does not divide the world size {world_size}")
@@ -39,7 +53,15 @@ def num_shards(kind: str, config: ParallelConfig, world_size: int, ranks_per_nod
 
 
 def shard(module: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, config: ParallelConfig, bf16: bool) -> None:
-    """Shards each block and the root, in place."""
+    """Shards each block and the root, in place.
+
+    Args:
+        module: the root.
+        blocks: modules inside of it, in forward order.
+        mesh: see `device_mesh`.
+        config: when weights are gathered and freed.
+        bf16: whether forward passes compute in bf16; gradients are reduced in float32 anyway.
+    """
     # Blocks compute in bf16 on gathered bf16 weights. The root's inputs are not cast: mask noise in bf16 would have
     # ties and hide other patches than fp32 does, and targets are taken from full-precision images.
     root_policy = block_policy = MixedPrecisionPolicy()
@@ -61,7 +83,7 @@ def shard(module: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, conf
 
 
 def blocks_resharding(blocks: Sequence[nn.Module], config: ParallelConfig, bf16: bool) -> list[bool]:
-    """Of each block, whether it frees its gathered weights after its forward pass."""
+    """Whether each block frees its gathered weights after its forward pass."""
     if config.reshard_after_forward != "auto":
         return [config.reshard_after_forward == "always"] * len(blocks)
     size_bytes = sum(parameter.numel() for block in blocks for parameter in block.parameters()) * (2 if bf16 else 4)

@@ -21,10 +21,13 @@ class World:
     """This process among its peers."""
 
     rank: int
+    """Number of this process over all nodes, from 0."""
     size: int
     """Number of processes over all nodes."""
     local_rank: int
+    """Number of this process on its node, from 0."""
     device: torch.device
+    """Where it computes."""
     control: dist.ProcessGroup | None
     """gloo group for decisions, main thread only; None with one process."""
     saving: dist.ProcessGroup | None
@@ -32,6 +35,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which alone tracks, prints and exports."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
@@ -65,6 +69,7 @@ class World:
         return highest
 
     def barrier(self) -> None:
+        """Waits until every rank has come here. A collective."""
         if self.control is not None:
             dist.barrier(group=self.control)
 
@@ -74,25 +79,38 @@ class Launch:
     """What the launcher told this process."""
 
     rank: int = 0
+    """Number of this process over all nodes, from 0."""
     size: int = 1
     """Number of processes over all nodes."""
     local_rank: int = 0
+    """Number of this process on its node, from 0."""
     ranks_per_node: int = 1
+    """Number of processes on this node."""
     by_torchrun: bool = False
     """Whether there was a launcher: then there is a process group, even of one process."""
 
     @staticmethod
     def from_environment() -> Launch:
         """torchrun's variables; without them one process alone."""
-        told = {name: int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK")}
-        counts = {name: int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
         return Launch(
-            told["RANK"], counts["WORLD_SIZE"], told["LOCAL_RANK"], counts["LOCAL_WORLD_SIZE"], "RANK" in os.environ
+            rank=int(os.environ.get("RANK", "0")),
+            size=int(os.environ.get("WORLD_SIZE", "1")),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            by_torchrun="RANK" in os.environ,
         )
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """auto, cpu, or cuda with this rank's index. Raises ValueError where the device is not there."""
+    """The device of a rank.
+
+    Args:
+        name: "auto" (CUDA where it is there), "cpu" or "cuda".
+        local_rank: index of the GPU.
+
+    Raises:
+        ValueError: the name is another one, or the device is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -109,7 +127,15 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def join_world(device: str, timeout_s: float) -> World:
-    """Joins the process group that torchrun describes in the environment; alone when it describes none."""
+    """Joins the process group that torchrun describes in the environment; alone when it describes none.
+
+    Args:
+        device: see `pick_device`.
+        timeout_s: seconds that a collective may take, in each group.
+
+    Raises:
+        ValueError: the device is not there.
+    """
     launch = Launch.from_environment()
     picked = pick_device(device, launch.local_rank)
     if picked.type == "cuda":
@@ -131,9 +157,14 @@ def join_world(device: str, timeout_s: float) -> World:
 def change_timeout(world: World, timeout_s: float) -> None:
     """Sets how long a collective of training (default group) or deciding (`world.control`) may take from now on.
 
-    Long until the first step is done, because ranks load, compile and resume at different speeds; short later. It is
-    the backstop of the watchdog, so it should be longer than each of its limits after the start. `world.saving`
-    keeps its own: a slow disk is no reason to end a run. Every rank calls it at the same point of the run.
+    The limit is long until the first step is done, because ranks load, compile and resume at different speeds, and
+    short later. It is the backstop of the watchdog, so it should be longer than each of its limits after the start.
+    `world.saving` keeps its own: a slow disk is no reason to end a run. Every rank calls it at the same point of the
+    run.
+
+    Args:
+        world: this process among its peers.
+        timeout_s: seconds.
     """
     if world.control is None:
         return

@@ -31,10 +31,10 @@ class Span:
     length: int
     """Number of elements; 0 where the other ranks hold all of it."""
     shape: tuple[int, ...]
-    """Of the whole parameter."""
+    """Shape of the whole parameter."""
 
-    def of(self, flats: list[Tensor]) -> Fragments:
-        """This share of buffers that are laid out like the masters; it shares their memory."""
+    def fragment_of(self, flats: list[Tensor]) -> Fragments:
+        """This share, taken out of buffers that are laid out like the masters; it shares their memory."""
         piece = flats[self.flat].detach()[self.begin : self.begin + self.length]
         return Fragments(piece, self.start, self.shape)
 
@@ -91,7 +91,7 @@ def frozen_weights(stage: int, parameters: Mapping[str, nn.Parameter]) -> dict[s
 
 @torch.no_grad()
 def publish_masters(optimizer: Any, stage: int) -> None:
-    """Brings the weights that the forward pass reads up to the masters, as the end of a step does. A collective.
+    """Copies the masters to the weights that the forward pass reads, as the end of a step does. A collective.
 
     Without it the model would silently go on with the old weights after a load.
     """
