@@ -8,6 +8,8 @@ Legend: B batch, N tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,8 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+        self.attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor] = attend
+        """How this layer computes attention; `pretrain/memory` sets what it would do on another device."""
 
     def forward(self, tokens: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Mixes the tokens of each sample.
@@ -37,7 +41,7 @@ class SelfAttention(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, D/heads]
             for part in self.qkv(tokens).chunk(3, dim=-1)
         )
-        mixed = attend(query, key, value, attn_mask, is_causal)
+        mixed = self.attend(query, key, value, attn_mask, is_causal)
         projected: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return projected
 
