@@ -124,6 +124,8 @@ class EquivarianceConfig:
             latent_size: h, w of the latent.
             seed: of the run.
         """
+        if self.probability == 0.0:
+            return LatentView()
         applies, size, turns = position_noise(torch.tensor([step]), 3, seed ^ _EQUIVARIANCE_SEED)[0].tolist()
         if applies >= self.probability:
             return LatentView()
