@@ -18,9 +18,18 @@ from pretrain.preflight import check, total_samples
 
 
 def dry_run(config: RunConfig, processes: int, ranks_per_node: int | None = None) -> dict[str, Any]:
-    """Checks the configuration and its data as a run on `processes` would; returns what it found, JSON-able.
+    """Checks the configuration and its data as a run on `processes` would, and estimates the memory.
 
-    ranks_per_node: None: all on one node. Raises ValueError for the user's mistakes.
+    Args:
+        config: of the run.
+        processes: over all nodes.
+        ranks_per_node: None: all processes are on one node.
+
+    Returns:
+        What was found, ready for JSON: the batch accounting, and `MemoryEstimate.as_dict` as "memory".
+
+    Raises:
+        ValueError: a mistake in the configuration or the data, or processes that do not fit them.
     """
     per_node = ranks_per_node or processes
     if processes < 1 or per_node < 1:
@@ -41,7 +50,11 @@ def dry_run(config: RunConfig, processes: int, ranks_per_node: int | None = None
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The memory of one rank for people."""
+    """The memory of one rank, for people to read.
+
+    Args:
+        result: of `dry_run`.
+    """
     memory = result["memory"]
     title = (
         f"{memory['strategy']} on {result['processes']} x {memory['device']}, {memory['precision']}: "
@@ -69,7 +82,9 @@ _ROWS = {
     "host_offload": "host memory: what DeepSpeed keeps there",
     "host_staging": "host memory: the copy that a checkpoint is written from",
 }
+"""Field of `MemoryEstimate` -> what the table says of it."""
 
 
 def _gigabytes(size_bytes: int) -> str:
+    """A size for people; below 0.1 GB in MB."""
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.2f} MB"

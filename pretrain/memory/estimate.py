@@ -21,6 +21,7 @@ from pretrain.parallel.batches import fit_micro_batch
 from pretrain.parallel.fsdp2 import blocks_resharding, num_shards
 
 _FP32 = 4
+"""Bytes of a number."""
 _REDUCE_BUCKET = 25_000_000
 """Numbers in DeepSpeed's gradient bucket, as our strategy sets it."""
 
@@ -32,6 +33,7 @@ class MemoryEstimate:
     strategy: str
     """What `parallel.strategy` stands for with this number of processes."""
     world_size: int
+    """Number of processes."""
     device: str
     """cpu or cuda, which the precision and the arithmetic follow."""
     precision: str
@@ -69,21 +71,28 @@ class MemoryEstimate:
         return self.host_offload + self.host_staging
 
     def as_dict(self) -> dict[str, Any]:
+        """Every field by its name, and `host`."""
         return dataclasses.asdict(self) | {"host": self.host}
 
 
 @dataclass
 class _Parts:
-    """What the strategies fill in; as in `MemoryEstimate`."""
+    """What the strategies fill in, in bytes."""
 
     weights: int = 0
+    """As in `MemoryEstimate`."""
     gradients: int = 0
+    """As in `MemoryEstimate`."""
     growing: int = 0
     """The part of the gradients that the last backward pass of a step allocates as it goes."""
     optimizer: int = 0
+    """As in `MemoryEstimate`."""
     average: int = 0
+    """As in `MemoryEstimate`."""
     gathered: int = 0
+    """As in `MemoryEstimate`."""
     host_offload: int = 0
+    """As in `MemoryEstimate`."""
 
 
 def estimate(
@@ -91,8 +100,14 @@ def estimate(
 ) -> MemoryEstimate:
     """What one rank of a run needs.
 
-    ranks_per_node: None: all on one node. device: cpu or cuda; None: what `config.device` stands for here.
-    Raises ValueError where the processes do not fit the configuration.
+    Args:
+        config: of the run.
+        world_size: number of processes, over all nodes.
+        ranks_per_node: None: all processes are on one node.
+        device: "cpu" or "cuda"; None: what `config.device` stands for on this machine.
+
+    Raises:
+        ValueError: the processes do not fit the configuration.
     """
     parallel = config.parallel
     device = device or _device_type(config.device)
@@ -151,13 +166,13 @@ def estimate(
 
 
 def _peak(parts: _Parts, one_pass: PassMemory, batch_bytes: int) -> int:
-    """Gradients that grow do so while activations go; the optimizer steps with all of the former."""
+    """The highest sum: gradients that grow do so while activations go, and the optimizer steps with all of them."""
     lasting = parts.weights + parts.gradients - parts.growing + parts.optimizer + parts.average
     return lasting + parts.gathered + batch_bytes + max(one_pass.peak, parts.growing)
 
 
 def _add_whole(parts: _Parts, module: nn.Module, gradient_copies: int, growing: bool) -> None:
-    """single, ddp: everything on every rank."""
+    """Adds a module of `single` or `ddp`: everything lies on every rank."""
     trained = _FP32 * sum(p.numel() for p in module.parameters() if p.requires_grad)
     parts.weights += _weights_bytes(module, 1)
     parts.gradients += gradient_copies * trained
@@ -174,7 +189,7 @@ def _add_fsdp2(
     bf16: bool,
     accumulate: int,
 ) -> None:
-    """fsdp2, hsdp: shares along the first dimension, and whole weights of a few blocks."""
+    """Adds a module of `fsdp2` or `hsdp`: shares along the first dimension, and whole weights of a few blocks."""
     trained = [p for p in module.parameters() if p.requires_grad]
     share = _FP32 * sum(_share(p, shards) for p in trained)
     parts.weights += _weights_bytes(module, shards)
@@ -197,7 +212,7 @@ def _add_fsdp2(
 
 
 def _add_zero(parts: _Parts, module: nn.Module, config: RunConfig, kind: str, world_size: int) -> None:
-    """zero1, zero2, zero3, by formula: flat fp32 ranges, on the host where they are offloaded."""
+    """Adds a module of `zero1` to `zero3`, by formula: flat fp32 ranges, on the host where they are offloaded."""
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     share = _FP32 * -(-trained // world_size)
     masters_and_moments = 3 * share
@@ -226,19 +241,19 @@ def _add_zero(parts: _Parts, module: nn.Module, config: RunConfig, kind: str, wo
 
 
 def _weights_bytes(module: nn.Module, shards: int) -> int:
-    """Parameters, or the largest share of each, and whole buffers."""
+    """Bytes of the parameters, or of the largest share of each, and of the whole buffers."""
     parameters = _FP32 * sum(_share(p, shards) for p in module.parameters())
     return parameters + sum(b.numel() * b.element_size() for b in module.buffers())
 
 
 def _share(parameter: nn.Parameter, shards: int) -> int:
-    """Numbers of a parameter on the rank that has most: whole rows."""
+    """How many numbers of a parameter lie on the rank that has most; only whole rows are divided."""
     rows = parameter.shape[0] if parameter.ndim else 1
     return -(-rows // shards) * (parameter.numel() // max(1, rows))
 
 
 def _state_bytes(objective: Objective, config: RunConfig) -> int:
-    """What a checkpoint holds; each rank stages an equal part of it."""
+    """Bytes that a checkpoint holds; each rank stages an equal part of them."""
     total = 0
     for player, module in objective.players.items():
         has_average = config.optim.of(player).ema_decay is not None
@@ -249,6 +264,7 @@ def _state_bytes(objective: Objective, config: RunConfig) -> int:
 
 
 def _batch(config: RunConfig, objective: Objective, micro_batch: int) -> tuple[tuple[int, ...], torch.dtype]:
+    """The shape and the type of a micro-batch as it is stored."""
     height, width = objective.image_size
     dtype = torch.uint8 if config.data.bit_depth == 8 else torch.uint16
     if (clips := config.data.video) is not None:
@@ -257,7 +273,7 @@ def _batch(config: RunConfig, objective: Objective, micro_batch: int) -> tuple[t
 
 
 def _device_type(name: str) -> str:
-    """cuda where the driver lists a device; this asks the driver and opens no device."""
+    """What `device` stands for: "cuda" where the driver lists a device, which it is asked without opening one."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name

@@ -63,12 +63,14 @@ def measured_peak(config: RunConfig, world: World) -> int:
 
 
 def random_batch(objective: Any, micro_batch: int) -> Batch:
+    """Images of random uint8 values; what is in them does not change the memory."""
     shape = (micro_batch, objective.in_channels, *objective.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
     return Batch(images, torch.zeros(micro_batch, dtype=torch.int64), torch.arange(micro_batch), [""] * micro_batch)
 
 
 def step(strategy: NativeStrategy, objective: Any, batch: Batch, accumulate: int) -> None:
+    """One optimizer step of the only player, as the training loop makes it."""
     for micro in range(accumulate):
         strategy.accumulate(micro == accumulate - 1)
         turns = objective.turns(batch, 0)

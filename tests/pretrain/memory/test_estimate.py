@@ -17,7 +17,7 @@ from pretrain.memory.estimate import estimate
 from pretrain.parallel.config import DeepSpeedConfig
 from pretrain.parallel.world import World, pick_device
 from tests.pretrain.memory.memory_run import measured_peak
-from tests.pretrain.runs import CONFIG, ENVIRONMENT, torchrun
+from tests.pretrain.runs import CONFIG, ENVIRONMENT, ROOT, torchrun
 
 SMALL = [
     "data.train=unused",
@@ -134,6 +134,26 @@ def test_cuda_is_planned_without_one() -> None:
     planned = estimate(config, 1, device="cuda")
     assert (planned.device, planned.precision) == ("cuda", "bf16")
     assert planned.activations < estimate(_with([], precision="bf16"), 1).activations
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_checkpointing_under_sharding_in_bf16(device: str) -> None:
+    """Blocks compute the same again: LayerNorm in fp32 on CUDA, from weights that FSDP2 gathers in bf16."""
+    found = [
+        estimate(_with([], strategy="fsdp2", precision="bf16", activation_checkpointing=mode), 8, device=device)
+        for mode in ("none", "selective", "full")
+    ]
+    kept = [one.activations for one in found]
+    assert kept == sorted(kept, reverse=True)
+    assert len(set(kept)) == 3
+
+
+@pytest.mark.parametrize("phase", ["phase1", "phase3"])
+def test_tokenizers(phase: str) -> None:
+    """Several players, of which phase 3 trains a part, and gradients that are differentiated again."""
+    config = load_config(ROOT / f"configs/dcae/tiny/{phase}.yaml", ["device=cpu"])
+    one, several = estimate(config, 1), estimate(config, 2)
+    assert 0 < several.activations < one.activations < one.peak
 
 
 def test_the_command(tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
