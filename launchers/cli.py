@@ -19,7 +19,11 @@ COMMANDS = (
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The parser, with all subcommands, or with the given one alone."""
+    """The parser of the command line.
+
+    Args:
+        command: the only subcommand that it gets, which saves importing the others; None, or what is no command: all.
+    """
     parser = argparse.ArgumentParser(
         prog="tessera",
         description="Pretrain visual models from WebDataset shards: pack, train, evaluate, export, report.",
@@ -53,7 +57,14 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code."""
+    """Runs one command.
+
+    Args:
+        argv: the command line without the program's name; None: that of this process.
+
+    Returns:
+        The exit code.
+    """
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = parse(given)
     try:

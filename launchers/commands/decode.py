@@ -24,6 +24,7 @@ model usually are: name its factor."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """LATENTS, OUT, the model, and which latents."""
     parser.add_argument(
         "latents", type=Path, metavar="LATENTS", help="folder of `tessera encode`, or a .safetensors file"
     )
@@ -40,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
-    """Decodes. Raises ValueError for latents of another model's shape and pictures that exist."""
+    """Decodes latents to PNG files.
+
+    Raises:
+        ValueError: latents of another model's shape, pictures that exist, or options that do not fit.
+    """
     from rich.console import Console
 
     from launchers.progress import progress_bar
@@ -77,10 +82,17 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _latents(arguments: argparse.Namespace) -> tuple[Iterator[StoredLatent], int | None, str | None]:
-    """(latents, their number, digest of the model that encoded them), where these are known."""
+    """What the arguments name.
+
+    Returns:
+        (latents, their number, digest of the model that encoded them); None where it is not known.
+
+    Raises:
+        ValueError: the options do not fit the latents.
+    """
     from data_pipes.shards.manifest import Manifest
     from pretrain.latents.decode import latents_of_dataset, latents_of_file
-    from pretrain.latents.encode_dataset import read_about
+    from pretrain.latents.encode_dataset import read_description
 
     if arguments.latents.is_file():
         if arguments.mirrored:
@@ -92,6 +104,6 @@ def _latents(arguments: argparse.Namespace) -> tuple[Iterator[StoredLatent], int
     if arguments.scaling_factor is not None:
         raise ValueError("the latents of `tessera encode` are not scaled: leave out --scaling-factor")
     manifest = Manifest.load(arguments.latents)
-    about = read_about(manifest)
+    description = read_description(manifest)
     tensor = "mirrored" if arguments.mirrored else "latent"
-    return latents_of_dataset(manifest, tensor), manifest.num_samples, about["model"]["digest"]
+    return latents_of_dataset(manifest, tensor), manifest.num_samples, description["model"]["digest"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from data_pipes.config import DataConfig
     from pretrain.latents.encode_dataset import EncodeResult
+    from pretrain.latents.options import EncodeOptions
     from pretrain.weights.tokenizer import LoadedTokenizer
 
 HELP = "encode a data set of pictures into latent shards, with their statistics in the manifest"
@@ -27,6 +28,7 @@ the same bytes (on the same kind of device)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """SHARDS, OUT, the model, and what latents are to be."""
     parser.add_argument("shards", metavar="SHARDS", help="folder or URL of a packed or indexed data set")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to create")
     add_model(parser)
@@ -59,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model and how it runs, as `decode` and `reconstruct` have it too."""
+    """Adds --model and how it runs; `decode` and `reconstruct` have these options too."""
     parser.add_argument("--model", required=True, metavar="RUN", help="run, checkpoint, or folder in diffusers' layout")
     parser.add_argument("--no-ema", action="store_true", help="the weights themselves, not their moving average")
     parser.add_argument(
@@ -72,27 +74,36 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def size_of(text: str) -> tuple[int, int]:
-    """(height, width) from "256" or "256x384". argparse reports the ValueError for anything else."""
+    """(height, width) from "256" or "256x384".
+
+    Raises:
+        ValueError: anything else, which argparse reports.
+    """
     height, cross, width = text.partition("x")
     return int(height), int(width if cross else height)
 
 
 def load_model(arguments: argparse.Namespace) -> LoadedTokenizer:
-    """What `add_model` names."""
+    """The tokenizer that the options of `add_model` name."""
     from pretrain.weights.tokenizer import load_tokenizer
 
     return load_tokenizer(arguments.model, ema=False if arguments.no_ema else None)
 
 
 def loading_of(tokenizer: LoadedTokenizer) -> DataConfig:
-    """How the tokenizer's run reads pictures: bit depth, largest picture, storage."""
+    """How the tokenizer's run reads pictures; the defaults where there is no run."""
     from data_pipes.config import DataConfig
 
     return DataConfig() if tokenizer.config is None else tokenizer.config.data
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
-    """Encodes. Raises ValueError for unusable data, options and folders, OSError when OUT cannot be written."""
+    """Encodes a data set. Under torchrun all processes share the work, and rank 0 alone has a summary.
+
+    Raises:
+        ValueError: unusable data, options or folders.
+        OSError: OUT cannot be written.
+    """
     from rich.console import Console
 
     from data_pipes.shards.manifest import Manifest
@@ -130,17 +141,22 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         "num_samples": result.manifest.num_samples,
         "num_shards": len(result.manifest.shards),
         "num_resumed_shards": result.num_resumed_shards,
-        "num_skipped": result.about["num_skipped"],
+        "num_skipped": result.description["num_skipped"],
         "size_bytes": result.manifest.size_bytes,
         "fingerprint": result.manifest.fingerprint,
-        "model": result.about["model"],
-        "statistics": result.about["statistics"],
+        "model": result.description["model"],
+        "statistics": result.description["statistics"],
         "seconds": round(seconds, 3),
     }
 
 
-def _options(arguments: argparse.Namespace, tokenizer: LoadedTokenizer, loading: DataConfig) -> Any:
-    from pretrain.latents.encode_shard import EncodeOptions
+def _options(arguments: argparse.Namespace, tokenizer: LoadedTokenizer, loading: DataConfig) -> EncodeOptions:
+    """What the arguments and the tokenizer's run say of the latents.
+
+    Raises:
+        ValueError: the size is not known, or options do not fit each other.
+    """
+    from pretrain.latents.options import EncodeOptions
 
     size = tokenizer.image_size
     if arguments.any_size:
@@ -165,9 +181,10 @@ def _options(arguments: argparse.Namespace, tokenizer: LoadedTokenizer, loading:
 
 
 def _print_result(console: Any, out: Path, result: EncodeResult, seconds: float) -> None:
+    """Says what was encoded, for people."""
     from rich.filesize import decimal
 
-    statistics, manifest = result.about["statistics"], result.manifest
+    statistics, manifest = result.description["statistics"], result.manifest
     lines = [
         f"{out}: {manifest.num_samples:,} latents in {len(manifest.shards):,} shards, {decimal(manifest.size_bytes)}",
         f"RMS {statistics['rms']:.4g}, scaling factor {statistics['scaling_factor']:.4g}; mean and std per channel are "
@@ -175,7 +192,9 @@ def _print_result(console: Any, out: Path, result: EncodeResult, seconds: float)
     ]
     if result.num_resumed_shards:
         lines.append(f"continued: {result.num_resumed_shards:,} shards were finished before")
-    if result.about["num_skipped"]:
-        lines.append(f"left out, unreadable: {result.about['num_skipped']:,} samples, listed in {out}/skipped.json")
+    if result.description["num_skipped"]:
+        lines.append(
+            f"left out, unreadable: {result.description['num_skipped']:,} samples, listed in {out}/skipped.json"
+        )
     lines.append(f"done in {seconds:.1f} s")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

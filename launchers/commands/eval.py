@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 HELP = "evaluate a run, checkpoint, export folder or weights file: k-NN, probes, fine-tuning"
 EXAMPLES = """\
@@ -19,6 +22,7 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, the suite with its overrides, and which weights."""
     parser.add_argument("model", metavar="MODEL", help="run, checkpoint or export folder, or a weights file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the suite, e.g. test=FOLDER")
     parser.add_argument("--suite", type=Path, required=True, metavar="YAML", help="what to evaluate on which images")
@@ -30,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
+    """Evaluates the model with the suite of its kind.
+
+    Raises:
+        ValueError: a mistake in the arguments, the suite, the model or its data.
+    """
     from launchers.commands.eval_tokenizer import evaluate_tokenizer_command
     from pretrain.weights.tokenizer import is_tokenizer
 
@@ -38,16 +47,17 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _evaluate_encoder(arguments: argparse.Namespace) -> dict[str, object]:
-    """The suite of an encoder of images or clips."""
+    """Evaluates an encoder of images or clips."""
     from rich.console import Console
-    from rich.progress import Progress
 
+    from launchers.progress import print_files, progress_line
+    from pretrain.config import load_typed
     from pretrain.evaluation.encoder.features import make_accelerator
-    from pretrain.evaluation.encoder.suite import evaluate_backbone, load_suite
-    from pretrain.evaluation.results import journal_results, write_results
+    from pretrain.evaluation.encoder.suite import SuiteConfig, evaluate_backbone
+    from pretrain.evaluation.results import save_results
     from pretrain.weights.backbone import load_backbone
 
-    suite = load_suite(arguments.suite, arguments.overrides)
+    suite = load_typed(SuiteConfig, arguments.suite, arguments.overrides)
     backbones = [load_backbone(arguments.model, ema=arguments.ema, architecture=arguments.arch)]
     if arguments.untrained:
         backbones.append(load_backbone(arguments.model, untrained=True, architecture=arguments.arch))
@@ -55,24 +65,16 @@ def _evaluate_encoder(arguments: argparse.Namespace) -> dict[str, object]:
     console = Console(stderr=True)
     records: list[dict[str, Any]] = []
     files: list[Path] = []
-    with Progress(console=console, disable=not accelerator.is_main_process, transient=True) as bar:
-        line = bar.add_task("loading", total=None)
+    with progress_line(console, visible=accelerator.is_main_process) as report:
         for backbone in backbones:
-            results = evaluate_backbone(
-                backbone,
-                suite,
-                accelerator,
-                report=lambda what, done, total: bar.update(line, description=what, completed=done, total=total),
-            )
-            folder = arguments.output or (backbone.run_dir / "eval" if backbone.run_dir is not None else None)
-            if folder is not None:
-                files += write_results(results, folder)
-            journal_results(backbone, results)
+            results = evaluate_backbone(backbone, suite, accelerator, report=report)
+            files += save_results(backbone, results, arguments.output)
             records += results
     accelerator.end_training()
     if not accelerator.is_main_process:
         return {}
-    _print_table(console, records, files)
+    _print_table(console, records)
+    print_files(console, files)
     summary: dict[str, object] = {"model": str(arguments.model), "label": backbones[0].label}
     for backbone, name in zip(backbones, ("trained", "untrained"), strict=False):
         own = [record for record in records if record["model"] == backbone.label]
@@ -80,7 +82,8 @@ def _evaluate_encoder(arguments: argparse.Namespace) -> dict[str, object]:
     return summary | {"files": [str(path) for path in files], "results": records}
 
 
-def _print_table(console: Any, records: list[dict[str, Any]], files: list[Path]) -> None:
+def _print_table(console: Console, records: list[dict[str, Any]]) -> None:
+    """The figures, for people."""
     from rich.table import Table
 
     table = Table("model", "task", "top-1 %", "chosen", "train / test samples", "seconds")
@@ -94,8 +97,6 @@ def _print_table(console: Any, records: list[dict[str, Any]], files: list[Path])
             f"{record['seconds']['features']:.0f} + {record['seconds']['protocol']:.0f}",
         )
     console.print(table)
-    for path in files:
-        console.print(f"wrote {path}", highlight=False)
 
 
 def _chosen(selection: dict[str, Any]) -> str:

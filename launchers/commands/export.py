@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pretrain.weights.tokenizer import LoadedTokenizer
 
 TARGETS = ("timm", "transformers", "diffusers", "onnx", "original")
+"""What `--to` takes."""
 HELP = "export a model to another library, after reloading it there and comparing the results"
 EXAMPLES = """\
   tessera export runs/cifar10_tiny exports/cifar10_tiny --to timm
@@ -31,6 +32,7 @@ refused.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """CHECKPOINT, OUT, the target, and its options."""
     parser.add_argument("model", metavar="CHECKPOINT", help="checkpoint folder, run, or a weights file")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; it must not exist")
     parser.add_argument("--to", choices=TARGETS, required=True, help="the library, or whose code, that will load it")
@@ -47,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
+    """Exports a model.
+
+    Raises:
+        ValueError: the target cannot express the model, or options do not fit it.
+        OSError: something is at OUT, or nothing at CHECKPOINT.
+    """
     from rich.console import Console
 
     from pretrain.weights.tokenizer import is_tokenizer
@@ -65,10 +73,10 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
-    """Looks whether every option belongs to the target.
+    """Refuses options of another target.
 
     Raises:
-        ValueError: one belongs to another.
+        ValueError: there is one.
     """
     owners = {"pool": "timm", "pretraining": "transformers", "scaling_factor": "diffusers", "size": "onnx"}
     for name, target in owners.items():
@@ -77,32 +85,34 @@ def _check_options(arguments: argparse.Namespace) -> None:
 
 
 def _export_tokenizer(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
+    """Exports a tokenizer, and gives what `run` does."""
     from pretrain.export.diffusers import export_diffusers
     from pretrain.export.onnx_models import export_tokenizer_onnx
     from pretrain.export.original import export_original
     from pretrain.weights.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.model, ema=arguments.ema, verify=True)
-    about: dict[str, object]
+    summary: dict[str, object]
     if arguments.to == "diffusers":
         exported = export_diffusers(tokenizer, arguments.out, scaling_factor=arguments.scaling_factor)
-        about = {
+        summary = {
             "scaling_factor": exported.scaling_factor,
             "latent_error": exported.latent_error,
             "reconstruction_error": exported.reconstruction_error,
         }
         hint = f'diffusers.AutoencoderDC.from_pretrained("{arguments.out}")'
     elif arguments.to == "original":
-        about, hint = _about_original(export_original(tokenizer, arguments.out))
+        summary, hint = _about_original(export_original(tokenizer, arguments.out))
     else:
         size = tuple(arguments.size) if arguments.size else None
         graphs = export_tokenizer_onnx(tokenizer, arguments.out, size=size)
-        about = {"errors": dict(graphs.errors), "files": list(graphs.files)}
+        summary = {"errors": dict(graphs.errors), "files": list(graphs.files)}
         hint = f'onnxruntime.InferenceSession("{arguments.out}/encoder.onnx")'
-    return _finish(tokenizer, about, hint, arguments, console)
+    return _finish(tokenizer, summary, hint, arguments, console)
 
 
 def _export_backbone(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
+    """Exports an encoder of images or clips, and gives what `run` does."""
     from pretrain.export.onnx_models import export_backbone_onnx
     from pretrain.export.original import export_original
     from pretrain.export.timm import Pool, export_timm
@@ -112,24 +122,24 @@ def _export_backbone(arguments: argparse.Namespace, console: Console) -> dict[st
     from pretrain.weights.backbone import load_backbone
 
     backbone = load_backbone(arguments.model, ema=arguments.ema, architecture=arguments.arch, verify=True)
-    about: dict[str, object]
+    summary: dict[str, object]
     if arguments.to == "timm":
         pool: Pool = arguments.pool or "token"
         ours = export_timm(backbone, arguments.out, pool=pool)
-        about = {"architecture": ours.architecture, "pool": pool, "max_difference": ours.difference.absolute}
+        summary = {"architecture": ours.architecture, "pool": pool, "max_difference": ours.difference.absolute}
         hint = f'timm.create_model("local-dir:{ours.folder}", pretrained=True)'
     elif arguments.to == "transformers":
         export = export_videomae if isinstance(backbone.model, VideoViT) else export_vit
         theirs = export(backbone, arguments.out, pretraining=arguments.pretraining)
-        about = {"architecture": theirs.architecture, "errors": theirs.errors}
+        summary = {"architecture": theirs.architecture, "errors": theirs.errors}
         hint = f'transformers.{theirs.architecture}.from_pretrained("{theirs.folder}")'
     elif arguments.to == "original":
-        about, hint = _about_original(export_original(backbone, arguments.out))
+        summary, hint = _about_original(export_original(backbone, arguments.out))
     else:
         graphs = export_backbone_onnx(backbone, arguments.out)
-        about = {"errors": dict(graphs.errors), "files": list(graphs.files)}
+        summary = {"errors": dict(graphs.errors), "files": list(graphs.files)}
         hint = f'onnxruntime.InferenceSession("{arguments.out}/{graphs.files[0]}")'
-    return _finish(backbone, about, hint, arguments, console)
+    return _finish(backbone, summary, hint, arguments, console)
 
 
 def _about_original(exported: OriginalExport) -> tuple[dict[str, object], str]:
@@ -143,13 +153,24 @@ def _about_original(exported: OriginalExport) -> tuple[dict[str, object], str]:
 
 def _finish(
     model: Backbone | LoadedTokenizer,
-    about: dict[str, object],
+    summary: dict[str, object],
     hint: str,
     arguments: argparse.Namespace,
     console: Console,
 ) -> dict[str, object]:
-    """Says what was done, and how to load it; returns the summary."""
-    console.print(f"[bold]exported[/] {model.label} to {arguments.out}; differences from ours: {_errors(about)}")
+    """Says what was done, and how to load it.
+
+    Args:
+        model: what was exported.
+        summary: what the target's exporter says of it.
+        hint: the line that loads it.
+        arguments: of the command.
+        console: on stderr.
+
+    Returns:
+        The whole summary.
+    """
+    console.print(f"[bold]exported[/] {model.label} to {arguments.out}; differences from ours: {_errors(summary)}")
     console.print(f"load it: {hint}", highlight=False)
     return {
         "out": str(arguments.out),
@@ -157,12 +178,12 @@ def _finish(
         "weights": model.weights,
         "step": model.step,
         "model_digest": model.digest,
-        **about,
+        **summary,
     }
 
 
-def _errors(about: dict[str, object]) -> str:
-    """The figures in a summary that are errors."""
-    found = about.get("errors") or {name: value for name, value in about.items() if isinstance(value, float)}
+def _errors(summary: dict[str, object]) -> str:
+    """The figures of a summary that are errors, as text."""
+    found = summary.get("errors") or {name: value for name, value in summary.items() if isinstance(value, float)}
     assert isinstance(found, dict)
     return ", ".join(f"{name} {value:.2g}" for name, value in found.items() if name != "scaling_factor")

@@ -23,6 +23,7 @@ other."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """PICTURES, OUT, the model, and the size."""
     parser.add_argument("pictures", type=Path, nargs="+", metavar="PICTURES", help="picture files, or folders of them")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results")
     add_model(parser)
@@ -33,7 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
-    """Reconstructs. Raises ValueError for unreadable pictures and results that exist."""
+    """Writes each picture beside its reconstruction.
+
+    Raises:
+        ValueError: a picture cannot be read, or a result exists.
+    """
     from rich.console import Console
 
     from data_pipes.transforms.image import EvalTransform
@@ -77,6 +82,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _print_table(console: Any, results: list[Reconstruction], mean: float) -> None:
+    """The figures, for people."""
     from rich.table import Table
 
     table = Table("picture", "height x width", "PSNR dB", "side by side")

@@ -17,7 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
-    """Write the page; returns its path and size. Raises FileNotFoundError or ValueError when RUN is no run."""
+    """Writes the page of a run.
+
+    Raises:
+        FileNotFoundError: there is no folder RUN.
+        ValueError: RUN is no run.
+    """
     from rich.console import Console
 
     from pretrain.report.report import build_report

@@ -17,7 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
-    """Send the rest of the journal. Raises FileNotFoundError or ValueError when RUN is no run, else ShippingError."""
+    """Sends the rest of the journal.
+
+    Raises:
+        FileNotFoundError: there is no folder RUN.
+        ValueError: RUN is no run, or the URI is none.
+        ShippingError: MLflow cannot be reached, or does not take the journal.
+    """
     from rich.console import Console
 
     from pretrain.tracking.tracker import check_uri, sync

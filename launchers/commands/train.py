@@ -21,10 +21,12 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `python -m pretrain`."""
     add_run_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
+    """Trains, or with --dry-run says what training would need."""
     summary = run_training(arguments)
     if arguments.json:
         return dict(summary)

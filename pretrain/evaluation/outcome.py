@@ -23,6 +23,6 @@ class Outcome:
     """test images behind every figure in `metrics`"""
 
 
-def percentage_correct(predictions_equal: int, num_samples: int) -> float:
-    """Accuracy in percent; `num_samples` > 0."""
-    return 100.0 * predictions_equal / num_samples
+def percentage_correct(num_correct: int, num_samples: int) -> float:
+    """Accuracy in percent, of at least one sample."""
+    return 100.0 * num_correct / num_samples

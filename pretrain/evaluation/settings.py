@@ -1,4 +1,4 @@
-"""Settings of a task as an instance of their dataclass, with an error that names the nearest known key."""
+"""The tasks of a suite: each names a protocol, and settings that become an instance of the protocol's dataclass."""
 
 from __future__ import annotations
 
@@ -12,10 +12,42 @@ from omegaconf.errors import OmegaConfBaseException
 from pretrain.config import nearest
 
 T = TypeVar("T")
+"""A dataclass of settings."""
+
+
+def task_settings(
+    task: str, protocol: str, settings: Mapping[str, Any], schemas: Mapping[str, type[Any]], kind: str = "protocols"
+) -> Any:
+    """The settings of one task, checked.
+
+    Args:
+        task: its name in the suite.
+        protocol: what the suite names as its protocol.
+        settings: what the suite sets; other fields keep their defaults.
+        schemas: name of a protocol -> dataclass of its settings.
+        kind: what a message calls the protocols.
+
+    Returns:
+        An instance of the protocol's dataclass.
+
+    Raises:
+        ValueError: an unknown protocol or key (the message has the nearest known one), or a value of another type.
+    """
+    if protocol not in schemas:
+        raise ValueError(
+            f"tasks.{task}.protocol is {protocol!r}; known {kind}: {', '.join(schemas)}"
+            + nearest(protocol, list(schemas))
+        )
+    return typed_settings(schemas[protocol], settings, f"tasks.{task}.settings")
 
 
 def typed_settings(schema: type[T], settings: Mapping[str, Any], where: str) -> T:
     """`settings` as an instance of the dataclass `schema`.
+
+    Args:
+        schema: a dataclass.
+        settings: values of its fields; fields that are missing keep their defaults.
+        where: the settings' place in the suite, for messages.
 
     Raises:
         ValueError: an unknown key (the message has the nearest known one) or a value of another type.

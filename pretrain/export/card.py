@@ -1,15 +1,17 @@
-"""The model card (README.md) of an export: what the weights are, where they come from, how to load them.
+"""What model cards (README.md) of all exports say alike: the layout, where weights come from, and their evaluations.
 
-In: a `Backbone`, what was exported and how closely it was reproduced. Out: Markdown. It exists because weights without
-provenance cannot be trusted or cited; all of it is read from the run, and what is not known is said to be unknown.
+In: a `Backbone` or a `LoadedTokenizer`. Out: pieces of Markdown. It exists because weights without provenance cannot be
+trusted or cited; all of it is read from the run, and what is not known is said to be unknown.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import nn
 
 from pretrain.checkpoint.folder import Folder
 from pretrain.checkpoint.open_folder import open_folder
@@ -19,6 +21,14 @@ if TYPE_CHECKING:
     from pretrain.config import RunConfig
 
 UNKNOWN = "not recorded"
+"""Stands for what the run does not tell."""
+NO_RESULTS = "No results of these weights were recorded when they were exported."
+"""Stands for the table of evaluations where it would be empty."""
+NO_LICENSE = (
+    "No license has been declared for these weights. Whoever publishes them states one here, with regard to the terms "
+    "of the training images."
+)
+"""The last section of every card."""
 
 
 class Origin(Protocol):
@@ -42,45 +52,30 @@ class Origin(Protocol):
     def run_dir(self) -> Path | None: ...
 
 
-def model_card(
-    backbone: Backbone,
-    name: str,
-    description: Mapping[str, Any],
-    *,
-    pool: str,
-    max_difference: float,
-    tolerance: float,
+def compose_card(
+    title: str,
+    tags: Sequence[str],
+    summary: str,
+    sections: Mapping[str, str],
+    metadata: Mapping[str, str] | None = None,
 ) -> str:
-    """The README.md of an exported folder.
+    """The text of a README.md.
 
     Args:
-        backbone: what was exported.
-        name: the folder's name, used as title.
-        description: the export's config.json.
-        pool: `token` or `avg`.
-        max_difference: largest absolute difference of timm's features from ours, as measured.
-        tolerance: what was allowed, relative to the size of features larger than 1.
+        title: of the card.
+        tags: for model hubs.
+        summary: the first paragraph.
+        sections: heading -> text; a section on the license is added.
+        metadata: what else model hubs read, before the tags.
     """
-    sections = [
-        "---\nlibrary_name: timm\npipeline_tag: image-feature-extraction\ntags:\n- image-feature-extraction\n- timm\n"
-        "- masked-autoencoder\n---",
-        f"# {name}",
-        _summary(backbone, pool),
-        "## Use\n\n" + _snippets(name, description),
-        "## Provenance\n\n" + _table(provenance(backbone)),
-        "## Reproduction\n\n"
-        "Reloaded with timm before publication, strictly and in both ways shown above. Largest absolute difference of "
-        f"any feature (all tokens and pooled, random inputs, fp32): {max_difference:.3g}; allowed: {tolerance:.3g}, "
-        "times the largest value where that exceeds 1.",
-        "## Evaluation\n\n" + _evaluation(backbone),
-        "## License\n\nNo license has been declared for these weights. Whoever publishes them states one here, with "
-        "regard to the terms of the training images.",
-    ]
-    return "\n\n".join(sections) + "\n"
+    head = [f"{key}: {value}" for key, value in (metadata or {}).items()]
+    parts = ["\n".join(["---", *head, "tags:", *(f"- {tag}" for tag in tags), "---"]), f"# {title}", summary]
+    parts += [f"## {heading}\n\n{text}" for heading, text in (*sections.items(), ("License", NO_LICENSE))]
+    return "\n\n".join(parts) + "\n"
 
 
 def provenance(backbone: Origin) -> dict[str, str]:
-    """Where the weights come from, as label -> text; unknown entries say so."""
+    """Where the weights come from, as label -> text; what is not known says so."""
     complete = backbone.complete or {}
     run = _read_json(open_folder(backbone.run_dir), "run.json") if backbone.run_dir is not None else {}
     state = _read_json(backbone.checkpoint, "state.json") if backbone.checkpoint is not None else {}
@@ -101,72 +96,43 @@ def provenance(backbone: Origin) -> dict[str, str]:
     }
 
 
-def read_results(run_dir: Path, label: str) -> list[dict[str, Any]]:
-    """The evaluation results of one model of a run, in the order of their file names."""
-    folder = open_folder(run_dir / "eval" / label)
-    return [_read_json(folder, name) for name in sorted(folder.files()) if name.endswith(".json")]
-
-
-def _summary(backbone: Backbone, pool: str) -> str:
-    config = backbone.model.config
-    height, width = config.image_size
-    patch = " x ".join(str(side) for side in config.patch_size)
-    num_parameters = sum(parameter.numel() for parameter in backbone.model.parameters())
-    pooled = "the class token" if pool == "token" else "the average of the patch tokens, normalised after averaging"
-    pixels = f"{config.in_channels} channel{'s' if config.in_channels > 1 else ''} of {height} x {width} pixels"
-    return (
-        f"A vision transformer backbone without a head: width {config.width}, depth {config.depth}, {config.heads} "
-        f"heads, patches of {patch} pixels, {num_parameters / 1e6:.2f} M parameters. Input: {pixels}, "
-        f"in [0, 1], then normalised with mean {_numbers(backbone.mean)} and std "
-        f"{_numbers(backbone.std)}. Pooled feature: {pooled}."
-    )
-
-
-def _snippets(name: str, description: Mapping[str, Any]) -> str:
-    arguments = ", ".join(f"{key}={value!r}" for key, value in description["model_args"].items())
-    return (
-        "```python\nimport timm\n\n"
-        f'model = timm.create_model("local-dir:{name}", pretrained=True).eval()\n'
-        "features = model(images)                  # [B, D], pooled\n"
-        "tokens = model.forward_features(images)   # [B, 1 + N, D], the class token first\n```\n\n"
-        "or, without config.json:\n\n"
-        "```python\nmodel = timm.create_model(\n"
-        f'    "{description["architecture"]}", num_classes=0, checkpoint_path="{name}/model.safetensors",\n'
-        f"    {arguments},\n).eval()\n```"
-    )
-
-
-def _evaluation(backbone: Backbone) -> str:
-    results = read_results(backbone.run_dir, backbone.label) if backbone.run_dir is not None else []
-    rows = [
-        f"| {result['task']} | `{result['protocol']}` | {result['metrics']['top1']:.2f} | {result['num_test']:,} |"
+def top1_results(backbone: Backbone) -> list[dict[str, Any]]:
+    """The run's evaluation results of exactly these weights that have a `top1`, in the order of their file names."""
+    if backbone.run_dir is None:
+        return []
+    folder = open_folder(backbone.run_dir / "eval" / backbone.label)
+    results = [_read_json(folder, name) for name in sorted(folder.files()) if name.endswith(".json")]
+    return [
+        result
         for result in results
         if "top1" in result.get("metrics", {}) and result.get("model_digest") == backbone.digest
     ]
-    if not rows:
-        return "No results of these weights were recorded when they were exported."
-    return "\n".join(
-        [
-            "Frozen features; top-1 in percent.",
-            "",
-            "| task | protocol | top-1 | test images |",
-            "|---|---|---|---|",
-            *rows,
-        ]
-    )
 
 
-def _revision(run: Mapping[str, Any]) -> str:
-    git = (run.get("environment") or {}).get("git") or {}
-    return f"{git['revision']}{' (with local changes)' if git.get('dirty') else ''}" if "revision" in git else UNKNOWN
-
-
-def _table(rows: Mapping[str, str]) -> str:
+def table(rows: Mapping[str, str]) -> str:
+    """Two columns without a head, in Markdown."""
     return "\n".join(["| | |", "|---|---|", *(f"| {label} | {text} |" for label, text in rows.items())])
 
 
-def _numbers(values: Iterable[float]) -> str:
+def numbers(values: Sequence[float]) -> str:
+    """Numbers as a list, such as "[0.5, 0.25]"."""
     return "[" + ", ".join(f"{value:g}" for value in values) + "]"
+
+
+def channels_text(count: int) -> str:
+    """A number of channels, such as "1 channel" or "3 channels"."""
+    return f"{count} channel{'s' if count > 1 else ''}"
+
+
+def parameters_text(model: nn.Module) -> str:
+    """The size of a model, such as "85.80 M parameters"."""
+    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters"
+
+
+def _revision(run: Mapping[str, Any]) -> str:
+    """The revision of the code, by the run's run.json."""
+    git = (run.get("environment") or {}).get("git") or {}
+    return f"{git['revision']}{' (with local changes)' if git.get('dirty') else ''}" if "revision" in git else UNKNOWN
 
 
 def _read_json(folder: Folder, name: str) -> dict[str, Any]:

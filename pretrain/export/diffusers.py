@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pretrain.export.card import provenance
-from pretrain.export.publish import ExportError, check_error, compose_card, new_folder, relative_error, table
+from pretrain.export.card import channels_text, compose_card, parameters_text, provenance, table
+from pretrain.export.publish import check_error, load_completely, publish, relative_error, write_tensors
 from pretrain.models.tokenizers.dc_ae import DCAE
 from pretrain.weights.dc_ae import DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS
 from pretrain.weights.dc_ae_names import diffusers_config, to_diffusers
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from pretrain.weights.tokenizer import LoadedTokenizer
 
 TOLERANCE = 1e-5
-# What an AutoencoderDC that lacks one of these settings does.
+"""Largest relative error of latents and reconstructions that is published."""
 _WITHOUT = {"encoder_out_shortcut": True, "decoder_in_shortcut": True, "decoder_conv_act_fn": "relu"}
+"""What an AutoencoderDC that lacks one of these settings does."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class DiffusersExport:
     """What was published."""
 
     folder: Path
+    """where it is"""
     scaling_factor: float
     """in config.json: what a diffusion model multiplies the latents with"""
     latent_error: float
@@ -51,7 +53,7 @@ class DiffusersExport:
 def export_diffusers(
     tokenizer: LoadedTokenizer, out: Path, *, scaling_factor: float | None = None, tolerance: float = TOLERANCE
 ) -> DiffusersExport:
-    """Exports `tokenizer` into the new folder `out`.
+    """Exports a tokenizer into the new folder `out`.
 
     Args:
         tokenizer: what to export; a DC-AE for pixels in [-1, 1].
@@ -72,7 +74,7 @@ def export_diffusers(
     model = tokenizer.model
     assert isinstance(model, DCAE)
     factor, origin = _scaling_factor(tokenizer, model, scaling_factor)
-    with new_folder(out) as partial:
+    with publish(out) as partial:
         described = diffusers_config(model.config) | {"scaling_factor": factor}
         _write(partial, described, model)
         latent_error, reconstruction_error = compare(model, load_strictly(partial, described))
@@ -109,22 +111,33 @@ def why_not(tokenizer: LoadedTokenizer) -> str | None:
 def load_strictly(folder: Path, described: dict[str, Any]) -> Any:
     """The `AutoencoderDC` of a folder, on the CPU in evaluation mode.
 
-    Raises ExportError where a tensor is missing, left over or of another shape, or a setting differs from `described`.
+    Args:
+        folder: holds the export.
+        described: the settings that were written.
+
+    Raises:
+        ExportError: as `load_completely`.
     """
-    model, info = _autoencoder_dc().from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
-    problems = {kind: found for kind, found in info.items() if found}
-    if problems:
-        raise ExportError(f"diffusers did not load the export completely: {problems}")
-    for name, value in described.items():
-        loaded = model.config.get(name, _WITHOUT.get(name))
-        if json.dumps(loaded) != json.dumps(value):
-            raise ExportError(f"diffusers reads {name} as {loaded!r}; {value!r} was written")
-    return model.eval()
+    return load_completely(
+        "diffusers",
+        _autoencoder_dc(),
+        folder,
+        described,
+        lambda config, name: config.get(name, _WITHOUT.get(name)),
+    )
 
 
 @torch.no_grad()
 def compare(model: DCAE, theirs: Any) -> tuple[float, float]:
-    """The largest relative errors of (latents, reconstructions) over pictures of two sizes; NaN counts as infinite."""
+    """The largest relative errors of (latents, reconstructions) over pictures of two sizes.
+
+    Args:
+        model: ours.
+        theirs: an `AutoencoderDC`.
+
+    Returns:
+        Both errors; infinite where a value is not finite.
+    """
     latent_error = reconstruction_error = 0.0
     for images in example_images(model):
         latent = model.eval().encode(images)
@@ -136,8 +149,10 @@ def compare(model: DCAE, theirs: Any) -> tuple[float, float]:
 
 
 def example_images(model: DCAE) -> list[Tensor]:
-    """Pictures in [-1, 1] [B, C, H, W] for comparisons: noise, seeded, of a size for attention's quadratic form and of
-    one for its linear form (at most stages).
+    """Pictures for comparisons: seeded noise in [-1, 1].
+
+    Returns:
+        [B, C, H, W] of a size for attention's quadratic form, and of one for its linear form (at most stages).
     """
     factor, generator = model.config.factor, torch.Generator().manual_seed(0)
     sizes = [(2, factor, 2 * factor), (1, max(2 * factor, 128), max(3 * factor, 192))]
@@ -148,6 +163,11 @@ def example_images(model: DCAE) -> list[Tensor]:
 
 
 def _autoencoder_dc() -> Any:
+    """diffusers' class.
+
+    Raises:
+        ImportError: diffusers is not installed.
+    """
     try:
         from diffusers import AutoencoderDC
     except ImportError as error:
@@ -158,12 +178,16 @@ def _autoencoder_dc() -> Any:
 
 
 def _known_settings() -> set[str]:
-    """Of the installed version."""
+    """The settings that the installed version's AutoencoderDC takes."""
     return set(inspect.signature(_autoencoder_dc().__init__).parameters)
 
 
 def _scaling_factor(tokenizer: LoadedTokenizer, model: DCAE, given: float | None) -> tuple[float, str]:
-    """(the factor, where it comes from)."""
+    """The factor to write, and where it comes from.
+
+    Raises:
+        ValueError: the factor that was given is no positive number.
+    """
     if given is not None:
         if not (given > 0.0 and math.isfinite(given)):
             raise ValueError(f"the scaling factor is {given}; expected 1 / RMS of the latents, a positive number")
@@ -176,27 +200,23 @@ def _scaling_factor(tokenizer: LoadedTokenizer, model: DCAE, given: float | None
 
 
 def _write(folder: Path, described: dict[str, Any], model: DCAE) -> None:
+    """Writes config.json and the weights under diffusers' names."""
     import diffusers
-    from safetensors.torch import save_file
 
     entries = {"_class_name": "AutoencoderDC", "_diffusers_version": diffusers.__version__, **described}
     (folder / DIFFUSERS_CONFIG).write_text(json.dumps(entries, indent=2) + "\n")
-    state = {
-        name: (tensor.float() if tensor.is_floating_point() else tensor).detach().contiguous()
-        for name, tensor in to_diffusers(model.state_dict()).items()
-    }
-    save_file(state, folder / DIFFUSERS_WEIGHTS, metadata={"format": "pt"})
+    write_tensors(folder / DIFFUSERS_WEIGHTS, to_diffusers(model.state_dict()))
 
 
 def _card(tokenizer: LoadedTokenizer, model: DCAE, exported: DiffusersExport, origin: str, tolerance: float) -> str:
+    """The text of README.md; `origin` says where the scaling factor comes from."""
     config, name = model.config, exported.folder.name
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     summary = (
-        f"A deep compression autoencoder (DC-AE, arXiv 2410.10733): images of {config.in_channels} "
-        f"channel{'s' if config.in_channels > 1 else ''} to latents of {config.latent_channels} channels and 1/"
-        f"{config.factor} of their height and width, and back; {num_parameters / 1e6:.2f} M parameters. Pixels lie in "
-        f"[-1, 1]: stored values on the scale [0, 1], minus 0.5, divided by 0.5. Height and width are multiples of "
-        f"{config.factor}. Scaling factor: {exported.scaling_factor:g} ({origin})."
+        f"A deep compression autoencoder (DC-AE, arXiv 2410.10733): images of {channels_text(config.in_channels)} to "
+        f"latents of {config.latent_channels} channels and 1/{config.factor} of their height and width, and back; "
+        f"{parameters_text(model)}. Pixels lie in [-1, 1]: stored values on the scale [0, 1], minus 0.5, divided by "
+        f"0.5. Height and width are multiples of {config.factor}. Scaling factor: {exported.scaling_factor:g} "
+        f"({origin})."
     )
     use = (
         "```python\nfrom diffusers import AutoencoderDC\n\n"
@@ -210,10 +230,5 @@ def _card(tokenizer: LoadedTokenizer, model: DCAE, exported: DiffusersExport, or
         f"(fp32, noise of {sizes} pixels) of latents: {exported.latent_error:.3g}, of reconstructions: "
         f"{exported.reconstruction_error:.3g}; allowed: {tolerance:.3g}."
     )
-    origin_table = table(provenance(tokenizer))
-    return compose_card(
-        name,
-        ("diffusers", "autoencoder", "dc-ae"),
-        summary,
-        {"Use": use, "Provenance": origin_table, "Reproduction": reproduction},
-    )
+    sections = {"Use": use, "Provenance": table(provenance(tokenizer)), "Reproduction": reproduction}
+    return compose_card(name, ("diffusers", "autoencoder", "dc-ae"), summary, sections)

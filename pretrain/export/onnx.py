@@ -17,12 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from pretrain.export.publish import ExportError, check_error, compose_card, new_folder, relative_error, table
+from pretrain.export.card import compose_card, table
+from pretrain.export.publish import ExportError, check_error, publish, relative_error
 
 OPSET = 20
+"""Version of ONNX's operators."""
 TOLERANCE = 1e-5
+"""Largest relative error of an output that is published."""
 
 Inputs = tuple[Tensor, ...]
+"""What a module is called with."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,9 @@ class Graph:
     example: Inputs
     """what it is traced with; at least 2 long along each dynamic axis"""
     input_names: tuple[str, ...]
+    """in the order of the module's arguments"""
     output_names: tuple[str, ...]
+    """in the order of what the module gives"""
     dynamic: tuple[Mapping[int, Any], ...]
     """per input, the axes that may have any length, each with its `torch.export.Dim`"""
     checks: tuple[Inputs, ...]
@@ -48,6 +54,7 @@ class OnnxExport:
     """What was published."""
 
     folder: Path
+    """where it is"""
     files: tuple[str, ...]
     """the graphs; their weights lie beside them"""
     errors: Mapping[str, float]
@@ -71,7 +78,8 @@ def export_onnx(
         module: gives one tensor or a tuple of them; is put into evaluation mode.
         inputs: example inputs; at least 2 long along each dynamic axis.
         out: must not exist; it appears when everything has been compared, and not otherwise.
-        input_names, output_names: names in the graph.
+        input_names: names in the graph, in the order of the module's arguments.
+        output_names: names in the graph, in the order of what the module gives.
         dynamic: per input, the axes of any length, each with its `torch.export.Dim`; None: axis 0, the batch.
         checks: inputs for the comparison; None: the example, and its first sample alone.
         tolerance: largest allowed relative error of an output.
@@ -99,12 +107,21 @@ def export_graphs(
 ) -> OnnxExport:
     """Exports graphs with outputs of different names into the new folder `out`.
 
-    summary, sections: of the model card, which also lists the graphs and the errors that were measured.
-    Raises as `export_onnx`.
+    Args:
+        graphs: one file each.
+        out: must not exist; it appears when everything has been compared, and not otherwise.
+        summary: of the model card.
+        sections: of the model card, which also lists the graphs and the errors that were measured.
+        tolerance: largest allowed relative error of an output.
+
+    Raises:
+        FileExistsError: something is at `out`.
+        ImportError: onnx, onnxscript or onnxruntime is not installed.
+        ExportError: onnxruntime computes something else.
     """
     _check_installed()
     errors: dict[str, float] = {}
-    with new_folder(out) as partial:
+    with publish(out) as partial:
         for graph in graphs:
             expected = outputs(graph)  # before tracing, which may leave its placeholders in a module's caches
             write_graph(graph, partial)
@@ -117,14 +134,8 @@ def export_graphs(
             f"relative error (fp32): {measured}; allowed: {tolerance:.3g}."
         )
         inventory = table({f"{graph.name}.onnx": _signature(graph) for graph in graphs})
-        (partial / "README.md").write_text(
-            compose_card(
-                out.name,
-                ("onnx",),
-                summary,
-                {"Graphs": inventory, **sections, "Reproduction": reproduction},
-            )
-        )
+        sections = {"Graphs": inventory, **sections, "Reproduction": reproduction}
+        (partial / "README.md").write_text(compose_card(out.name, ("onnx",), summary, sections))
     return OnnxExport(out, tuple(f"{graph.name}.onnx" for graph in graphs), errors)
 
 
@@ -149,13 +160,25 @@ def write_graph(graph: Graph, folder: Path) -> None:
 
 @torch.no_grad()
 def outputs(graph: Graph) -> list[tuple[Tensor, ...]]:
-    """What the module gives for each of the graph's checks."""
+    """What the module gives for each of the graph's checks, always as a tuple."""
     given = [graph.module.eval()(*inputs) for inputs in graph.checks]
     return [output if isinstance(output, tuple) else (output,) for output in given]
 
 
 def compare(graph: Graph, expected: Sequence[tuple[Tensor, ...]], folder: Path) -> dict[str, float]:
-    """Per output, the largest relative error of onnxruntime's from the expected ones; NaN counts as infinite."""
+    """Runs a graph with onnxruntime.
+
+    Args:
+        graph: whose checks are run.
+        expected: of `outputs`.
+        folder: holds the graph's file.
+
+    Returns:
+        Output -> the largest relative error; infinite where a value is not finite.
+
+    Raises:
+        ExportError: a dynamic axis has become a number, or an output has another shape.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(folder / f"{graph.name}.onnx"), providers=["CPUExecutionProvider"])
@@ -170,6 +193,11 @@ def compare(graph: Graph, expected: Sequence[tuple[Tensor, ...]], folder: Path) 
 
 
 def _check_installed() -> None:
+    """Refuses to begin without the packages that are needed at the end.
+
+    Raises:
+        ImportError: one of them is not installed.
+    """
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -181,9 +209,14 @@ def _check_installed() -> None:
 
 
 def _check_axes(graph: Graph, shapes: Mapping[str, Sequence[Any]]) -> None:
-    """Raises ExportError where tracing has turned the length of a dynamic axis into a number, which torch does not say.
+    """Finds what torch does not say: that tracing has turned the length of a dynamic axis into a number.
 
-    shapes: of the inputs in the file; a dynamic axis has a name there.
+    Args:
+        graph: as it was to be.
+        shapes: of the inputs in the file; a dynamic axis has a name there.
+
+    Raises:
+        ExportError: there is such an axis.
     """
     for name, axes in zip(graph.input_names, graph.dynamic, strict=True):
         fixed = [axis for axis in axes if isinstance(shapes[name][axis], int)]
@@ -196,6 +229,7 @@ def _check_axes(graph: Graph, shapes: Mapping[str, Sequence[Any]]) -> None:
 
 
 def _signature(graph: Graph) -> str:
+    """Inputs with their axes, and outputs, for the model card."""
     described = []
     for name, tensor, axes in zip(graph.input_names, graph.example, graph.dynamic, strict=True):
         sides = [str(getattr(axes.get(axis), "__name__", length)) for axis, length in enumerate(tensor.shape)]

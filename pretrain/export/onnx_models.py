@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from pretrain.export.card import provenance
+from pretrain.export.card import channels_text, numbers, provenance, table
 from pretrain.export.onnx import OPSET, TOLERANCE, Graph, OnnxExport, export_graphs
-from pretrain.export.publish import numbers, table
 from pretrain.models.vit import ViT
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from pretrain.weights.tokenizer import LoadedTokenizer
 
 _PIXELS = "float32 on the scale [0, 1]: stored values / 255, or / 65535 for 16 bit"
+"""What a card says of pixels."""
 
 
 def export_tokenizer_onnx(
@@ -33,8 +33,8 @@ def export_tokenizer_onnx(
 ) -> OnnxExport:
     """Exports a tokenizer's encoder and decoder into the new folder `out`, for batches of any size.
 
-    encoder.onnx: float32 pixels [B, C, H, W] in [0, 1], sides multiples of the factor -> unscaled latents [B, L, h, w].
-    decoder.onnx: the way back; its pixels may leave [0, 1] a little.
+    encoder.onnx takes float32 pixels [B, C, H, W] in [0, 1], whose sides are multiples of the factor, to unscaled
+    latents [B, L, h, w]; decoder.onnx is the way back, and its pixels may leave [0, 1] a little.
 
     Args:
         tokenizer: what to export.
@@ -43,7 +43,11 @@ def export_tokenizer_onnx(
             cannot trace otherwise (transformers compute their positions for one size); None: all sizes.
         tolerance: largest allowed relative error of latents and reconstructions.
 
-    Raises as `export_onnx`, and ValueError for a size that is no multiple of the factor.
+    Raises:
+        FileExistsError: something is at `out`.
+        ImportError: onnx, onnxscript or onnxruntime is not installed.
+        ValueError: `size` is no multiple of the factor.
+        ExportError: onnxruntime computes something else.
     """
     config = tokenizer.model.config
     factor, channels = config.factor, config.in_channels
@@ -79,10 +83,19 @@ def export_tokenizer_onnx(
 def export_backbone_onnx(backbone: Backbone, out: Path, *, tolerance: float = TOLERANCE) -> OnnxExport:
     """Exports a backbone's features into the new folder `out`, as model.onnx, for batches of any size.
 
-    In: float32 pixels [B, C, H, W] in [0, 1], or clips [B, C, T, H, W] where the backbone is a video transformer. Out:
-    the class token [B, D] (the mean of the tokens where there is none) and the tokens [B, N, D], after the final norm.
+    The graph takes float32 pixels [B, C, H, W] in [0, 1], or clips [B, C, T, H, W] where the backbone is a video
+    transformer, to the class token [B, D] (the mean of the tokens where there is none) and the tokens [B, N, D], both
+    after the final norm.
 
-    Raises as `export_onnx`.
+    Args:
+        backbone: what to export.
+        out: must not exist; it appears when everything has been compared, and not otherwise.
+        tolerance: largest allowed relative error of the features.
+
+    Raises:
+        FileExistsError: something is at `out`.
+        ImportError: onnx, onnxscript or onnxruntime is not installed.
+        ExportError: onnxruntime computes something else.
     """
     model = backbone.model
     shape = model.config.in_channels, *_size(backbone)
@@ -103,10 +116,19 @@ class Normalised(nn.Module):
     """A model and the statistics of its pixels, shaped for [B, C, H, W] or [B, C, T, H, W]."""
 
     mean: Tensor
+    """buffer [C, 1, 1] or [C, 1, 1, 1]"""
     std: Tensor
+    """buffer of the same shape"""
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], num_axes: int = 2) -> None:
-        """num_axes: after the channels'."""
+        """The statistics become buffers, and so constants of the graph.
+
+        Args:
+            model: takes normalised pixels, or gives them.
+            mean: per channel, on the scale where pixels are in [0, 1].
+            std: per channel, on the same scale.
+            num_axes: of the pixels, after the channels'.
+        """
         super().__init__()
         self.model = model
         for name, values in (("mean", mean), ("std", std)):
@@ -117,7 +139,7 @@ class TokenizerEncoder(Normalised):
     """Pixels in [0, 1] to latents."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: float32 [B, C, H, W]. Returns [B, L, h, w]."""
+        """Images, float32 [B, C, H, W], to latents [B, L, h, w]."""
         latent: Tensor = self.model.encode((images - self.mean) / self.std)  # type: ignore[operator]
         return latent
 
@@ -126,7 +148,7 @@ class TokenizerDecoder(Normalised):
     """Latents to pixels in [0, 1]."""
 
     def forward(self, latent: Tensor) -> Tensor:
-        """latent: float32 [B, L, h, w]. Returns [B, C, H, W]."""
+        """Latents, float32 [B, L, h, w], to images [B, C, H, W]."""
         decoded: Tensor = self.model.decode(latent)  # type: ignore[operator]
         return decoded * self.std + self.mean
 
@@ -138,20 +160,20 @@ class BackboneFeatures(Normalised):
         super().__init__(model, mean, std, 2 if isinstance(model, ViT) else 3)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels: float32 [B, C, H, W] or [B, C, T, H, W]. Returns ([B, D], [B, N, D])."""
+        """Pixels, float32 [B, C, H, W] or [B, C, T, H, W], to the class token [B, D] and the tokens [B, N, D]."""
         (features,) = self.model.features((pixels - self.mean) / self.std, 1)  # type: ignore[operator]
         return cast(tuple[Tensor, Tensor], features)
 
 
 def feature_names(model: nn.Module) -> tuple[str, str]:
-    """Names of what `BackboneFeatures` gives."""
+    """The names of what `BackboneFeatures` gives, in that order."""
     if isinstance(model, ViT):
         return "class_token", "patch_tokens"
     return "class_token" if hasattr(model, "cls_token") else "mean_token", "tokens"
 
 
 def noise(*shape: int) -> Tensor:
-    """Float32 in [0, 1), the same numbers for the same shape."""
+    """Random numbers, float32 in [0, 1), the same for the same shape."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -162,19 +184,21 @@ def _size(backbone: Backbone) -> tuple[int, ...]:
 
 
 def _tokenizer_summary(tokenizer: LoadedTokenizer, size: tuple[int, int] | None) -> str:
+    """The first paragraph of a tokenizer's card."""
     config = tokenizer.model.config
     sides = f"multiples of {config.factor}" if size is None else f"{size[0]} and {size[1]}"
     return (
         f"The encoder and the decoder of an image tokenizer ({type(tokenizer.model).__name__}) as ONNX graphs (opset "
-        f"{OPSET}): images of {config.in_channels} channel{'s' if config.in_channels > 1 else ''} to latents of "
-        f"{config.latent_channels} channels and 1/{config.factor} of their height and width, and back. Pixels are "
-        f"{_PIXELS}. The graphs normalise them (mean {numbers(tokenizer.mean)}, std {numbers(tokenizer.std)}). Height "
-        f"and width are {sides}: repeat the last row and column of smaller pictures, and crop the result. "
-        "Reconstructions may leave [0, 1] a little: clip them. Latents are not scaled."
+        f"{OPSET}): images of {channels_text(config.in_channels)} to latents of {config.latent_channels} channels and "
+        f"1/{config.factor} of their height and width, and back. Pixels are {_PIXELS}. The graphs normalise them (mean "
+        f"{numbers(tokenizer.mean)}, std {numbers(tokenizer.std)}). Height and width are {sides}: repeat the last row "
+        "and column of smaller pictures, and crop the result. Reconstructions may leave [0, 1] a little: clip them. "
+        "Latents are not scaled."
     )
 
 
 def _tokenizer_use(name: str) -> str:
+    """The code of a tokenizer's card, for an export called `name`."""
     return (
         "```python\nimport onnxruntime\n\n"
         f'encoder = onnxruntime.InferenceSession("{name}/encoder.onnx")\n'
@@ -185,6 +209,7 @@ def _tokenizer_use(name: str) -> str:
 
 
 def _backbone_summary(backbone: Backbone) -> str:
+    """The first paragraph of a backbone's card."""
     model = backbone.model
     pooled, tokens = feature_names(model)
     num_tokens = model.config.num_patches if isinstance(model, ViT) else model.config.num_tokens
@@ -196,6 +221,7 @@ def _backbone_summary(backbone: Backbone) -> str:
 
 
 def _backbone_use(name: str, model: nn.Module) -> str:
+    """The code of a backbone's card, for an export called `name`."""
     pooled, tokens = feature_names(model)
     return (
         "```python\nimport onnxruntime\n\n"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pretrain.export.diffusers import example_images
 from pretrain.export.original_card import original_card
-from pretrain.export.publish import check_error, new_folder, relative_error
+from pretrain.export.publish import check_error, publish, relative_error
 from pretrain.models.mae import MAE
 from pretrain.models.tokenizers.dc_ae import DCAE
 from pretrain.models.video_mae import VideoMAE
@@ -85,7 +85,7 @@ def export_original(source: Backbone | LoadedTokenizer, out: Path, *, tolerance:
         raise ValueError(f"this model has no original layout: {refusal}")
     assert isinstance(model, Model)
     layout = layout_of(model)
-    with new_folder(out) as partial:
+    with publish(out) as partial:
         state = {name: tensor.detach().contiguous().clone() for name, tensor in to_original(model).items()}
         torch.save({ENTRIES[layout]: state}, partial / ORIGINAL_WEIGHTS)
         errors = compare(model, read_back(partial / ORIGINAL_WEIGHTS, model))

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pretrain.export.card import provenance
-from pretrain.export.publish import compose_card, numbers, table
+from pretrain.export.card import compose_card, numbers, provenance, table
 from pretrain.models.mae import MAE, MAEConfig
 from pretrain.models.tokenizers.dc_ae import DCAE
 from pretrain.models.tokenizers.dc_ae_config import DCAEConfig

@@ -1,4 +1,4 @@
-"""What every export does around its own files: a folder that appears whole or not at all, a comparison, a model card.
+"""What every export does around its own files: a folder that appears whole or not at all, tensors, a strict reload.
 
 Enters: where to publish. Leaves: the published folder. It exists so that a half-written export, or one that computes
 something else, is never found where a user looks for a good one.
@@ -6,19 +6,15 @@ something else, is never found where a user looks for a good one.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
-
-NO_LICENSE = (
-    "No license has been declared for these weights. Whoever publishes them states one here, with regard to the terms "
-    "of the training images."
-)
 
 
 class ExportError(RuntimeError):
@@ -26,10 +22,17 @@ class ExportError(RuntimeError):
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Gives an empty folder beside `folder` to write into, which becomes `folder` unless the block raises.
+def publish(folder: Path) -> Iterator[Path]:
+    """Publishes what the block has written and compared.
 
-    Raises FileExistsError when something is at `folder` already.
+    Args:
+        folder: what the block's folder becomes, unless the block raises.
+
+    Yields:
+        An empty folder to write into, beside `folder`.
+
+    Raises:
+        FileExistsError: something is at `folder` already.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists: exports are never overwritten, choose another folder or remove it")
@@ -43,10 +46,65 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def relative_error(what: str, theirs: Tensor, ours: Tensor) -> float:
-    """|theirs - ours| / |ours| over all values, Euclidean; infinite where a value is not finite.
+def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file, with floats as fp32."""
+    from safetensors.torch import save_file
 
-    what: for the message. Raises ExportError when the shapes differ.
+    tensors = {
+        name: (tensor.float() if tensor.is_floating_point() else tensor).detach().contiguous().clone()
+        for name, tensor in state.items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def load_completely(
+    library: str,
+    theirs: Any,
+    folder: Path,
+    described: Mapping[str, Any],
+    read: Callable[[Any, str], Any],
+    **arguments: bool,
+) -> Any:
+    """Loads an export with a library that only warns of what does not fit.
+
+    Args:
+        library: its name, for messages.
+        theirs: the class, with `from_pretrained` as in transformers and diffusers.
+        folder: holds config.json and the weights.
+        described: the settings that were written.
+        read: (the loaded model's configuration, name) -> that setting.
+        arguments: of the class's constructor.
+
+    Returns:
+        The model, on the CPU in evaluation mode.
+
+    Raises:
+        ExportError: a tensor is missing, left over or of another shape, or a setting differs from `described`.
+    """
+    model, info = theirs.from_pretrained(str(folder), local_files_only=True, output_loading_info=True, **arguments)
+    problems = {kind: found for kind, found in info.items() if found}
+    if problems:
+        raise ExportError(f"{library} did not load the export completely: {problems}")
+    for name, value in described.items():
+        loaded = read(model.config, name)
+        if json.dumps(loaded, default=str) != json.dumps(value):  # which makes tuples lists
+            raise ExportError(f"{library} reads {name} as {loaded!r}; {value!r} was written")
+    return model.eval()
+
+
+def relative_error(what: str, theirs: Tensor, ours: Tensor) -> float:
+    """|theirs - ours| / |ours| over all values, Euclidean.
+
+    Args:
+        what: what a message calls the values.
+        theirs: of the other library.
+        ours: of the same shape.
+
+    Returns:
+        The error; infinite where a value is not finite.
+
+    Raises:
+        ExportError: the shapes differ.
     """
     if theirs.shape != ours.shape:
         raise ExportError(f"the export gives {what} of shape {list(theirs.shape)}, ours are {list(ours.shape)}")
@@ -55,60 +113,18 @@ def relative_error(what: str, theirs: Tensor, ours: Tensor) -> float:
 
 
 def check_error(what: str, error: float, tolerance: float) -> None:
-    """Raises ExportError when `error` is larger than `tolerance`, or not a number."""
+    """Refuses an error that is larger than the tolerance.
+
+    Args:
+        what: what a message calls the values.
+        error: relative to the values' size; may be NaN.
+        tolerance: the largest that is published.
+
+    Raises:
+        ExportError: the error is larger, or not a number.
+    """
     if not error <= tolerance:
         raise ExportError(
             f"the exported model's {what} differ from ours by {error:.3g} of their size, more than {tolerance:.3g}: "
             "nothing was published"
         )
-
-
-def compose_card(title: str, tags: Sequence[str], summary: str, sections: Mapping[str, str]) -> str:
-    """The text of a README.md: tags for model hubs, a title, a paragraph, and sections by their headings."""
-    parts = ["\n".join(["---", "tags:", *(f"- {tag}" for tag in tags), "---"]), f"# {title}", summary]
-    parts += [f"## {heading}\n\n{text}" for heading, text in (*sections.items(), ("License", NO_LICENSE))]
-    return "\n\n".join(parts) + "\n"
-
-
-def table(rows: Mapping[str, str]) -> str:
-    """Two columns without a head, in Markdown."""
-    return "\n".join(["| | |", "|---|---|", *(f"| {label} | {text} |" for label, text in rows.items())])
-
-
-def numbers(values: Sequence[float]) -> str:
-    """[0.5, 0.25]"""
-    return "[" + ", ".join(f"{value:g}" for value in values) + "]"
-
-
-@dataclass(frozen=True)
-class PretrainingErrors:
-    """How far transformers' predictions and loss are from ours on fixed clips and masks."""
-
-    predictions: float
-    """|theirs - ours| / |ours| over all hidden tokens, ours computed with their eps of the decoder's norm"""
-    loss: float
-    """|theirs - ours| / ours, the same"""
-    eps_effect: float
-    """|theirs - ours| / |ours| of the predictions with our own eps: what their 1e-5 instead of 1e-6 changes"""
-
-
-@dataclass(frozen=True)
-class VideoMAEExport:
-    """What was published."""
-
-    folder: Path
-    architecture: str
-    """transformers' class: VideoMAEModel or VideoMAEForPreTraining"""
-    feature_error: float
-    """|theirs - ours| / |ours| over the features of all tokens"""
-    pretraining: PretrainingErrors | None
-    """None for an encoder alone"""
-    has_processor: bool
-    """there is a preprocessor_config.json: `VideoMAEImageProcessor` takes 1 and 3 channels"""
-    digest: str
-    """`weights_digest` of the backbone"""
-
-    @property
-    def errors(self) -> dict[str, float]:
-        """All differences from ours, by name."""
-        return {"features": self.feature_error} | ({} if self.pretraining is None else asdict(self.pretraining))

@@ -10,8 +10,6 @@ Legend: B batch, C channels, H/W pixels, N patches, D width.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.evaluation.encoder.views import view_ratio
-from pretrain.export.card import model_card
-from pretrain.export.publish import ExportError
+from pretrain.export.publish import ExportError, check_error, publish, write_tensors
+from pretrain.export.timm_card import timm_card
 from pretrain.models.video_vit import VideoViT
 from pretrain.models.vit import VIT_SIZES, ViT, ViTConfig
 from pretrain.weights.backbone import Backbone
@@ -30,7 +28,9 @@ from pretrain.weights.files import EXPORT_WEIGHTS
 from pretrain.weights.finding import EXPORT_CONFIG
 
 Pool = Literal["token", "avg"]
+"""The pooled feature: the class token, or the normalised mean of the patch tokens."""
 TOLERANCE = 1e-5
+"""Largest `Difference.relative` that is published."""
 _STANDARD_ARCHITECTURES = {
     "tiny": "vit_tiny_patch16_224",
     "small": "vit_small_patch16_224",
@@ -38,6 +38,7 @@ _STANDARD_ARCHITECTURES = {
     "large": "vit_large_patch16_224",
     "huge": "vit_huge_patch14_224",
 }
+"""Size of `VIT_SIZES` -> timm's name of an architecture with that width, depth and number of heads."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class TimmExport:
     """What was published."""
 
     folder: Path
+    """where it is"""
     architecture: str
     """timm's registered name; config.json's model_args complete it"""
     difference: Difference
@@ -65,7 +67,7 @@ class TimmExport:
 
 
 def export_timm(backbone: Backbone, folder: Path, *, pool: Pool = "token", tolerance: float = TOLERANCE) -> TimmExport:
-    """Exports `backbone` into the new folder `folder`.
+    """Exports a backbone of images into the new folder `folder`.
 
     Args:
         backbone: what to export.
@@ -79,33 +81,21 @@ def export_timm(backbone: Backbone, folder: Path, *, pool: Pool = "token", toler
         ValueError: timm cannot express this model.
         ExportError: timm's features differ from ours by more than `tolerance`.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists: exports are never overwritten, choose another folder or remove it")
     refusal = why_not(backbone.model)
     if refusal is not None:
         raise ValueError(f"timm cannot express this model: {refusal}")
     model = backbone.model
     assert isinstance(model, ViT)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    partial.mkdir()
-    try:
-        description = timm_config(backbone, pool)
+    description = timm_config(backbone, pool)
+    with publish(folder) as partial:
         _write_weights(partial / EXPORT_WEIGHTS, model, pool)
         (partial / EXPORT_CONFIG).write_text(json.dumps(description, indent=2) + "\n")
         difference = compare(model, partial, description, pool)
-        if not difference.relative <= tolerance:
-            raise ExportError(
-                f"the exported model's features differ from ours by {difference.relative:.3g}, more than "
-                f"{tolerance:.3g}: nothing was written to {folder}"
-            )
-        card = model_card(
+        check_error("features", difference.relative, tolerance)
+        card = timm_card(
             backbone, folder.name, description, pool=pool, max_difference=difference.absolute, tolerance=tolerance
         )
         (partial / "README.md").write_text(card)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return TimmExport(folder, description["architecture"], difference, backbone.digest)
 
 
@@ -167,7 +157,20 @@ def architecture_of(config: ViTConfig) -> str:
 
 @torch.no_grad()
 def compare(model: ViT, folder: Path, description: dict[str, Any], pool: Pool) -> Difference:
-    """Loads the export in both ways and compares timm's features with ours on random images; NaN counts as infinite."""
+    """Loads the export in both ways and compares timm's features with ours on random images.
+
+    Args:
+        model: ours.
+        folder: holds the export.
+        description: its config.json.
+        pool: of the pooled feature.
+
+    Returns:
+        The largest differences; infinite where a feature is not finite.
+
+    Raises:
+        ExportError: the shapes differ.
+    """
     import timm
 
     generator = torch.Generator().manual_seed(0)
@@ -196,9 +199,15 @@ def compare(model: ViT, folder: Path, description: dict[str, Any], pool: Pool) -
 
 
 def reference_features(model: ViT, images: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-    """Ours: (what `forward_features` gives [B, 1 + N, D], the pooled feature [B, D]).
+    """Our features, as timm gives them: with `avg` it leaves the final norm out, and normalises the tokens' average.
 
-    With `avg` timm leaves the tokens without the final norm and normalises their average.
+    Args:
+        model: ours, in evaluation mode.
+        images: normalised [B, C, H, W].
+        pool: of the pooled feature.
+
+    Returns:
+        (what `forward_features` gives [B, 1 + N, D], the pooled feature [B, D]).
     """
     if pool == "token":
         tokens = model(images)
@@ -210,10 +219,8 @@ def reference_features(model: ViT, images: Tensor, pool: Pool) -> tuple[Tensor, 
 
 
 def _write_weights(path: Path, model: ViT, pool: Pool) -> None:
-    """The state dict with timm's names: ours, except the norm of an average-pooled model."""
-    from safetensors.torch import save_file
-
-    state = {name: tensor.detach().float().contiguous() for name, tensor in model.state_dict().items()}
+    """Writes the state dict with timm's names: ours, except for the norm of an average-pooled model."""
+    state = model.state_dict()
     if pool == "avg":
         state = {f"fc_{name}" if name.startswith("norm.") else name: tensor for name, tensor in state.items()}
-    save_file(state, path, metadata={"format": "pt"})
+    write_tensors(path, state)

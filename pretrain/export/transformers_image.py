@@ -12,30 +12,31 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pretrain.export.card import provenance
-from pretrain.export.publish import check_error, compose_card, new_folder, numbers, relative_error, table
+from pretrain.export.card import channels_text, compose_card, numbers, parameters_text, provenance, table
+from pretrain.export.publish import check_error, publish, relative_error
+from pretrain.export.transformers import PREPROCESSOR, TOLERANCE, TransformersExport, load_strictly, write_model
 from pretrain.export.transformers_arguments import side_or_sides
-from pretrain.export.transformers_video import PREPROCESSOR, TOLERANCE, load_strictly, write_model
 from pretrain.models.encoder import LAYER_NORM_EPS
 from pretrain.models.mae import MAE, MAEConfig
 from pretrain.models.vit import ViT, ViTConfig
 from pretrain.weights.backbone import Backbone, load_objective
 
 CANNOT = "This model cannot become a transformers ViT"
-_ENCODER = {  # ours -> theirs
+"""How refusals begin."""
+_ENCODER = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
     "blocks.": "encoder.layer.",
     "norm.": "layernorm.",
 }
+"""Beginnings of our names in the encoder -> theirs."""
 _DECODER = {
     "mask_token": "decoder.mask_token",
     "pos_embed": "decoder.decoder_pos_embed",
@@ -44,6 +45,7 @@ _DECODER = {
     "norm.": "decoder.decoder_norm.",
     "pred.": "decoder.decoder_pred.",
 }
+"""Beginnings of our names in the decoder -> theirs."""
 _LAYER = {
     "norm1.": "layernorm_before.",
     "norm2.": "layernorm_after.",
@@ -51,30 +53,33 @@ _LAYER = {
     "mlp.fc1.": "intermediate.dense.",
     "mlp.fc2.": "output.dense.",
 }
+"""Beginnings of our names in a block, after its number -> theirs; query, key and value apart."""
 
 
-@dataclass(frozen=True)
-class ViTExport:
-    """What was published."""
+def export_vit(
+    source: Backbone, out: Path, *, pretraining: bool = False, tolerance: float = TOLERANCE
+) -> TransformersExport:
+    """Exports an image backbone into the new folder `out`.
 
-    folder: Path
-    architecture: str
-    """transformers' class: ViTModel or ViTMAEForPreTraining"""
-    errors: dict[str, float]
-    """|theirs - ours| / |ours| of the "features" of all tokens; with the decoder of "predictions" and "loss" """
-    digest: str
-    """`weights_digest` of the backbone"""
+    Args:
+        source: what to export; `weights` says which of the checkpoint's weights (trained, moving average) it has.
+        out: must not exist; it appears when everything has been compared, and not otherwise.
+        pretraining: with the decoder, read from the checkpoint `source.source`, as `ViTMAEForPreTraining`.
+        tolerance: largest allowed relative error of features, predictions and loss.
 
-
-def export_vit(source: Backbone, out: Path, *, pretraining: bool = False, tolerance: float = TOLERANCE) -> ViTExport:
-    """Exports an image backbone into the new folder `out`. Arguments and errors as for `export_videomae`."""
+    Raises:
+        FileExistsError: something is at `out`.
+        ImportError: transformers is not installed.
+        ValueError: transformers cannot express this model, or there is no decoder to export.
+        ExportError: transformers does not load it completely, or computes something else.
+    """
     refusal = why_not(source, pretraining=pretraining)
     if refusal is not None:
         raise ValueError(f"{CANNOT}: {refusal}")
     encoder = source.model
     assert isinstance(encoder, ViT)
     whole = _whole_model(source) if pretraining else None
-    with new_folder(out) as partial:
+    with publish(out) as partial:
         if whole is None:
             architecture, kind, described = "ViTModel", "vit", encoder_arguments(encoder.config)
             state = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
@@ -90,7 +95,7 @@ def export_vit(source: Backbone, out: Path, *, pretraining: bool = False, tolera
             errors = compare_pretraining(whole, load_strictly(partial, architecture, described))
         for what, error in errors.items():
             check_error(what, error, tolerance)
-        exported = ViTExport(out, architecture, errors, source.digest)
+        exported = TransformersExport(out, architecture, errors, source.digest)
         (partial / "README.md").write_text(_card(source, encoder, exported, tolerance))
     return exported
 
@@ -142,7 +147,10 @@ def autoencoder_arguments(config: MAEConfig) -> dict[str, Any]:
 
 
 def to_transformers_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our MAE (or its encoder alone) under the names of transformers 4's ViTMAE; version 5 renames them as it loads."""
+    """Renames the tensors of our MAE (or of its encoder alone) as transformers 4's ViTMAE calls them.
+
+    Version 5 renames them again as it loads.
+    """
     result = {}
     for name, tensor in state.items():
         part, rest = name.split(".", 1)
@@ -170,7 +178,15 @@ def compare(encoder: ViT, theirs: Any) -> dict[str, float]:
 
 @torch.no_grad()
 def compare_pretraining(whole: MAE, theirs: Any) -> dict[str, float]:
-    """Relative errors on random images, masked by the same noise; features are those of the visible patches."""
+    """Compares on random images, masked by the same noise.
+
+    Args:
+        whole: ours, decoder included.
+        theirs: a `ViTMAEForPreTraining`.
+
+    Returns:
+        The relative errors of the "features" of the visible patches, of "predictions" and of "loss".
+    """
     images = _images(whole.config.encoder)
     noise = torch.rand(len(images), whole.config.encoder.num_patches, generator=torch.Generator().manual_seed(1))
     ours, output = whole.eval()(images, noise), theirs(images, noise=noise)
@@ -201,6 +217,7 @@ def preprocessor(source: Backbone) -> dict[str, Any]:
 
 
 def _images(config: ViTConfig) -> Tensor:
+    """Two random images [2, C, H, W], the same in each call."""
     return torch.randn(2, config.in_channels, *config.image_size, generator=torch.Generator().manual_seed(0))
 
 
@@ -212,15 +229,14 @@ def _whole_model(source: Backbone) -> MAE:
     return model
 
 
-def _card(source: Backbone, encoder: ViT, exported: ViTExport, tolerance: float) -> str:
+def _card(source: Backbone, encoder: ViT, exported: TransformersExport, tolerance: float) -> str:
+    """The text of README.md."""
     config, name = encoder.config, exported.folder.name
-    num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
     summary = (
         f"A vision transformer (MAE, arXiv 2111.06377): width {config.width}, depth {config.depth}, {config.heads} "
-        f"heads, patches of {config.patch_size[0]} x {config.patch_size[1]} pixels, {num_parameters / 1e6:.2f} M "
-        f"parameters in the encoder. Input: {config.in_channels} channels of {config.image_size[0]} x "
-        f"{config.image_size[1]} pixels, in [0, 1], then normalised with mean {numbers(source.mean)} and std "
-        f"{numbers(source.std)}."
+        f"heads, patches of {config.patch_size[0]} x {config.patch_size[1]} pixels, {parameters_text(encoder)} in the "
+        f"encoder. Input: {channels_text(config.in_channels)} of {config.image_size[0]} x {config.image_size[1]} "
+        f"pixels, in [0, 1], then normalised with mean {numbers(source.mean)} and std {numbers(source.std)}."
     )
     more = ", add_pooling_layer=False" if exported.architecture == "ViTModel" else ""
     use = (

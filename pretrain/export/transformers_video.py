@@ -2,8 +2,7 @@
 
 In: a `Backbone` of a run on clips; for pretraining, the checkpoint that it was read from. Out: a folder with
 config.json, model.safetensors, preprocessor_config.json and README.md that `from_pretrained` of transformers 4 and 5
-loads completely. It exists because fine-tuning scripts for video look for backbones there, and because there a wrong
-name or a setting left at its default (an eps of 1e-12, a mean pooling that drops the norm) only warns or is silent.
+loads completely. It exists because fine-tuning scripts for video look for backbones there.
 
 Legend: B batch, N tokens, M hidden tokens, D width, C channels, T frames, H/W pixels.
 """
@@ -17,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.export.publish import (
-    ExportError,
-    PretrainingErrors,
-    VideoMAEExport,
-    check_error,
-    new_folder,
-    numbers,
-    relative_error,
+from pretrain.export.card import numbers
+from pretrain.export.publish import check_error, publish, relative_error
+from pretrain.export.transformers import (
+    PREPROCESSOR,
+    TOLERANCE,
+    TransformersExport,
+    load_strictly,
+    transformers_library,
+    write_model,
 )
 from pretrain.export.transformers_arguments import CANNOT, transformers_arguments, transformers_encoder_arguments
 from pretrain.export.transformers_video_card import video_card
@@ -35,19 +35,17 @@ from pretrain.models.video_vit import VideoViT, VideoViTConfig
 from pretrain.objectives.clip_mae import ClipMAEObjective
 from pretrain.objectives.clip_target import channel_target, normalise_clips
 from pretrain.weights.backbone import Backbone, load_objective
-from pretrain.weights.files import EXPORT_WEIGHTS
-from pretrain.weights.finding import EXPORT_CONFIG
 from pretrain.weights.video_names import to_transformers
 
-PREPROCESSOR = "preprocessor_config.json"
-TOLERANCE = 1e-5
 EPS_TOLERANCE = 1e-2
+"""Largest relative error of the predictions that transformers' eps of the decoder's norm may cause."""
 _PROCESSED_CHANNELS = (1, 3)
+"""Numbers of channels that `VideoMAEImageProcessor` takes."""
 
 
 def export_videomae(
     source: Backbone, out: Path, *, pretraining: bool = False, tolerance: float = TOLERANCE
-) -> VideoMAEExport:
+) -> TransformersExport:
     """Exports a video backbone into the new folder `out`.
 
     Args:
@@ -69,26 +67,28 @@ def export_videomae(
     assert isinstance(encoder, VideoViT)
     objective = _whole_model(source) if pretraining else None
     architecture = "VideoMAEModel" if objective is None else "VideoMAEForPreTraining"
-    with new_folder(out) as partial:
+    has_processor = encoder.config.in_channels in _PROCESSED_CHANNELS
+    with publish(out) as partial:
         if objective is None:
             described, state = transformers_encoder_arguments(encoder.config), _encoder_state(encoder)
         else:
             described = transformers_arguments(objective.config.model, objective.config.norm_pixels)
             state = to_transformers(objective.model.state_dict(), major=4)
         write_model(partial, architecture, described | {"model_type": "videomae"}, state)
-        theirs = load_strictly(partial, architecture, described)
-        feature_error, errors = compare_features(encoder, theirs), None
-        check_error("features", feature_error, tolerance)
-        if objective is not None:
-            errors = compare_pretraining(objective, theirs)
-            check_error("predictions", errors.predictions, tolerance)
-            check_error("loss", errors.loss, tolerance)
-            check_error("predictions (the decoder norm's eps is 1e-5 there)", errors.eps_effect, EPS_TOLERANCE)
-        has_processor = encoder.config.in_channels in _PROCESSED_CHANNELS
         if has_processor:
             (partial / PREPROCESSOR).write_text(json.dumps(preprocessor(source), indent=2) + "\n")
+        theirs = load_strictly(partial, architecture, described)
+        errors = {"features": compare_features(encoder, theirs)}
+        if objective is not None:
+            errors |= compare_pretraining(objective, theirs)
+        for what, error in errors.items():
+            if what == "eps_effect":
+                check_error("predictions (the decoder norm's eps is 1e-5 there)", error, EPS_TOLERANCE)
+            else:
+                check_error(what, error, tolerance)
+        if has_processor:
             check_error("preprocessed pixels", compare_pixels(source, encoder.config, partial), tolerance)
-        exported = VideoMAEExport(out, architecture, feature_error, errors, has_processor, source.digest)
+        exported = TransformersExport(out, architecture, errors, source.digest, has_processor)
         (partial / "README.md").write_text(video_card(source, encoder, exported, tolerance))
     return exported
 
@@ -120,23 +120,6 @@ def why_not(source: Backbone, *, pretraining: bool = False) -> str | None:
     return None
 
 
-def load_strictly(folder: Path, architecture: str, described: dict[str, Any], **arguments: bool) -> Any:
-    """The model of a folder, on the CPU in evaluation mode. arguments: of the class's constructor.
-
-    Raises ExportError where a tensor is missing, left over or of another shape, or a setting differs from `described`.
-    """
-    theirs = getattr(transformers_library(), architecture)
-    model, info = theirs.from_pretrained(str(folder), local_files_only=True, output_loading_info=True, **arguments)
-    problems = {kind: found for kind, found in info.items() if found}
-    if problems:
-        raise ExportError(f"transformers did not load the export completely: {problems}")
-    for name, value in described.items():
-        loaded = getattr(model.config, name, None)
-        if (list(loaded) if isinstance(loaded, tuple) else loaded) != value:
-            raise ExportError(f"transformers reads {name} as {loaded!r}; {value!r} was written")
-    return model.eval()
-
-
 @torch.no_grad()
 def compare_features(encoder: VideoViT, theirs: Any) -> float:
     """The relative error of their `last_hidden_state` [B, N, D] on random clips."""
@@ -148,8 +131,17 @@ def compare_features(encoder: VideoViT, theirs: Any) -> float:
 
 
 @torch.no_grad()
-def compare_pretraining(objective: ClipMAEObjective, theirs: Any) -> PretrainingErrors:
-    """Predictions and loss on stored clips under tube masks of the run's ratio; all hidden tokens are predicted."""
+def compare_pretraining(objective: ClipMAEObjective, theirs: Any) -> dict[str, float]:
+    """Compares on stored clips under tube masks of the run's ratio; all hidden tokens are predicted.
+
+    Args:
+        objective: ours.
+        theirs: a `VideoMAEForPreTraining`.
+
+    Returns:
+        The relative errors of "predictions" and "loss" with their eps of the decoder's norm, and of the predictions
+        with our own eps, as "eps_effect".
+    """
     autoencoder, config = objective.model, objective.config
     encoder = config.model.encoder
     shape = (2, encoder.in_channels, *encoder.clip_size)
@@ -166,11 +158,11 @@ def compare_pretraining(objective: ClipMAEObjective, theirs: Any) -> Pretraining
     ours = autoencoder(clips, mask, target)
     norm.eps = own_eps
     output = theirs(clips.transpose(1, 2), bool_masked_pos=mask.hidden(encoder.num_tokens))
-    return PretrainingErrors(
-        predictions=relative_error("predictions", output.logits, ours.prediction),
-        loss=relative_error("loss", output.loss, ours.loss),
-        eps_effect=relative_error("predictions", output.logits, as_trained.prediction),
-    )
+    return {
+        "predictions": relative_error("predictions", output.logits, ours.prediction),
+        "loss": relative_error("loss", output.loss, ours.loss),
+        "eps_effect": relative_error("predictions", output.logits, as_trained.prediction),
+    }
 
 
 @torch.no_grad()
@@ -186,17 +178,6 @@ def compare_pixels(source: Backbone, config: VideoViTConfig, folder: Path) -> fl
     return relative_error("pixels", processed[0], Normalise(source.mean, source.std)(cropped))
 
 
-def transformers_library() -> Any:
-    """The package; raises ImportError, with what to do, where it is not installed."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            "exporting to transformers needs that package: pip install 'tessera-pretrain[export]'"
-        ) from error
-    return transformers
-
-
 def _whole_model(source: Backbone) -> ClipMAEObjective:
     """The objective of the backbone's checkpoint with the same weights, decoder included, in `objective.model`."""
     objective = load_objective(source)
@@ -205,18 +186,9 @@ def _whole_model(source: Backbone) -> ClipMAEObjective:
 
 
 def _encoder_state(encoder: VideoViT) -> dict[str, Tensor]:
-    """As `VideoMAEModel` itself saves it: without the prefix of the models around it."""
+    """The weights as `VideoMAEModel` itself saves them, without the prefix that models around it add."""
     state = to_transformers({f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}, major=4)
     return {name.removeprefix("videomae."): tensor for name, tensor in state.items()}
-
-
-def write_model(folder: Path, architecture: str, described: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """config.json and model.safetensors. state: under the names of transformers 4."""
-    from safetensors.torch import save_file
-
-    (folder / EXPORT_CONFIG).write_text(json.dumps({"architectures": [architecture], **described}, indent=2) + "\n")
-    tensors = {name: tensor.detach().float().contiguous().clone() for name, tensor in state.items()}
-    save_file(tensors, folder / EXPORT_WEIGHTS, metadata={"format": "pt"})
 
 
 def preprocessor(source: Backbone) -> dict[str, Any]:

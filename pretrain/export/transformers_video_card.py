@@ -6,27 +6,40 @@ trip over: there is no class token, and a classifier with mean pooling has a nor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from pretrain.export.card import provenance, read_results
-from pretrain.export.publish import compose_card, numbers, table
+from pretrain.export.card import (
+    NO_RESULTS,
+    channels_text,
+    compose_card,
+    numbers,
+    parameters_text,
+    provenance,
+    table,
+    top1_results,
+)
+from pretrain.export.transformers import TransformersExport
 from pretrain.models.video_vit import VideoViT
 from pretrain.weights.backbone import Backbone
 
-if TYPE_CHECKING:
-    from pretrain.export.publish import VideoMAEExport
-
 _TAGS = ("transformers", "videomae", "video-feature-extraction")
+"""For model hubs."""
 _FINE_TUNING = (
     "For fine-tuning, `VideoMAEForVideoClassification.from_pretrained(..., use_mean_pooling=True, num_labels=...)` "
     "averages the tokens and puts a new norm (`fc_norm`) after that; the encoder's own norm is then left out, and "
     "transformers says so. Without `use_mean_pooling=True` it would read the first token, which stands for a corner of "
     "the first frames."
 )
+"""What the card says of fine-tuning."""
 
 
-def video_card(source: Backbone, encoder: VideoViT, exported: VideoMAEExport, tolerance: float) -> str:
-    """The README.md of an exported folder. tolerance: the relative errors that were allowed."""
+def video_card(source: Backbone, encoder: VideoViT, exported: TransformersExport, tolerance: float) -> str:
+    """The README.md of an exported folder.
+
+    Args:
+        source: what was exported.
+        encoder: its model.
+        exported: what was published, with the errors that were measured.
+        tolerance: largest relative error that was allowed.
+    """
     sections = {
         "Use": f"```python\n{_code(exported)}\n```\n\n{_FINE_TUNING}",
         "Provenance": table(provenance(source) | {"frames": _frames(source)}),
@@ -36,21 +49,23 @@ def video_card(source: Backbone, encoder: VideoViT, exported: VideoMAEExport, to
     return compose_card(exported.folder.name, _TAGS, _summary(source, encoder, exported), sections)
 
 
-def _summary(source: Backbone, encoder: VideoViT, exported: VideoMAEExport) -> str:
+def _summary(source: Backbone, encoder: VideoViT, exported: TransformersExport) -> str:
+    """The first paragraph."""
     config = encoder.config
-    num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
     tubelet = " x ".join(str(side) for side in config.token_size)
+    whole = " with its decoder" if "loss" in exported.errors else ""
     return (
-        f"A video transformer (VideoMAE, arXiv 2203.12602){' with its decoder' if exported.pretraining else ''}: width "
-        f"{config.width}, depth {config.depth}, {config.heads} heads, tubelets of {tubelet} (frames, height, width), "
-        f"{num_parameters / 1e6:.2f} M parameters in the encoder. Input: {config.num_frames} frames of "
-        f"{config.in_channels} channel{'s' if config.in_channels > 1 else ''} and {config.image_size[0]} x "
-        f"{config.image_size[1]} pixels, in [0, 1], then normalised with mean {numbers(source.mean)} and std "
-        f"{numbers(source.std)}. There is no class token: the feature of a clip is the mean of its tokens."
+        f"A video transformer (VideoMAE, arXiv 2203.12602){whole}: width {config.width}, depth {config.depth}, "
+        f"{config.heads} heads, tubelets of {tubelet} (frames, height, width), {parameters_text(encoder)} in the "
+        f"encoder. Input: {config.num_frames} frames of {channels_text(config.in_channels)} and "
+        f"{config.image_size[0]} x {config.image_size[1]} pixels, in [0, 1], then normalised with mean "
+        f"{numbers(source.mean)} and std {numbers(source.std)}. There is no class token: the feature of a clip is the "
+        "mean of its tokens."
     )
 
 
 def _frames(source: Backbone) -> str:
+    """How the run took frames from a video."""
     video = None if source.config is None else source.config.data.video
     if video is None:
         return "not recorded"
@@ -60,11 +75,12 @@ def _frames(source: Backbone) -> str:
     return f"{video.num_frames} of a video{rate}, {video.stride} from one to the next"
 
 
-def _code(exported: VideoMAEExport) -> str:
+def _code(exported: TransformersExport) -> str:
+    """The code that loads the export."""
     name, architecture = exported.folder.name, exported.architecture
     model = f'model = {architecture}.from_pretrained("{name}").eval()'
     lines = [f"from transformers import {architecture}", "", f"{model}  # clips: [batch, frames, channels, H, W]"]
-    if exported.pretraining is None:
+    if "loss" not in exported.errors:
         lines += ["tokens = model(clips).last_hidden_state", "features = tokens.mean(dim=1)"]
     else:
         lines += [
@@ -82,27 +98,27 @@ def _code(exported: VideoMAEExport) -> str:
     return "\n".join(lines)
 
 
-def _reproduction(exported: VideoMAEExport, tolerance: float) -> str:
+def _reproduction(exported: TransformersExport, tolerance: float) -> str:
+    """What was compared, and how close it was."""
     text = (
         "Reloaded with transformers before publication, every tensor and setting accounted for. Relative error, in "
-        f"fp32 and on fixed random clips, of the features of all tokens: {exported.feature_error:.3g}"
+        f"fp32 and on fixed random clips, of the features of all tokens: {exported.errors['features']:.3g}"
     )
-    errors = exported.pretraining
-    if errors is None:
+    errors = exported.errors
+    if "loss" not in errors:
         return f"{text}; allowed: {tolerance:.3g}."
     return (
-        f"{text}, of the predictions: {errors.predictions:.3g}, of the loss: {errors.loss:.3g}; allowed: "
+        f"{text}, of the predictions: {errors['predictions']:.3g}, of the loss: {errors['loss']:.3g}; allowed: "
         f"{tolerance:.3g}. Predictions and loss were compared with transformers' eps of the norm after the decoder, "
         "which is fixed there to 1e-5; the model was trained with 1e-6, which changes the predictions by "
-        f"{errors.eps_effect:.3g} of their size. The loss there counts all hidden tokens."
+        f"{errors['eps_effect']:.3g} of their size. The loss there counts all hidden tokens."
     )
 
 
 def _evaluation(source: Backbone) -> str:
-    results = read_results(source.run_dir, source.label) if source.run_dir is not None else []
+    """A table of the results, or a sentence that there are none."""
     rows = {
         f"{result['task']}, `{result['protocol']}`": f"top-1 {result['metrics']['top1']:.2f} %"
-        for result in results
-        if "top1" in result.get("metrics", {}) and result.get("model_digest") == source.digest
+        for result in top1_results(source)
     }
-    return table(rows) if rows else "No results of these weights were recorded when they were exported."
+    return table(rows) if rows else NO_RESULTS

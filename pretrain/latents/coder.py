@@ -18,6 +18,7 @@ from pretrain.models.tokenizers.dc_ae_tiling import check_tiles, decode_tiled, e
 from pretrain.weights.tokenizer import LoadedTokenizer
 
 Precision = Literal["fp32", "bf16"]
+"""Of a forward pass."""
 
 
 class PictureCoder:
@@ -31,8 +32,17 @@ class PictureCoder:
         precision: Precision = "fp32",
         tile: int | None = None,
     ) -> None:
-        """tile: pictures with a longer side go through the model in tiles of so many pixels, which overlap by a
-        quarter; None: always whole. Raises ValueError for a tile that is no multiple of 4 times the model's factor.
+        """Moves the model to the device.
+
+        Args:
+            tokenizer: the model, with the statistics of its pixels.
+            device: where it runs.
+            precision: of the forward passes.
+            tile: pictures with a longer side go through the model in tiles of so many pixels, which overlap by a
+                quarter; None: always whole.
+
+        Raises:
+            ValueError: the tile is no multiple of 4 times the model's factor.
         """
         self.config = tokenizer.model.config
         self.normalise = Normalise(tokenizer.mean, tokenizer.std)
@@ -45,7 +55,7 @@ class PictureCoder:
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
-        """uint8 or uint16 [B, C, H, W] -> unscaled latents, float32 [B, L, h, w] on the device."""
+        """Encodes uint8 or uint16 pictures [B, C, H, W] to unscaled latents, float32 [B, L, h, w] on the device."""
         images = self.normalise(pictures.to(self.device))
         with self._autocast():
             if self.tile is None:
@@ -56,9 +66,14 @@ class PictureCoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Unscaled latents [B, L, h, w] -> uint8 pictures [B, C, *size] on the device, rounded and clipped.
+        """Decodes latents to pictures, rounded and clipped.
 
-        size: (height, width) of the pictures; None: h and w times the model's factor.
+        Args:
+            latents: unscaled, [B, L, h, w].
+            size: (height, width) of the pictures; None: h and w times the model's factor.
+
+        Returns:
+            uint8 [B, C, *size] on the device.
         """
         latents = latents.to(self.device, torch.float32)
         with self._autocast():
@@ -69,13 +84,14 @@ class PictureCoder:
         return self.normalise.to_uint8(images.float())
 
     def reconstruct(self, pictures: Tensor) -> Tensor:
-        """[B, C, H, W] as stored -> uint8 of the same shape, on the device."""
+        """Encodes and decodes stored pictures [B, C, H, W]; the result is uint8 of the same shape, on the device."""
         return self.decode(self.encode(pictures), (pictures.shape[2], pictures.shape[3]))
 
     def to_uint8(self, pictures: Tensor) -> Tensor:
-        """Pictures as stored -> uint8 on the device, what a reconstruction is compared with."""
+        """Stored pictures as uint8 on the device, as reconstructions are compared with them."""
         on_device = pictures.to(self.device)
         return on_device if pictures.dtype == torch.uint8 else self.normalise.to_uint8(self.normalise(on_device))
 
     def _autocast(self) -> torch.autocast:
+        """The precision of a forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")

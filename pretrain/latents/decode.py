@@ -29,11 +29,11 @@ from data_pipes.shards.members import IMAGE_EXTENSIONS, with_bit_depth
 from data_pipes.shards.reader import ShardReader
 from data_pipes.transforms.image import EvalTransform
 from pretrain.latents.coder import PictureCoder
-from pretrain.latents.encode_shard import LATENT_MEMBER
+from pretrain.latents.options import LATENT_MEMBER
 from pretrain.losses.reconstruction import psnr
 
-_HEAD_BYTES = 8
-# of a safetensors file: the length of its JSON head
+_LENGTH_BYTES = 8
+"""A safetensors file begins with the length of its JSON head, in so many bytes."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,17 @@ class StoredLatent:
 
 
 def latents_of_dataset(manifest: Manifest, tensor: str = "latent") -> Iterator[StoredLatent]:
-    """All latents of a data set that `tessera encode` made, in order. tensor: "latent" or "mirrored".
+    """Reads all latents of a data set that `tessera encode` made.
 
-    Raises ValueError for a sample without that tensor.
+    Args:
+        manifest: of the latents.
+        tensor: "latent" or "mirrored".
+
+    Yields:
+        The latents in the order of the manifest.
+
+    Raises:
+        ValueError: a sample has no such tensor.
     """
     reader = ShardReader(manifest, (LATENT_MEMBER,))
     for shard, entry in enumerate(manifest.shards):
@@ -67,9 +75,17 @@ def latents_of_dataset(manifest: Manifest, tensor: str = "latent") -> Iterator[S
 
 
 def latents_of_file(path: Path, scaling_factor: float = 1.0) -> Iterator[StoredLatent]:
-    """All latents of a safetensors file, in the order of their names: tensors [L, h, w] or [B, L, h, w].
+    """Reads all latents of a safetensors file.
 
-    scaling_factor: what the latents were multiplied with; they are divided by it. Raises ValueError for other tensors.
+    Args:
+        path: of a file with tensors [L, h, w] or [B, L, h, w].
+        scaling_factor: what the latents were multiplied with; they are divided by it.
+
+    Yields:
+        The latents in the order of the tensors' names.
+
+    Raises:
+        ValueError: the file has other tensors, or is no safetensors file.
     """
     data = path.read_bytes()
     for name, tensor in sorted(_tensors(data, str(path)).items()):
@@ -93,9 +109,21 @@ def decode_to_files(
     limit: int | None = None,
     on_picture: Callable[[], None] | None = None,
 ) -> int:
-    """Decodes latents to `out`/<name>.png and returns their number. Neighbours of equal size share a batch.
+    """Decodes latents to `out`/<name>.png. Neighbours of equal size share a batch.
 
-    Raises ValueError for latents of another number of channels, names that lead out of `out`, and files that exist.
+    Args:
+        latents: to decode.
+        coder: with the model that encoded them.
+        out: folder of the pictures.
+        batch_size: latents per forward pass.
+        limit: decode only the first so many; None: all.
+        on_picture: called after each picture.
+
+    Returns:
+        The number of pictures.
+
+    Raises:
+        ValueError: a latent has another number of channels, its name leads out of `out`, or its file exists.
     """
     channels, batch, count = coder.config.latent_channels, list[StoredLatent](), 0
     for stored in islice(latents, limit):
@@ -115,6 +143,7 @@ def decode_to_files(
 def _decode_batch(
     batch: list[StoredLatent], coder: PictureCoder, out: Path, on_picture: Callable[[], None] | None
 ) -> int:
+    """Decodes latents of one size, and returns their number."""
     if batch:
         pictures = coder.decode(torch.stack([stored.latent for stored in batch]), batch[0].size)
         for stored, picture in zip(batch, pictures.cpu(), strict=True):
@@ -129,6 +158,7 @@ class Reconstruction:
     """One picture and what came back."""
 
     picture: Path
+    """its file"""
     size: tuple[int, int]
     """(height, width) in pixels, as it was encoded"""
     psnr: float
@@ -138,9 +168,16 @@ class Reconstruction:
 
 
 def find_pictures(sources: Sequence[Path]) -> list[tuple[Path, str]]:
-    """(file, name for the result) of picture files and of all pictures in folders, in order.
+    """Lists picture files, and all pictures in folders.
 
-    Raises ValueError for what does not exist, and when there is no picture at all.
+    Args:
+        sources: files and folders.
+
+    Returns:
+        (file, name for the result) in the order of the sources; those of a folder sorted.
+
+    Raises:
+        ValueError: a source does not exist, or there is no picture at all.
     """
     found: list[tuple[Path, str]] = []
     for source in sources:
@@ -166,7 +203,20 @@ def reconstruct_file(
     bit_depth: int = 8,
     max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> Reconstruction:
-    """Encodes and decodes one picture, and writes `out`/<name>.png. Raises ValueError for an unreadable picture."""
+    """Encodes and decodes one picture, and writes it beside its reconstruction to `out`/<name>.png.
+
+    Args:
+        picture: file of the picture.
+        name: of the result, below `out`.
+        coder: with the tokenizer.
+        out: folder of the results.
+        transform: what is done to the picture first; None: it is encoded as it is.
+        bit_depth: 8 or 16, of the pictures that the model was trained on.
+        max_pixels: height * width of a picture, at most.
+
+    Raises:
+        ValueError: the picture cannot be read, or the file exists.
+    """
     stored = torch.uint8 if bit_depth == 8 else torch.uint16
     try:
         image = with_bit_depth(decode_image(picture.read_bytes(), coder.config.in_channels, max_pixels), stored)
@@ -183,7 +233,11 @@ def reconstruct_file(
 
 
 def path_below(folder: Path, name: str) -> Path:
-    """`folder`/<name>.png. Raises ValueError for a name that leads elsewhere, as a hostile tar may hold."""
+    """The file `folder`/<name>.png.
+
+    Raises:
+        ValueError: the name leads elsewhere, as one from a hostile tar may.
+    """
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\0" in name:
         raise ValueError(f"{name!r} cannot be the name of a file below {folder}")
@@ -191,8 +245,14 @@ def path_below(folder: Path, name: str) -> Path:
 
 
 def write_png(picture: Tensor, path: Path) -> None:
-    """uint8 [C, H, W] on the CPU; of more than 3 channels the first 3, of 2 the first. Raises ValueError where the file
-    exists.
+    """Writes a picture as a new PNG file, in a folder that is made where it is missing.
+
+    Args:
+        picture: uint8 [C, H, W] on the CPU; of more than 3 channels the first 3 are written, of 2 the first.
+        path: of the file.
+
+    Raises:
+        ValueError: the file exists.
     """
     shown = picture[: 3 if len(picture) >= 3 else 1].permute(1, 2, 0).contiguous().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,6 +264,15 @@ def write_png(picture: Tensor, path: Path) -> None:
 
 
 def _tensors(data: bytes, where: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by their names.
+
+    Args:
+        data: the file's bytes.
+        where: what a message calls the file.
+
+    Raises:
+        ValueError: it is no safetensors file.
+    """
     try:
         return safetensors.torch.load(data)
     except SafetensorError as error:
@@ -211,8 +280,8 @@ def _tensors(data: bytes, where: str) -> dict[str, Tensor]:
 
 
 def _image_size(data: bytes) -> tuple[int, int] | None:
-    """What `tessera encode` notes in the file's head."""
-    length = int.from_bytes(data[:_HEAD_BYTES], "little")
-    noted = json.loads(data[_HEAD_BYTES : _HEAD_BYTES + length]).get("__metadata__", {}).get("image_size", "")
+    """(height, width) of the encoded picture, which `tessera encode` notes in the file's head; None: not noted."""
+    length = int.from_bytes(data[:_LENGTH_BYTES], "little")
+    noted = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + length]).get("__metadata__", {}).get("image_size", "")
     height, _, width = noted.partition("x")
     return (int(height), int(width)) if height.isdigit() and width.isdigit() else None

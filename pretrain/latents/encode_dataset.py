@@ -26,7 +26,8 @@ from data_pipes.shards.manifest import MANIFEST_NAME, Manifest
 from data_pipes.store.files import write_atomically
 from data_pipes.store.transport import StorageConfig
 from pretrain.latents.coder import PictureCoder
-from pretrain.latents.encode_shard import LATENT_MEMBER, EncodeOptions, ShardEncoder, ShardNote
+from pretrain.latents.encode_shard import ShardEncoder, ShardNote
+from pretrain.latents.options import LATENT_MEMBER, EncodeOptions
 from pretrain.parallel.world import World
 from pretrain.weights.tokenizer import LoadedTokenizer
 
@@ -35,7 +36,9 @@ LATENTS_KEY = "latents"
 SKIPPED_NAME = "skipped.json"
 """The samples that were left out, where there are some."""
 _WORK_FOLDER, _RECORD = ".encode", "record.json"
+"""Of OUT while it is not finished; the record says with what the job was begun."""
 _VERSION = 1
+"""Of the manifest's description of latents, and of the record."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,13 @@ class EncodeResult:
     """What was encoded."""
 
     manifest: Manifest
-    about: dict[str, Any]
-    """the manifest's entry "latents" """
+    """of the latents"""
+    description: dict[str, Any]
+    """what the manifest says of the latents, under LATENTS_KEY"""
     num_resumed_shards: int
     """shards that were finished before"""
     skipped: list[dict[str, str]]
-    """samples without a readable picture, see ShardNote; empty where the set was finished before"""
+    """samples without a readable picture, as in `ShardNote`; empty where the set was finished before"""
 
 
 def encode_dataset(
@@ -63,14 +67,21 @@ def encode_dataset(
     on_plan: Callable[[int], None] | None = None,
     on_sample: Callable[[], None] | None = None,
 ) -> EncodeResult | None:
-    """Encodes `manifest`'s pictures into `out`; the result on rank 0, None on the others. A collective.
+    """Encodes a data set of pictures into the folder `out`. All processes call this.
 
     Args:
         manifest: of the pictures, on a disk or in an object store.
         out: local folder that all processes see; new, or left by the same command.
+        tokenizer: the model.
+        options: what decides the bytes of the latents, beside the model and the pictures.
         world: of `pretrain.parallel.world.join_world`, with a timeout as long as the job.
         workers: threads per process that read and decode pictures.
-        on_plan, on_sample: called with the number of this process's samples, and for each one.
+        storage: how the pictures' shards are read; None: the defaults.
+        on_plan: called with the number of samples that this process will encode.
+        on_sample: called for each of them.
+
+    Returns:
+        The result on rank 0, None on the others.
 
     Raises:
         ValueError: `out` belongs to something else or was begun with another model, data or options; a SampleError for
@@ -115,15 +126,19 @@ def encode_dataset(
     return _finish(plan, manifest, tokenizer, options, plan.num_shards - len(pending))
 
 
-def read_about(manifest: Manifest) -> dict[str, Any]:
-    """What a local set's manifest says of its latents. Raises ValueError where it is no set of latents."""
+def read_description(manifest: Manifest) -> dict[str, Any]:
+    """What the manifest of a local set says of its latents.
+
+    Raises:
+        ValueError: it is no set of latents.
+    """
     path = Path(manifest.root) / MANIFEST_NAME
-    about = json.loads(path.read_bytes()).get(LATENTS_KEY)
-    if not isinstance(about, dict) or about.get("version") != _VERSION:
+    description = json.loads(path.read_bytes()).get(LATENTS_KEY)
+    if not isinstance(description, dict) or description.get("version") != _VERSION:
         raise ValueError(
             f"{path}: it describes no latents of version {_VERSION}; expected a folder that `tessera encode` made"
         )
-    return about
+    return description
 
 
 @dataclass(frozen=True)
@@ -131,25 +146,42 @@ class _Plan:
     """Where everything goes."""
 
     out: Path
+    """the folder of the latents"""
     num_shards: int
+    """of the pictures, and so of the latents"""
 
     @property
     def work(self) -> Path:
+        """The folder that is there until the set is finished."""
         return self.out / _WORK_FOLDER
 
     @property
     def record(self) -> Path:
+        """The file that says with what the job was begun."""
         return self.work / _RECORD
 
     def shard(self, number: int) -> Path:
+        """The file of a shard of latents."""
         return self.out / f"shard-{number:06d}.tar"
 
     def note(self, number: int) -> Path:
+        """The file that says that a shard is finished, see `ShardNote`."""
         return self.work / f"shard-{number:06d}.json"
 
 
 def _begin(plan: _Plan, identity: dict[str, Any]) -> list[int] | None:
-    """The shards that are still to be encoded; None: the set is finished."""
+    """Begins a job, or continues it.
+
+    Args:
+        plan: where everything goes.
+        identity: what decides the bytes of the latents; has to be that of the job before.
+
+    Returns:
+        The shards that are still to be encoded; None: the set is finished.
+
+    Raises:
+        ValueError: the folder holds something else, or was begun with another identity.
+    """
     finished = _finished_identity(plan.out)
     before = finished
     if before is None and plan.record.is_file():
@@ -175,23 +207,36 @@ def _begin(plan: _Plan, identity: dict[str, Any]) -> list[int] | None:
 
 
 def _finished_identity(out: Path) -> dict[str, Any] | None:
+    """The identity of a set that is finished; None: it is not."""
     path = out / MANIFEST_NAME
     if not path.is_file():
         return None
-    about = json.loads(path.read_bytes()).get(LATENTS_KEY)
+    description = json.loads(path.read_bytes()).get(LATENTS_KEY)
     # A manifest without this entry is that of another data set, or of a job that was killed while it finished.
-    return None if about is None else dict(about["identity"])
+    return None if description is None else dict(description["identity"])
 
 
 def _read_finished(plan: _Plan) -> EncodeResult:
+    """The result of a job that had nothing to do."""
     manifest = Manifest.load(plan.out)
-    return EncodeResult(manifest, read_about(manifest), plan.num_shards, [])
+    return EncodeResult(manifest, read_description(manifest), plan.num_shards, [])
 
 
 def _finish(
     plan: _Plan, source: Manifest, tokenizer: LoadedTokenizer, options: EncodeOptions, num_resumed: int
 ) -> EncodeResult:
-    """Writes the manifest, then what it says of the latents, which makes the set finished."""
+    """Writes the manifest, then its description of the latents, which makes the set finished.
+
+    Args:
+        plan: where everything goes.
+        source: manifest of the pictures.
+        tokenizer: the model.
+        options: with which everything was encoded.
+        num_resumed: shards that were finished before.
+
+    Raises:
+        ValueError: a shard is missing, or no sample had a readable picture.
+    """
     notes = [ShardNote.load(plan.note(number), plan.shard(number)) for number in range(plan.num_shards)]
     missing = [number for number, note in enumerate(notes) if note is None]
     if missing:
@@ -206,7 +251,7 @@ def _finish(
     manifest = index_shards(shards, plan.out, source.classes)
     sums = reduce(add, (note.sums for note in found))
     skipped = [entry for note in found for entry in note.skipped]
-    about = {
+    description = {
         "version": _VERSION,
         "member": LATENT_MEMBER,
         "tensors": ["latent", *(["mirrored"] if options.mirrored else [])],
@@ -225,7 +270,7 @@ def _finish(
     }
     if skipped:
         write_atomically(plan.out / SKIPPED_NAME, (json.dumps(skipped, indent=1) + "\n").encode())
-    content = json.loads(manifest.to_bytes()) | {LATENTS_KEY: about}
+    content = json.loads(manifest.to_bytes()) | {LATENTS_KEY: description}
     write_atomically(plan.out / MANIFEST_NAME, (json.dumps(content, indent=1) + "\n").encode())
     shutil.rmtree(plan.work)
-    return EncodeResult(manifest, about, num_resumed, skipped)
+    return EncodeResult(manifest, description, num_resumed, skipped)

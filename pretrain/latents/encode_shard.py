@@ -11,96 +11,50 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from data_pipes.decode.limits import DEFAULT_MAX_PIXELS
 from data_pipes.errors import SampleError, ShardError
 from data_pipes.index.walk import index_shard
-from data_pipes.shards.collection import Place
 from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.manifest import INDEX_SUFFIX, Manifest
-from data_pipes.shards.members import IMAGE_EXTENSIONS, picture_of
-from data_pipes.shards.reader import RawSample, ShardReader
 from data_pipes.store.files import write_atomically
-from data_pipes.store.storage import Storage
 from data_pipes.store.transport import StorageConfig
-from data_pipes.transforms.image import EvalTransform
-from pretrain.latents.coder import PictureCoder, Precision
+from pretrain.latents.coder import PictureCoder
+from pretrain.latents.options import LATENT_DTYPES, LATENT_MEMBER, EncodeOptions
+from pretrain.latents.read_ahead import LoadedSample, PictureReader
 from pretrain.latents.statistics import LatentSums, zero_sums
-
-LATENT_MEMBER = "latent.safetensors"
-LATENT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_WINDOW_BATCHES = 4
-# of pictures of any size: among so many batches those of equal size are encoded together
-
-
-@dataclass(frozen=True)
-class EncodeOptions:
-    """What decides the bytes of latent shards, beside the model and the pictures."""
-
-    size: tuple[int, int] | None = None
-    """(height, width) of the centre crop in pixels; None: each picture as it is"""
-    short_side: int | None = None
-    """in pixels, of the resized picture before the crop; None: the crop's longer side"""
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """of the stored latents"""
-    precision: Precision = "fp32"
-    """of the encoder's forward pass"""
-    batch_size: int = 32
-    """pictures per forward pass"""
-    mirrored: bool = False
-    """add the latent of the left-right mirrored picture to each sample, as the tensor `mirrored`"""
-    carried: tuple[str, ...] = ("cls", "json", "txt", "caption")
-    """extensions of the members that are copied from the pictures' shards"""
-    skip_unreadable: bool = False
-    """leave out samples without a readable picture, and list them; False: they stop the job"""
-    tile: int | None = None
-    """pictures with a longer side are encoded in tiles of so many pixels"""
-    bit_depth: int = 8
-    """8 or 16, of the pictures that the model was trained on"""
-    max_pixels: int = DEFAULT_MAX_PIXELS
-    """height * width of a picture, at most"""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.bit_depth not in (8, 16):
-            raise ValueError(f"batch size {self.batch_size}, {self.bit_depth} bits; expected at least 1, and 8 or 16")
-        if self.size is None and self.short_side is not None:
-            raise ValueError("a short side without a size: give both, or neither to keep each picture as it is")
-        pictures = [name for name in self.carried if name in IMAGE_EXTENSIONS or name == LATENT_MEMBER]
-        if pictures:
-            raise ValueError(f"{pictures[0]!r} cannot be carried over: latents take the place of pictures")
-        self.transform()
-
-    def transform(self) -> EvalTransform | None:
-        """From a decoded picture to what is encoded; None: nothing is changed."""
-        if self.size is None:
-            return None
-        return EvalTransform(self.size, max(self.size) if self.short_side is None else self.short_side)
 
 
 @dataclass(frozen=True)
 class ShardNote:
-    """A finished shard; one without samples (all its pictures unreadable) has no file."""
+    """What is kept of a finished shard; one without samples (all its pictures unreadable) has no file."""
 
     num_samples: int
+    """in the shard"""
     skipped: tuple[dict[str, str], ...]
     """samples that were left out: {"key", "shard", "error"}"""
     index_sha256: str
+    """of the shard's index; empty for a shard without samples"""
     sums: LatentSums
     """of the tensors `latent`"""
 
     @classmethod
     def load(cls, note: Path, shard: Path) -> ShardNote | None:
-        """The note of an earlier run, if its shard and index are there and intact."""
+        """Reads the note of an earlier job.
+
+        Args:
+            note: file of the note.
+            shard: file of the shard.
+
+        Returns:
+            The note, where its shard and index are there and intact; None: the shard has to be encoded again.
+        """
         try:
             content = json.loads(note.read_text(encoding="utf-8"))
             sums, skipped = content["sums"], tuple(content["skipped"])
@@ -115,18 +69,8 @@ class ShardNote:
         return found
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A sample whose picture was read, or why it was not."""
-
-    raw: RawSample
-    picture: Tensor | None
-    """[C, H, W], as it is encoded"""
-    error: SampleError | None = None
-
-
 class ShardEncoder:
-    """Encodes shards of one data set, one after the other. `workers` threads read and decode ahead."""
+    """Encodes shards of one data set, one after the other, while threads read and decode ahead."""
 
     def __init__(
         self,
@@ -137,21 +81,38 @@ class ShardEncoder:
         workers: int = 2,
         storage: StorageConfig | None = None,
     ) -> None:
+        """Starts the threads.
+
+        Args:
+            manifest: of the pictures.
+            coder: with the model.
+            options: what else decides the bytes of the latents.
+            workers: number of threads, at least 1.
+            storage: how the pictures' shards are read; None: the defaults.
+        """
         self.manifest, self.coder, self.options = manifest, coder, options
-        self._transform = options.transform()
-        self._reader = ShardReader(manifest, (*IMAGE_EXTENSIONS, *options.carried), Storage(storage))
-        self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode")
+        self._pictures = PictureReader(manifest, options, coder.config.in_channels, workers=workers, storage=storage)
 
     def close(self) -> None:
         """Ends the threads."""
-        self._pool.shutdown(cancel_futures=True)
-        self._reader.close()
+        self._pictures.close()
 
     def encode(self, shard: int, target: Path, note: Path, on_sample: Callable[[], None]) -> ShardNote:
-        """Encodes a shard to `target` under a temporary name, walks it strictly, indexes it and renames it.
+        """Encodes a shard under a temporary name, walks it strictly, indexes it, and gives it its name.
 
-        Raises SampleError for an unusable picture (unless they are skipped), ShardError for a changed shard, ValueError
-        for a latent that is not finite as it would be stored.
+        Args:
+            shard: its number in the manifest.
+            target: file of the latents; their index goes beside it.
+            note: file of the note, written last.
+            on_sample: called for each sample.
+
+        Returns:
+            The note.
+
+        Raises:
+            SampleError: a picture is unusable, unless those are skipped.
+            ShardError: the shard has changed since it was indexed.
+            ValueError: a latent is not finite as it would be stored.
         """
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
@@ -173,13 +134,14 @@ class ShardEncoder:
     def _write(
         self, shard: int, file: object, on_sample: Callable[[], None]
     ) -> tuple[int, list[dict[str, str]], LatentSums]:
+        """Writes a shard's tar: (number of samples, samples left out, sums of the latents)."""
         from webdataset.writer import TarWriter
 
         num_samples, skipped = 0, []
         sums = zero_sums(self.coder.config.latent_channels)
         # Fixed owner, mode and time: encoding twice gives the same bytes.
         with TarWriter(file, user="", group="", mode=0o444, mtime=0, encoder=False) as writer:
-            for window in self._windows(shard):
+            for window in self._pictures.windows(shard):
                 readable = [sample for sample in window if sample.picture is not None]
                 latents = self._encode(readable)
                 for sample in window:
@@ -193,36 +155,13 @@ class ShardEncoder:
                     on_sample()
         return num_samples, skipped, sums
 
-    def _windows(self, shard: int) -> Iterator[list[Loaded]]:
-        """The samples of a shard in order, in groups that are encoded together; the next group is read meanwhile."""
-        num_samples = self.manifest.shards[shard].num_samples
-        length = self.options.batch_size * (_WINDOW_BATCHES if self.options.size is None else 1)
-        ahead: deque[list[Future[Loaded]]] = deque()
-        try:
-            for first in range(0, num_samples, length):
-                numbers = range(first, min(first + length, num_samples))
-                ahead.append([self._pool.submit(self._load, shard, number) for number in numbers])
-                if len(ahead) > 1:
-                    yield [future.result() for future in ahead.popleft()]
-            while ahead:
-                yield [future.result() for future in ahead.popleft()]
-        finally:
-            for futures in ahead:
-                for future in futures:
-                    future.cancel()
+    def _encode(self, samples: list[LoadedSample]) -> dict[int, dict[str, Tensor]]:
+        """Encodes samples; pictures of equal size share batches.
 
-    def _load(self, shard: int, number: int) -> Loaded:
-        raw = next(self._reader.read_many([Place(shard, number)]))
-        stored = torch.uint8 if self.options.bit_depth == 8 else torch.uint16
-        try:
-            picture = picture_of(raw, self.coder.config.in_channels, stored, self.options.max_pixels)
-            return Loaded(raw, (picture if self._transform is None else self._transform(picture)).contiguous())
-        except SampleError as error:
-            return Loaded(raw, None, error)
-
-    def _encode(self, samples: list[Loaded]) -> dict[int, dict[str, Tensor]]:
-        """id of the sample -> its tensors, on the CPU as they are stored. Pictures of equal size share batches."""
-        groups: dict[tuple[int, ...], list[Loaded]] = {}
+        Returns:
+            id of the sample -> its tensors by their names, on the CPU as they are stored.
+        """
+        groups: dict[tuple[int, ...], list[LoadedSample]] = {}
         for sample in samples:
             assert sample.picture is not None
             groups.setdefault(tuple(sample.picture.shape), []).append(sample)
@@ -240,7 +179,12 @@ class ShardEncoder:
                     tensors[id(sample)] = {name: rows[row].contiguous() for name, rows in stored.items()}
         return tensors
 
-    def _members(self, sample: Loaded, tensors: Mapping[str, Tensor], shard: int) -> dict[str, bytes]:
+    def _members(self, sample: LoadedSample, tensors: Mapping[str, Tensor], shard: int) -> dict[str, bytes]:
+        """The members of a sample in the tar, by their extensions.
+
+        Raises:
+            ValueError: a latent is not finite.
+        """
         assert sample.picture is not None
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
             raise ValueError(
@@ -252,7 +196,12 @@ class ShardEncoder:
         latent = safetensors.torch.save(dict(tensors), metadata={"image_size": f"{height}x{width}"})
         return {LATENT_MEMBER: latent, **{n: d for n, d in sample.raw.members.items() if n in self.options.carried}}
 
-    def _skip(self, sample: Loaded, shard: int) -> dict[str, str]:
+    def _skip(self, sample: LoadedSample, shard: int) -> dict[str, str]:
+        """The entry of a sample that is left out.
+
+        Raises:
+            SampleError: such samples are not skipped.
+        """
         url = self.manifest.shards[shard].url
         assert sample.error is not None
         if not self.options.skip_unreadable:

@@ -31,7 +31,7 @@ class LatentSums:
 
     @staticmethod
     def of(latent: Tensor) -> LatentSums:
-        """Of one latent [L, h, w] on the CPU, of any float type."""
+        """The sums of one latent [L, h, w] on the CPU, of any float type."""
         values = latent.to(torch.float64).flatten(1).numpy()
         # numpy's sums do not depend on the number of threads, torch's may
         return LatentSums(
@@ -47,12 +47,12 @@ class LatentSums:
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """[L]"""
+        """Of each channel, [L]."""
         return np.asarray(self.total) / self.count
 
     @property
     def std(self) -> NDArray[np.float64]:
-        """[L], around the channel's own mean, divided by n."""
+        """Standard deviation of each channel around its own mean, [L]; divided by n."""
         return np.sqrt(np.maximum(np.asarray(self.square_total) / self.count - self.mean**2, 0.0))
 
     @property
@@ -66,7 +66,7 @@ class LatentSums:
         return 1.0 / self.rms if self.rms > 0.0 else 1.0
 
     def describe(self) -> dict[str, Any]:
-        """For a manifest."""
+        """What a manifest says of the latents, ready for JSON."""
         return {
             "num_latent_pixels": self.count,
             "mean": self.mean.tolist(),
@@ -77,14 +77,15 @@ class LatentSums:
 
 
 def zero_sums(channels: int) -> LatentSums:
-    """Of no pictures."""
+    """The sums over no pictures."""
     return LatentSums(0, (0.0,) * channels, (0.0,) * channels)
 
 
 def effective_rank(covariance: NDArray[np.float64]) -> float:
     """exp(entropy of the normalised singular values) of centred latents (Roy and Vetterli 2007), from 1 to L.
 
-    covariance: [L, L] of the channels; its eigenvalues are the squares of those singular values, up to a factor.
+    Args:
+        covariance: [L, L] of the channels; its eigenvalues are the squares of those singular values, up to a factor.
     """
     singular = np.sqrt(np.maximum(np.linalg.eigvalsh(covariance), 0.0))
     share = singular / max(float(singular.sum()), np.finfo(np.float64).tiny)

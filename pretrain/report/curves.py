@@ -11,26 +11,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 520, 230  # pixels of the view box
+WIDTH, HEIGHT = 520, 230
+"""Pixels of the view box."""
 LEFT, RIGHT, TOP, BOTTOM = 58, 24, 10, 34
-MAX_COLUMNS = 220  # finer than the eye sees at this width
-MAX_DOTS = 40  # a curve of at most so many points also shows each of them, with its value on hovering
-LOG_RATIO = 30.0  # largest / smallest value from which a logarithmic scale shows more
+"""Margins around the curves, in pixels."""
+MAX_COLUMNS = 220
+"""A longer curve shows this many means; more would be finer than the eye sees at this width."""
+MAX_DOTS = 40
+"""A curve of at most this many points also shows each of them as a dot, with its value on hovering."""
+LOG_RATIO = 30.0
+"""Largest / smallest value from which a logarithmic scale shows more."""
 
 Point = tuple[float, float]
+"""(step, value)."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps values in [low, high] to pixels in [start, end]; logarithmic when asked for."""
+    """Maps values to pixels, linearly or by their logarithm."""
 
     low: float
+    """the value at `start`"""
     high: float
+    """the value at `end`"""
     start: float
+    """in pixels"""
     end: float
+    """in pixels; may be smaller than `start`, as the vertical axis points down"""
     log: bool = False
+    """logarithmic; values are positive then"""
 
     def __call__(self, value: float) -> float:
+        """The pixel of a value, to a tenth."""
         low, high, value = (math.log10(x) if self.log else x for x in (self.low, self.high, value))
         return round(self.start + (value - low) / (high - low) * (self.end - self.start), 1)
 
@@ -50,10 +62,16 @@ class Scale:
 def line_chart(
     series: Mapping[str, Sequence[Point]], *, from_zero: bool = False, log: bool = False, marks: Sequence[float] = ()
 ) -> str:
-    """One chart; empty string when no series has a point.
+    """Draws one chart.
 
-    series: label -> (step, value) in the order of the steps. from_zero: the scale begins at 0. log: use a logarithmic
-    scale when all values are positive and span more than LOG_RATIO. marks: steps that get a vertical line (resumes).
+    Args:
+        series: label -> points in the order of their steps.
+        from_zero: the scale begins at 0.
+        log: the scale is logarithmic where all values are positive and span more than LOG_RATIO.
+        marks: steps that get a vertical line, because the run was resumed there.
+
+    Returns:
+        An `<svg>` string; empty where no series has a point.
     """
     shown = {label: list(points) for label, points in series.items() if points}
     if not shown:
@@ -71,6 +89,7 @@ def line_chart(
 
 
 def _value_scale(values: Sequence[float], from_zero: bool, log: bool) -> Scale:
+    """The vertical scale for these values, with some room around them."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     log = log and low > 0 and high / low > LOG_RATIO
     if log:
@@ -82,6 +101,7 @@ def _value_scale(values: Sequence[float], from_zero: bool, log: bool) -> Scale:
 
 
 def _axes(x: Scale, y: Scale) -> list[str]:
+    """Horizontal lines at round values, and round steps below them."""
     parts, label_y = [], HEIGHT - BOTTOM + 15
     for value in y.ticks():
         at = y(value)
@@ -97,11 +117,13 @@ def _axes(x: Scale, y: Scale) -> list[str]:
 
 
 def _mark(x: Scale, step: float) -> str:
+    """The vertical line at a step where the run was resumed."""
     at, title = x(step), f"<title>resumed at step {step:g}</title>"
     return f'<line class="mark" x1="{at}" x2="{at}" y1="{TOP}" y2="{HEIGHT - BOTTOM}">{title}</line>'
 
 
 def _series(x: Scale, y: Scale, points: Sequence[Point], index: int, label: str) -> list[str]:
+    """One curve in the colour of its index, with its band, dots and crosses."""
     colour, label = f"var(--series-{index % 4})", escape(label)
     columns = _columns([point for point in points if math.isfinite(point[1])])
     line = [(x(step), y(mean)) for step, _, mean, _ in columns]
@@ -122,7 +144,11 @@ def _series(x: Scale, y: Scale, points: Sequence[Point], index: int, label: str)
 
 
 def _columns(points: Sequence[Point]) -> list[tuple[float, float, float, float]]:
-    """(step, smallest, mean, largest) for at most MAX_COLUMNS runs of consecutive points of about equal count."""
+    """Joins consecutive points in at most MAX_COLUMNS groups of about equal size.
+
+    Returns:
+        (step, smallest, mean, largest) of each group.
+    """
     size = -(-len(points) // MAX_COLUMNS) or 1
     columns = []
     for first in range(0, len(points), size):
@@ -136,6 +162,7 @@ def _columns(points: Sequence[Point]) -> list[tuple[float, float, float, float]]
 
 
 def _path(points: Sequence[Point]) -> str:
+    """The points of an SVG line."""
     return " ".join(f"{px:g},{py:g}" for px, py in points)
 
 

@@ -8,6 +8,7 @@ from pretrain.report.curves import format_value, line_chart
 from pretrain.tracking.journal import MetricPoint
 
 Curves = dict[str, list[MetricPoint]]
+"""Metric -> its points, in the order of their steps."""
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,15 @@ class Panel:
     """One chart of the page: metrics that share a scale."""
 
     title: str
+    """with the unit"""
     metrics: tuple[str, ...]
-    factor: float = 1.0  # from the journal's unit to the one in the title
+    """names in the journal; those that a run lacks are left out"""
+    factor: float = 1.0
+    """from the journal's unit to the one in the title"""
     from_zero: bool = False
+    """whether the scale begins at 0"""
     log: bool = False
+    """whether the scale may be logarithmic"""
 
 
 PANELS = (
@@ -40,9 +46,43 @@ PANELS = (
     Panel("Model FLOPs utilisation, %", ("throughput/mfu",), factor=100, from_zero=True),
     Panel("Peak memory per rank, GiB", ("memory/peak_bytes_per_rank",), factor=2**-30, from_zero=True),
 )
+"""The charts of every run, in the order of the page."""
+
+
+def panel_charts(curves: Curves, marks: Sequence[int]) -> list[dict[str, Any]]:
+    """The charts of `PANELS`, and of the mixture's sources, for which the run has points.
+
+    Args:
+        curves: of the run.
+        marks: steps at which the run was resumed.
+
+    Returns:
+        {"title", "svg", "legend"} for the template.
+    """
+    charts = (_chart(panel, curves, marks) for panel in (*PANELS, _mixture_panel(curves)))
+    return [chart for chart in charts if chart is not None]
+
+
+def other_charts(curves: Curves, marks: Sequence[int]) -> list[dict[str, Any]]:
+    """A chart for each metric that is in no panel and is no evaluation's; arguments and result as `panel_charts`."""
+    shown = {name for panel in (*PANELS, _mixture_panel(curves)) for name in panel.metrics}
+    others = [name for name in sorted(curves) if name not in shown and not name.startswith("eval/")]
+    charts = (_chart(Panel(name, (name,), log="loss" in name), curves, marks) for name in others)
+    return [chart for chart in charts if chart is not None]
+
+
+def evaluation_charts(curves: Curves) -> list[dict[str, Any]]:
+    """A chart for each evaluation's metric, as `panel_charts` has them, with the "step" of the last point."""
+    charts = []
+    for name, points in sorted(curves.items()):
+        if name.startswith("eval/"):
+            chart = _chart(Panel(name.removeprefix("eval/"), (name,)), curves, ())
+            charts.append({**(chart or {}), "step": points[-1].step})
+    return charts
 
 
 def _chart(panel: Panel, curves: Curves, marks: Sequence[int]) -> dict[str, Any] | None:
+    """A panel for the template; None where the run has no point of it."""
     series = {
         name: [(float(point.step), panel.factor * point.value) for point in curves[name]]
         for name in panel.metrics
@@ -57,27 +97,7 @@ def _chart(panel: Panel, curves: Curves, marks: Sequence[int]) -> dict[str, Any]
     return {"title": panel.title, "svg": markupsafe.Markup(svg), "legend": legend}
 
 
-def _panels(curves: Curves, marks: Sequence[int]) -> list[dict[str, Any]]:
-    charts = (_chart(panel, curves, marks) for panel in (*PANELS, _mixture_panel(curves)))
-    return [chart for chart in charts if chart is not None]
-
-
 def _mixture_panel(curves: Curves) -> Panel:
+    """The shares of a mixture's sources, where the run has some."""
     names = sorted(name for name in curves if name.startswith(("data/share_", "data/wanted_share_")))
     return Panel("Shares of the sources, %, consumed and wanted", tuple(names), factor=100, from_zero=True)
-
-
-def _other_panels(curves: Curves, marks: Sequence[int]) -> list[dict[str, Any]]:
-    shown = {name for panel in (*PANELS, _mixture_panel(curves)) for name in panel.metrics}
-    others = [name for name in sorted(curves) if name not in shown and not name.startswith("eval/")]
-    charts = (_chart(Panel(name, (name,), log="loss" in name), curves, marks) for name in others)
-    return [chart for chart in charts if chart is not None]
-
-
-def _evaluation_curves(curves: Curves) -> list[dict[str, Any]]:
-    charts = []
-    for name, points in sorted(curves.items()):
-        if name.startswith("eval/"):
-            chart = _chart(Panel(name.removeprefix("eval/"), (name,)), curves, ())
-            charts.append({**(chart or {}), "step": points[-1].step})
-    return charts

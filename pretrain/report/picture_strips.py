@@ -26,24 +26,41 @@ LABELS = {
         "oracle-denormalised: with the true mean and deviation of each patch, which the model does not know"
     ),
 }
-MIN_TILE_PIXELS = 96  # smaller images are enlarged by a whole factor, so that their pixels stay visible
+"""Name of a picture -> what stands above its row; other names stand for themselves."""
+MIN_TILE_PIXELS = 96
+"""Images with a shorter side are enlarged by a whole factor, so that their pixels stay visible."""
 PADDING_PIXELS = 2
+"""Between images."""
 LABEL_PIXELS = 18
+"""Height of a row's label."""
 LABEL_FONT_PIXELS = 12
-MAX_EMBEDDED_BYTES = 150_000  # a larger strip goes into a page as JPEG, at most MAX_EMBEDDED_WIDTH pixels wide
+"""Height of its letters."""
+MIN_WIDTH_PIXELS = 620
+"""Of a strip; the longest label fits."""
+FRAME_MS = 200
+"""How long a frame of a film is shown."""
+MAX_EMBEDDED_BYTES = 150_000
+"""A larger strip goes into a page as JPEG, at most MAX_EMBEDDED_WIDTH wide."""
 MAX_EMBEDDED_WIDTH = 1200
-MIN_WIDTH_PIXELS = 620  # the longest label fits
-FRAME_MS = 200  # a frame of a film is shown for
-MAX_EMBEDDED_FILM_BYTES = 500_000  # a larger film goes into a page as WebP, of the largest of these widths that fits
+"""In pixels."""
+MAX_EMBEDDED_FILM_BYTES = 500_000
+"""A larger film goes into a page as WebP, of the largest of EMBEDDED_FILM_WIDTHS that fits."""
 EMBEDDED_FILM_WIDTHS = (900, 600, 400)
+"""In pixels, from the largest."""
 
 
 def picture_strip(pictures: Mapping[str, Tensor], max_samples: int = 8) -> Image.Image:
-    """Tile pictures into one RGB image: a labelled row per name in the given order, the same samples in every row.
+    """Tiles pictures into one RGB image: a labelled row per name in the given order, the same samples in every row.
 
-    pictures: name -> uint8 [B, C, H, W]; names share B, sizes and channels may differ. One channel is shown grey,
-    three as RGB; of two the first is shown and of more than three the first three, and the label says so. Raises
-    ValueError when there is nothing to show or a tensor has another shape or dtype.
+    One channel is shown grey, three as RGB; of two the first is shown and of more than three the first three, and the
+    label says so.
+
+    Args:
+        pictures: name -> uint8 [B, C, H, W]; names share B, sizes and channels may differ.
+        max_samples: the first of the B that are shown.
+
+    Raises:
+        ValueError: there is nothing to show, or a tensor has another shape or dtype.
     """
     if not pictures:
         raise ValueError("no pictures: expected at least one uint8 tensor [B, C, H, W]")
@@ -59,7 +76,19 @@ def picture_strip(pictures: Mapping[str, Tensor], max_samples: int = 8) -> Image
 
 
 def save_pictures(pictures: Mapping[str, Tensor], path: Path, max_samples: int = 8) -> Path:
-    """Write `picture_strip(pictures)` as a PNG, complete or not at all; returns `path`."""
+    """Writes a `picture_strip` as a PNG, complete or not at all.
+
+    Args:
+        pictures: name -> uint8 [B, C, H, W].
+        path: of the file.
+        max_samples: the first of the B that are shown.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: as `picture_strip`.
+    """
     buffer = io.BytesIO()
     picture_strip(pictures, max_samples).save(buffer, format="PNG", optimize=True)
     write_atomically(path, buffer.getvalue())
@@ -67,11 +96,20 @@ def save_pictures(pictures: Mapping[str, Tensor], path: Path, max_samples: int =
 
 
 def save_films(films: Mapping[str, Tensor], path: Path, max_samples: int = 4) -> Path:
-    """Write films as an endless GIF whose frames are the `picture_strip`s of theirs; returns `path`.
+    """Writes films as an endless GIF whose frames are `picture_strip`s, complete or not at all.
 
-    films: name -> uint8 [B, T, C, H, W]; names share B and T. A frame that equals the one before is not stored again,
-    but shown for twice the time. The file is complete or not there. Raises ValueError for other tensors, and when films
-    are of different lengths.
+    A frame that equals the one before is not stored again, but shown for twice the time.
+
+    Args:
+        films: name -> uint8 [B, T, C, H, W]; names share B and T.
+        path: of the file.
+        max_samples: the first of the B that are shown.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: a tensor is no film, or films differ in length.
     """
     lengths = {name: film.shape[1] for name, film in films.items() if film.ndim == 5}
     if len(lengths) < len(films) or len(set(lengths.values())) != 1:
@@ -86,12 +124,14 @@ def save_films(films: Mapping[str, Tensor], path: Path, max_samples: int = 4) ->
 
 
 def _animation(frames: Sequence[Image.Image], kind: str, durations_ms: Sequence[int], **options: int) -> bytes:
+    """An endless film in PIL's format `kind`; `options` are those of the format."""
     buffer, (first, *others) = io.BytesIO(), frames
     first.save(buffer, format=kind, save_all=True, append_images=others, duration=list(durations_ms), loop=0, **options)
     return buffer.getvalue()
 
 
 def _label(name: str, images: Tensor) -> str:
+    """What stands above a row."""
     label = LABELS.get(name, name.replace("_", " "))
     if images.ndim == 4 and images.shape[1] not in (1, 3):
         shown = "channel 0" if images.shape[1] == 2 else "channels 0-2"
@@ -100,7 +140,11 @@ def _label(name: str, images: Tensor) -> str:
 
 
 def _tile_row(name: str, images: Tensor, max_samples: int) -> Image.Image:
-    """[B, C, H, W] uint8 -> one row of at most `max_samples` tiles."""
+    """One row of at most `max_samples` images, of uint8 [B, C, H, W].
+
+    Raises:
+        ValueError: the tensor has another shape or dtype, or is empty.
+    """
     if images.ndim != 4 or images.dtype != torch.uint8 or 0 in images.shape:
         raise ValueError(
             f"picture {name!r}: expected a non-empty uint8 tensor [B, C, H, W], "

@@ -15,20 +15,31 @@ from typing import Any
 
 from data_pipes.store.files import write_atomically
 from pretrain.report.curves import format_value
-from pretrain.report.panels import Curves, _evaluation_curves, _other_panels, _panels
-from pretrain.report.rows import event_rows, film_rows, picture_rows
+from pretrain.report.panels import Curves, evaluation_charts, other_charts, panel_charts
+from pretrain.report.rows import evaluation_rows, event_rows, film_rows, picture_rows, read_json
 from pretrain.tracking.environment import redact_argument, redact_url
 from pretrain.tracking.journal import JOURNAL_NAME, now_ms, read_journal, read_metrics
 from pretrain.tracking.mlflow_shipper import STATE_NAME
 
 TEMPLATE = "report.html"
-STALE_AFTER_S = 600  # a run that says RUNNING but has been silent for longer has probably died
+"""Of jinja2, in this folder."""
+STALE_AFTER_S = 600
+"""A run that says RUNNING but has been silent for longer has probably died."""
 
 
 def build_report(run_dir: Path, out: Path | None = None) -> Path:
-    """Write the page of a run to `out` (default RUN/report.html) and return its path.
+    """Writes the page of a run.
 
-    Raises FileNotFoundError when the folder does not exist, ValueError when nothing in it is a run's.
+    Args:
+        run_dir: folder of the run.
+        out: file of the page; None: report.html in the run's folder.
+
+    Returns:
+        The file of the page.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: nothing in the folder is a run's.
     """
     import jinja2
 
@@ -52,7 +63,7 @@ def build_report(run_dir: Path, out: Path | None = None) -> Path:
 
 def collect(run_dir: Path) -> dict[str, Any]:
     """Everything that the template shows."""
-    run = _read_json(run_dir / "run.json")
+    run = read_json(run_dir / "run.json")
     records, curves = list(read_journal(run_dir)), read_metrics(run_dir)
     config_text = _read_text(run_dir / "config.yaml")
     marks = sorted({int(record["step"]) for record in records if record["type"] == "resume" and record["step"] > 0})
@@ -63,12 +74,12 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "written": _utc(now_ms()),
         "facts": _facts(run, records, marks),
         "tiles": _tiles(records, curves, _parse_config(config_text)),
-        "panels": _panels(curves, marks),
-        "other_panels": _other_panels(curves, marks),
+        "panels": panel_charts(curves, marks),
+        "other_panels": other_charts(curves, marks),
         "pictures": picture_rows(run_dir),
         "films": film_rows(run_dir),
-        "evaluations": _evaluations(run_dir),
-        "evaluation_curves": _evaluation_curves(curves),
+        "evaluations": evaluation_rows(run_dir),
+        "evaluation_curves": evaluation_charts(curves),
         "events": [(_utc(event.time_ms), event.title, event.details) for event in events],
         "num_older_events": num_older_events,
         "config": redact_url(config_text),
@@ -79,7 +90,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
 
 
 def run_status(records: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """{"word": ..., "note": ...}: the last status in the journal, and what may be wrong with it."""
+    """The last status in the journal as "word", and what may be wrong with it as "note"."""
     word = next((record["status"] for record in reversed(records) if record["type"] == "status"), "EMPTY")
     if word != "RUNNING":
         return {"word": word, "note": "" if records else "the journal has no records"}
@@ -90,6 +101,7 @@ def run_status(records: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def _facts(run: dict[str, Any], records: Sequence[dict[str, Any]], marks: Sequence[int]) -> list[tuple[str, str]]:
+    """When, where and with what the run went, as (label, text); what is not known is left out."""
     environment = run.get("environment") or {}
     git, torch_build, cpu = environment.get("git") or {}, environment.get("torch") or {}, environment.get("cpu") or {}
     gpus = environment.get("gpus") or []
@@ -117,7 +129,7 @@ def _facts(run: dict[str, Any], records: Sequence[dict[str, Any]], marks: Sequen
 
 
 def _tiles(records: Sequence[dict[str, Any]], curves: Curves, config: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(label, value, note)"""
+    """The page's large figures, as (label, value, note)."""
     tiles = []
     trained = [points[-1].step for name, points in curves.items() if name.startswith("train/")]
     if trained:
@@ -150,45 +162,8 @@ def _tiles(records: Sequence[dict[str, Any]], curves: Curves, config: dict[str, 
     return tiles
 
 
-def _words(value: object) -> str:
-    """A record's small mapping or text as words."""
-    if isinstance(value, dict):
-        return "; ".join(f"{key}: {_words(item)}" for key, item in value.items())
-    return "" if value is None else str(value)
-
-
-def _evaluations(run_dir: Path) -> list[dict[str, Any]]:
-    rows = []
-    for path in sorted(run_dir.glob("eval/**/*.json")):
-        result = _read_json(path)
-        metrics = result.get("metrics")
-        if not isinstance(metrics, dict):
-            continue
-        numbers = [(name, v) for name, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
-        settings = result.get("settings") or {}
-        rows.append(
-            {
-                "task": str(result.get("task", "?")),
-                "protocol": str(result.get("protocol", "?")),
-                "step": result.get("step"),
-                "weights": str(result.get("weights", "?")),
-                "num_train": result.get("num_train"),
-                "num_test": result.get("num_test"),
-                "selection": _words(result.get("selection")),
-                "metrics": [
-                    (name, f"{value:.4f}" if abs(value) < 1e4 else format_value(value)) for name, value in numbers
-                ],
-                "settings": ", ".join(f"{key}={value}" for key, value in settings.items())
-                if isinstance(settings, dict)
-                else "",
-                "model_digest": str(result.get("model_digest", ""))[:12],
-            }
-        )
-    # Untrained baselines have no step; they come first, since the others are read against them.
-    return sorted(rows, key=lambda row: (row["task"], row["protocol"], -1 if row["step"] is None else row["step"]))
-
-
 def _commands(run: dict[str, Any], run_dir: Path) -> list[tuple[str, str]]:
+    """What a reader may want to start, as (label, command line without secrets)."""
     started = run.get("command")
     commands = [
         ("Resume this run", run.get("resume_command") or f"tessera train {run_dir / 'config.yaml'}"),
@@ -200,8 +175,8 @@ def _commands(run: dict[str, Any], run_dir: Path) -> list[tuple[str, str]]:
 
 
 def _tracking(run_dir: Path, records: Sequence[dict[str, Any]]) -> list[str]:
-    """What is in MLflow, and what is not and why."""
-    state, lines = _read_json(run_dir / STATE_NAME), []
+    """Says what is in MLflow, and what is not and why."""
+    state, lines = read_json(run_dir / STATE_NAME), []
     if state.get("mlflow_run_id"):
         size_bytes = (run_dir / JOURNAL_NAME).stat().st_size if (run_dir / JOURNAL_NAME).exists() else 0
         left = size_bytes - int(state.get("offset", 0))
@@ -214,16 +189,8 @@ def _tracking(run_dir: Path, records: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when the file is absent, torn or something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _read_text(path: Path) -> str:
+    """A file's text; empty where there is none."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
@@ -239,6 +206,7 @@ def _parse_config(text: str) -> dict[str, Any]:
 
 
 def _redacted(value: Any) -> Any:
+    """The same containers without secrets in their texts."""
     if isinstance(value, dict):
         return {key: _redacted(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -247,11 +215,12 @@ def _redacted(value: Any) -> Any:
 
 
 def _utc(time_ms: int) -> str:
+    """A point in time for people, to the minute."""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(time_ms / 1e3))
 
 
 def _duration(seconds: float) -> str:
-    """12 s, 3 min 20 s, 5 h 12 min, 2 d 3 h."""
+    """A duration for people: 12 s, 3 min 20 s, 5 h 12 min, 2 d 3 h."""
     seconds = max(0.0, seconds)
     for size, unit, smaller, smaller_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if seconds >= size:

@@ -125,17 +125,17 @@ def test_the_pipeline_of_stock_webdataset_reads_it(photos: Path, run_dir: Path, 
 
 def test_statistics_are_those_of_all_latent_pixels(photos: Path, run_dir: Path, tmp_path: Path) -> None:
     assert encode(photos, tmp_path / "out", run_dir, "--any-size") == 0
-    about = encode_dataset.read_about(Manifest.load(tmp_path / "out"))
+    description = encode_dataset.read_description(Manifest.load(tmp_path / "out"))
     latents = [safetensors.torch.load(s["latent.safetensors"])["latent"] for s in samples_of(tmp_path / "out")]
     assert {tuple(latent.shape) for latent in latents} == {(8, 5, 6), (8, 4, 4), (8, 9, 5)}
     pixels = np.concatenate([latent.numpy().reshape(8, -1) for latent in latents], axis=1).astype(np.float64)
-    statistics = about["statistics"]
+    statistics = description["statistics"]
     assert statistics["num_latent_pixels"] == pixels.shape[1]
     assert np.allclose(statistics["mean"], pixels.mean(axis=1), rtol=1e-9)
     assert np.allclose(statistics["std"], pixels.std(axis=1), rtol=1e-9)
     assert np.isclose(statistics["scaling_factor"], 1 / np.sqrt((pixels**2).mean()), rtol=1e-9)
-    assert about["model"]["digest"] == load_tokenizer(run_dir).digest
-    assert (about["factor"], about["channels"], about["view"]) == (4, 8, "as stored")
+    assert description["model"]["digest"] == load_tokenizer(run_dir).digest
+    assert (description["factor"], description["channels"], description["view"]) == (4, 8, "as stored")
     for number, latent in enumerate(latents):
         assert torch.allclose(latent, by_hand(run_dir, number, None), atol=1e-4)
 

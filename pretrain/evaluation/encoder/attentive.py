@@ -74,7 +74,9 @@ class AttentiveHead:
     """One cell of the grid."""
 
     learning_rate: float
+    """the highest of its schedule"""
     weight_decay: float
+    """of all but biases and one-dimensional parameters"""
 
 
 class CrossAttentionBlock(nn.Module):
@@ -90,7 +92,15 @@ class CrossAttentionBlock(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
-        """query: [B, Q, D]. tokens: [B, N, D]. Returns [B, Q, D]."""
+        """What the queries gather from the tokens.
+
+        Args:
+            query: [B, Q, D].
+            tokens: [B, N, D].
+
+        Returns:
+            [B, Q, D].
+        """
         key, value = self.key_value(self.norm1(tokens)).chunk(2, dim=-1)
         queries, keys, values = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query(query), key, value)
@@ -113,7 +123,7 @@ class AttentiveProbe(nn.Module):
         self._init_weights()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> logits [B, K]."""
+        """Tokens [B, N, D] to logits [B, K]."""
         for block in self.blocks:
             tokens = block(tokens)
         pooled = self.pool(self.query.expand(len(tokens), -1, -1), tokens)
@@ -136,7 +146,16 @@ class AttentiveProbe(nn.Module):
 
 
 def check_attentive(subject: Subject, config: AttentiveConfig, where: str) -> None:
-    """Raises ValueError for what cannot run."""
+    """Refuses what cannot run.
+
+    Args:
+        subject: what is evaluated.
+        config: of the task.
+        where: its place in the suite, for messages.
+
+    Raises:
+        ValueError: a number of heads that does not fit the backbone, or several processes.
+    """
     width = subject.backbone.model.config.width
     if width % config.heads:
         raise ValueError(f"{where}.heads is {config.heads}, which does not divide the backbone's width of {width}")
@@ -145,12 +164,16 @@ def check_attentive(subject: Subject, config: AttentiveConfig, where: str) -> No
 
 
 def evaluate_attentive(subject: Subject, config: AttentiveConfig) -> Outcome:
-    """Trains the grid of probes, chooses one on held-out training samples, reports its accuracy on the test set.
+    """Trains the grid of probes, chooses one on held-out training samples, and measures its accuracy on the test set.
 
     Every view of a training sample is an example of its own; a test sample's class is that of the mean softmax of its
-    views. Metrics: `top1` (the chosen head) and `top1_best_head_on_test` (optimistic: chosen on the test set).
+    views.
 
-    Raises ValueError: a sample without label, or nothing can be held out.
+    Returns:
+        The metrics `top1` (of the chosen head) and `top1_best_head_on_test` (optimistic: chosen on the test set).
+
+    Raises:
+        ValueError: a sample has no label, or nothing can be held out.
     """
     limit = int(config.cache_limit_gb * 1e9)
     train, test = Tokens(subject, "train", limit), Tokens(subject, "test", limit)
@@ -181,12 +204,22 @@ def evaluate_attentive(subject: Subject, config: AttentiveConfig) -> Outcome:
 
 
 def heads_of(config: AttentiveConfig) -> list[AttentiveHead]:
-    """The grid, in the order of the probes."""
+    """The cells of the grid, in the order of the probes."""
     return [AttentiveHead(rate, decay) for rate, decay in product(config.learning_rates, config.weight_decays)]
 
 
 def fit_probes(subject: Subject, tokens: Tokens, samples: Tensor, config: AttentiveConfig) -> list[AttentiveProbe]:
-    """Trains one probe per head on `samples` of `tokens`: AdamW, half cosine to 0 per step, no warm-up."""
+    """Trains one probe per cell of the grid: AdamW, a half cosine to 0 step by step, no warm-up.
+
+    Args:
+        subject: what is evaluated.
+        tokens: of the training set.
+        samples: int64 [m], those to train on.
+        config: of the task.
+
+    Returns:
+        The probes on the device, in the order of `heads_of`.
+    """
     width = subject.backbone.model.config.width
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -210,7 +243,7 @@ def fit_probes(subject: Subject, tokens: Tokens, samples: Tensor, config: Attent
 
 
 def _optimizer(probes: list[AttentiveProbe], config: AttentiveConfig) -> tuple[torch.optim.AdamW, list[float]]:
-    """AdamW over all probes, and the peak learning rate of each of its groups."""
+    """AdamW over all probes, and the highest learning rate of each of its parameter groups."""
     groups: list[dict[str, object]] = []
     rates: list[float] = []
     for probe, head in zip(probes, heads_of(config), strict=True):
@@ -224,7 +257,15 @@ def _optimizer(probes: list[AttentiveProbe], config: AttentiveConfig) -> tuple[t
 def accuracies(
     subject: Subject, probes: list[AttentiveProbe], tokens: Tokens, samples: Tensor, batch: int
 ) -> list[float]:
-    """Top-1 in percent of every probe; one that diverged to non-finite scores gets 0 on those samples."""
+    """Top-1 of every probe, in percent; samples on which a probe's scores are not finite count as wrong.
+
+    Args:
+        subject: what is evaluated.
+        probes: to be measured.
+        tokens: of the set that `samples` belong to.
+        samples: int64 [m].
+        batch: samples per pass.
+    """
     correct = [0] * len(probes)
     for inputs, labels in tokens.batches(samples, batch):
         for index, probe in enumerate(probes):

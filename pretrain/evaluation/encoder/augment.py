@@ -25,11 +25,24 @@ class RandAugment:
     """
 
     def __init__(self, num_ops: int, magnitude: int) -> None:
-        """num_ops: operations per sample. magnitude: from 0 to 30."""
+        """One policy for all samples.
+
+        Args:
+            num_ops: operations per sample.
+            magnitude: from 0 to 30.
+        """
         self.augment = v2.RandAugment(num_ops, magnitude, interpolation=v2.InterpolationMode.BILINEAR)
 
     def __call__(self, stored: Tensor, seed: int) -> Tensor:
-        """uint8 images [B, C, H, W] or clips [B, R, C, T, H, W], C = 1 or 3, on the CPU -> the same shape."""
+        """Augments each sample on its own.
+
+        Args:
+            stored: uint8 images [B, C, H, W] or R clips of each video [B, R, C, T, H, W], C = 1 or 3, on the CPU.
+            seed: the same seed gives the same result.
+
+        Returns:
+            A tensor of the same shape.
+        """
         clips = stored[:, None, :, None] if stored.ndim == 4 else stored
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -38,19 +51,32 @@ class RandAugment:
 
 
 class Mix:
-    """Mixup (arXiv 1710.09412) or cutmix (1905.04899), one of them for a whole batch, and label smoothing; timm's."""
+    """timm's mixup (arXiv 1710.09412) or cutmix (1905.04899), one of them for a whole batch, and label smoothing."""
 
     def __init__(self, mixup: float, cutmix: float, smoothing: float, num_classes: int) -> None:
-        """mixup, cutmix: alpha of the Beta distribution of the shares; 0 = never. smoothing: of the labels."""
+        """Without mixup and cutmix labels are still smoothed.
+
+        Args:
+            mixup: alpha of the Beta distribution of the shares; 0 = never.
+            cutmix: the same, for cutmix.
+            smoothing: share of a label that goes to all classes.
+            num_classes: K.
+        """
         self.smoothing, self.num_classes = smoothing, num_classes
         self.mixup: Mixup | None = None
         if mixup > 0 or cutmix > 0:
             self.mixup = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=num_classes)
 
     def __call__(self, inputs: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Normalised [B, C, H, W] or [B, C, T, H, W] and int64 [B] -> inputs of that shape and soft targets [B, K].
+        """Mixes a batch; a box of cutmix is cut from all frames.
 
-        With mixing B is even. A box of cutmix is cut from all frames.
+        Args:
+            inputs: normalised [B, C, H, W] or [B, C, T, H, W]; B is even where mixup or cutmix is on.
+            labels: int64 [B].
+            seed: the same seed gives the same result.
+
+        Returns:
+            (inputs of the same shape, soft targets [B, K]).
         """
         if self.mixup is None:
             return inputs, mixup_target(labels, self.num_classes, smoothing=self.smoothing)
@@ -62,6 +88,7 @@ class Mix:
 
 @contextmanager
 def _numpy_seed(seed: int) -> Iterator[None]:
+    """Seeds numpy's global generator, and puts its state back."""
     state = np.random.get_state()  # noqa: NPY002
     np.random.seed(seed)  # noqa: NPY002
     try:

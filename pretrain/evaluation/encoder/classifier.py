@@ -21,21 +21,31 @@ from pretrain.models.video_vit import VideoViT
 from pretrain.models.vit import ViT
 
 HEAD_STD = 2e-5
+"""Standard deviation of the head's first weights, as in MAE's fine-tuning."""
 
 
 class Group(TypedDict):
     """One of the optimizer's parameter groups."""
 
     params: list[nn.Parameter]
+    """its parameters"""
     weight_decay: float
+    """0 for those that are not decayed"""
     lr_scale: float
+    """its learning rate / the head's"""
 
 
 class Classifier(nn.Module):
     """Encoder, mean over the patch tokens, LayerNorm, Linear."""
 
     def __init__(self, backbone: ViT | VideoViT, num_classes: int, drop_path: float) -> None:
-        """backbone: is copied. drop_path: of the last block; it grows linearly from 0 at the first."""
+        """The head is drawn from torch's global generator.
+
+        Args:
+            backbone: a pretrained encoder; it is copied.
+            num_classes: K.
+            drop_path: probability that the last block is left out; it grows linearly from 0 at the first.
+        """
         super().__init__()
         self.backbone = copy.deepcopy(backbone)
         self.backbone.norm = cast(nn.LayerNorm, nn.Identity())
@@ -51,7 +61,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Normalised images [B, C, H, W] or clips [B, C, T, H, W] -> logits [B, K]."""
+        """Normalised images [B, C, H, W] or clips [B, C, T, H, W] to logits [B, K]."""
         tokens = self.backbone.embed(inputs, None)
         for block in self.backbone.blocks:
             tokens = block(tokens)
@@ -62,16 +72,21 @@ class Classifier(nn.Module):
 
 
 def has_class_token(backbone: ViT | VideoViT) -> bool:
-    """Whether the first token is none of a patch."""
+    """Whether the first token is a class token and not a patch's."""
     return backbone.config.has_class_token if isinstance(backbone, VideoViT) else True
 
 
 def layer_decay_groups(model: Classifier, *, weight_decay: float, layer_decay: float) -> list[Group]:
-    """Parameter groups: the learning rate of a layer is `layer_decay` times that of the next one.
+    """Parameter groups in which the learning rate of a layer is `layer_decay` times that of the next one.
 
     Layer 0 is what makes tokens (patches, positions, class token), layers 1 to depth are the blocks, the last one is
-    `fc_norm` and the head, with `lr_scale` 1. Biases, one-dimensional parameters, positions and class tokens are not
-    decayed. Source: BEiT (arXiv 2106.08254) as MAE's and VideoMAE's fine-tuning use it.
+    `fc_norm` and the head, with `lr_scale` 1. Source: BEiT (arXiv 2106.08254) as MAE's and VideoMAE's fine-tuning use
+    it.
+
+    Args:
+        model: what is trained.
+        weight_decay: of all but biases, one-dimensional parameters, positions and class tokens.
+        layer_decay: in [0, 1].
     """
     last = len(model.backbone.blocks) + 1
     groups: dict[tuple[int, bool], Group] = {}
@@ -84,6 +99,7 @@ def layer_decay_groups(model: Classifier, *, weight_decay: float, layer_decay: f
 
 
 def _layer_of(name: str, last: int) -> int:
+    """The layer of a parameter by its name; `last` is that of the head."""
     if name.startswith("backbone.blocks."):
         return int(name.split(".")[2]) + 1
     return 0 if name.startswith("backbone.") else last

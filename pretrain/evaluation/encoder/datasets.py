@@ -33,11 +33,17 @@ class EvaluationData:
     """Two datasets that share their classes."""
 
     train: SequentialImages | SequentialClips
+    """the training set, in the order of its manifest"""
     test: SequentialImages | SequentialClips
+    """the test set, in the order of its manifest"""
     train_folder: str
+    """folder or URL of the training set"""
     num_classes: int
+    """of both"""
     train_fingerprint: str
+    """of the training set's manifest"""
     test_fingerprint: str
+    """of the test set's manifest"""
     view: Mapping[str, object]
     """how samples are cut and resized, for the record of a result"""
 
@@ -53,12 +59,12 @@ def open_evaluation_data(
     """Opens the datasets for one backbone.
 
     Args:
-        backbone: gives image size, frames and channels, and its run's `data.train` and `data.val` where those here are
-            None.
-        train, test: dataset folders.
+        backbone: gives image size, frames and channels, and its run's `data.train` and `data.val`.
+        train: folder of the training set; None: the run's.
+        test: folder of the test set; None: the run's.
         resize_ratio: short side of the resized image / longer side of the centre crop; None is `view_ratio`. Images
             that already have the input's size stay as they are. Videos have `video.short_side` instead.
-        video: how videos are looked at, for an encoder of clips; None is one view in the middle.
+        video: the views of videos, for an encoder of clips; None is one view in the middle.
 
     Raises:
         ValueError: a folder that is not given, is no dataset or has no classes; two that differ in their classes or
@@ -105,7 +111,7 @@ def open_evaluation_data(
 def _open_views(
     backbone: Backbone, manifests: Mapping[str, Manifest], resize_ratio: float | None, video: VideoConfig
 ) -> tuple[Mapping[str, SequentialImages | SequentialClips], dict[str, object]]:
-    """The datasets by side, and what their views are."""
+    """The datasets by side ("train", "test"), and what their views are, for the record of a result."""
     config, sampling = backbone.model.config, video.sampling or backbone.sampling
     loading = loading_config(backbone)
     if not isinstance(config, VideoViTConfig):
@@ -150,12 +156,23 @@ def _open_views(
 
 
 def loading_config(backbone: Backbone) -> DataConfig:
-    """How the backbone's run reads data; the defaults for one without a run."""
+    """How the backbone's run reads data; the defaults where there is no run."""
     return DataConfig() if backbone.config is None else backbone.config.data
 
 
 def read_labels(dataset: SequentialImages | SequentialClips, storage: StorageConfig) -> Tensor:
-    """The labels of all samples, int64 [n], without decoding any. Raises ValueError for a sample without one."""
+    """The labels of all samples, without decoding any.
+
+    Args:
+        dataset: gives the manifest and how labels are found.
+        storage: how shards are read.
+
+    Returns:
+        int64 [n], in the order of the manifest.
+
+    Raises:
+        ValueError: a sample has no label.
+    """
     manifest, key = dataset.manifest, dataset.label_key
     reader = ShardReader(manifest, ("cls", *(() if key is None else ("json",))), Storage(storage))
     counts = [shard.num_samples for shard in manifest.shards]
@@ -173,4 +190,5 @@ def read_labels(dataset: SequentialImages | SequentialClips, storage: StorageCon
 
 
 def _some(classes: tuple[str, ...]) -> str:
+    """The first three classes, for a message."""
     return ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")

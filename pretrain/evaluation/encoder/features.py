@@ -24,17 +24,27 @@ from torch.utils.data import DataLoader, Dataset
 from data_pipes.sequential.clips import SequentialClips
 
 Precision = Literal["fp32", "bf16"]
+"""Of a forward pass."""
 Normalise = Callable[[Tensor], Tensor]
-# integer [B,C,H,W], or [B,V,C,T,H,W], on the device -> the model's float32 input, [B,C,H,W] or [B*V,C,T,H,W]
-Progress = Callable[[int, int], None]  # (samples done, samples in all)
+"""Integer [B, C, H, W], or [B, V, C, T, H, W], on the device -> the model's float32 input, [B, C, H, W] or
+[B * V, C, T, H, W]."""
+Progress = Callable[[int, int], None]
+"""(samples, or optimizer steps, that are done; how many there are in all)."""
 
 
 class FeatureModel(Protocol):
     """What extraction needs of a backbone: pretrain.models' ViT and VideoViT have it."""
 
     def features(self, inputs: Tensor, num_blocks: int, /) -> list[tuple[Tensor, Tensor]]:
-        """Images or clips -> (class token [B,D], patch tokens [B,N,D]) of the last `num_blocks` blocks, the last one
-        last. In place of a class token that the model lacks stands the mean of the patch tokens.
+        """The tokens of the last blocks, after the final norm.
+
+        Args:
+            inputs: normalised images [B, C, H, W] or clips [B, C, T, H, W].
+            num_blocks: L.
+
+        Returns:
+            (class token [B, D], patch tokens [B, N, D]) of each of these blocks, the last block's at the end. A model
+            without a class token gives the mean of its patch tokens there.
         """
 
 
@@ -55,11 +65,15 @@ class Features:
         return len(self.labels)
 
     def rows_of(self, samples: Tensor) -> Tensor:
-        """int64 [m] samples -> int64 [m * V] their rows."""
+        """The rows, int64 [m * V], of samples, int64 [m]."""
         return (samples[:, None] * self.views + torch.arange(self.views)).flatten()
 
     def subset(self, samples: Tensor) -> Features:
-        """The samples selected by an int64 index or a bool mask [n]."""
+        """A part of the samples.
+
+        Args:
+            samples: int64 indices, or a bool mask [n].
+        """
         rows = self.rows_of(torch.arange(len(self))[samples])
         return Features(self.class_tokens[rows], self.average[rows], self.labels[samples], self.views)
 
@@ -75,7 +89,7 @@ class Features:
 
 
 def num_views(dataset: Dataset[tuple[Tensor, int]]) -> int:
-    """V."""
+    """V, how many views of each sample a data set gives."""
     return math.prod(dataset.views) if isinstance(dataset, SequentialClips) else 1
 
 
@@ -98,6 +112,13 @@ def make_accelerator(*, cpu: bool, precision: Precision = "fp32") -> Any:
 
     The main process fits heads while the others already wait in the next model's first gather: the collectives' timeout
     is a day, not the default's ten minutes.
+
+    Args:
+        cpu: use no GPU, even where there is one.
+        precision: of the forward pass under its autocast.
+
+    Raises:
+        RuntimeError: accelerate has not joined the processes that were started.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
 
@@ -124,7 +145,7 @@ def extract(
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> Features | None:
-    """Features of every sample of `dataset`, in the dataset's order; None off the main process.
+    """Features of every sample of `dataset`, in the dataset's order. All processes call this.
 
     Args:
         model: a `FeatureModel`; put in eval mode here, all tokens are seen (nothing is masked).
@@ -135,6 +156,10 @@ def extract(
         batch_size: images, or views, per process and forward pass. All views of a sample are loaded together.
         workers: decoding processes per process; 0 decodes in this one.
         dtype: storage of the features on the CPU.
+        progress: called on the main process after each batch, with samples.
+
+    Returns:
+        The features on the main process, None on the others.
 
     Raises:
         ValueError: empty dataset, or a sample without label.
@@ -150,7 +175,7 @@ def extract(
     loader = accelerator.prepare_data_loader(loader)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     model.eval()
-    store = _Store(num_samples, dtype) if accelerator.is_main_process else None
+    buffer = _FeatureBuffer(num_samples, dtype) if accelerator.is_main_process else None
     with torch.no_grad():
         for images, labels, indices in loader:
             parts = []
@@ -161,15 +186,15 @@ def extract(
                 parts.append((class_tokens, blocks[-1][1].mean(dim=1)))
             by_sample = (torch.cat(part).unflatten(0, (len(labels), -1)) for part in zip(*parts, strict=True))
             gathered = accelerator.gather_for_metrics((*by_sample, labels, indices))
-            if store is not None:
-                store.put(*gathered)
+            if buffer is not None:
+                buffer.put(*gathered)
                 if progress is not None:
-                    progress(store.num_stored, num_samples)
-    return None if store is None else store.finish()
+                    progress(buffer.num_stored, num_samples)
+    return None if buffer is None else buffer.finish()
 
 
-class _Store:
-    """Rows arrive in any order; every row must arrive once."""
+class _FeatureBuffer:
+    """Collects samples that arrive in any order; each must arrive once."""
 
     def __init__(self, num_samples: int, dtype: torch.dtype):
         self.arrivals = torch.zeros(num_samples, dtype=torch.int64)
@@ -180,10 +205,18 @@ class _Store:
 
     @property
     def num_stored(self) -> int:
+        """How many samples have arrived."""
         return int(self.arrivals.sum())
 
     def put(self, class_tokens: Tensor, average: Tensor, labels: Tensor, indices: Tensor) -> None:
-        """Store [B,V,L,D] class tokens and [B,V,D] averages under their samples' indices int64 [B]."""
+        """Stores a batch under its samples' indices.
+
+        Args:
+            class_tokens: [B, V, L, D].
+            average: [B, V, D].
+            labels: int64 [B].
+            indices: int64 [B].
+        """
         if self.class_tokens.numel() == 0:
             self.class_tokens = torch.empty(len(self.labels), *class_tokens.shape[1:], dtype=self.dtype)
             self.average = torch.empty(len(self.labels), *average.shape[1:], dtype=self.dtype)
@@ -194,6 +227,12 @@ class _Store:
         self.labels[rows] = labels.cpu()
 
     def finish(self) -> Features:
+        """All samples.
+
+        Raises:
+            ValueError: a sample without label.
+            RuntimeError: a sample was lost or came twice.
+        """
         wrong = (self.arrivals != 1).nonzero().flatten()
         if len(wrong):
             first = int(wrong[0])

@@ -1,4 +1,4 @@
-"""Fine-tuning of the whole encoder with MAE's and VideoMAE's recipes, and testing on several views.
+"""Fine-tuning of the whole encoder with MAE's and VideoMAE's recipes.
 
 In: a subject; its backbone is copied and stays as it is. Out: an `Outcome`. It exists because masked autoencoders are
 made for it: their features are less linear than those of contrastive methods, and their papers report this figure.
@@ -19,8 +19,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
 from data_pipes.batch import Batch, BatchPlan
 from data_pipes.config import DataConfig
@@ -30,10 +29,9 @@ from data_pipes.sequential.clips import SequentialClips
 from pretrain.evaluation.encoder.augment import Mix, RandAugment, seed_of
 from pretrain.evaluation.encoder.classifier import Classifier, layer_decay_groups
 from pretrain.evaluation.encoder.datasets import loading_config
-from pretrain.evaluation.encoder.features import Indexed, num_views
+from pretrain.evaluation.encoder.multi_view import multi_view_accuracies
 from pretrain.evaluation.encoder.subject import Subject
-from pretrain.evaluation.encoder.views import vote
-from pretrain.evaluation.outcome import Outcome, percentage_correct
+from pretrain.evaluation.outcome import Outcome
 from pretrain.models.video_vit import VideoViT
 from pretrain.optim import scheduled_lr
 
@@ -101,15 +99,30 @@ class ImageFinetuneConfig(FinetuneConfig):
     """Settings of the protocol `finetune_mae`; the defaults are those of ViT-B on ImageNet-1k."""
 
     epochs: float = 100.0
+    """as in `FinetuneConfig`"""
     batch: int = 1024
+    """as in `FinetuneConfig`"""
     layer_decay: float = 0.65
+    """as in `FinetuneConfig`"""
     rand_augment_ops: int = 2
+    """as in `FinetuneConfig`"""
     rand_augment_magnitude: int = 27
+    """as in `FinetuneConfig`; 27 is the m9 of timm's names"""
     repeats: int = 1
+    """always 1"""
 
 
 def check_finetune(subject: Subject, config: FinetuneConfig, where: str) -> None:
-    """Raises ValueError for what cannot run."""
+    """Refuses what cannot run.
+
+    Args:
+        subject: what is evaluated.
+        config: of the task.
+        where: its place in the suite, for messages.
+
+    Raises:
+        ValueError: the protocol, or one of its settings, is not for this backbone or this number of processes.
+    """
     model, processes = subject.backbone.model, subject.accelerator.num_processes
     wanted = "finetune_mae" if isinstance(config, ImageFinetuneConfig) else "finetune_videomae"
     fitting = "finetune_videomae" if isinstance(model, VideoViT) else "finetune_mae"
@@ -128,10 +141,13 @@ def check_finetune(subject: Subject, config: FinetuneConfig, where: str) -> None
 
 
 def evaluate_finetuned(subject: Subject, config: FinetuneConfig) -> Outcome | None:
-    """Fine-tunes a copy of the backbone and reports its accuracy on the test set; a collective, None off the main
-    process. Metrics: `top1`, and `top5` where there are more than five classes.
+    """Fine-tunes a copy of the backbone and measures its accuracy on the test set. All processes call this.
 
-    Raises ValueError: a sample without label, or losses that are not finite.
+    Returns:
+        The metric `top1`, and `top5` where there are more than five classes; None off the main process.
+
+    Raises:
+        ValueError: a sample has no label, or the loss is not finite.
     """
     model = fine_tune(subject, config)
     metrics = multi_view_accuracies(subject, model)
@@ -144,7 +160,14 @@ def evaluate_finetuned(subject: Subject, config: FinetuneConfig) -> Outcome | No
 
 
 def fine_tune(subject: Subject, config: FinetuneConfig) -> nn.Module:
-    """Trains a classifier on the training set; a collective."""
+    """Trains a classifier on the training set. All processes call this.
+
+    Returns:
+        The classifier as the accelerator has prepared it, with the weights after the last step.
+
+    Raises:
+        ValueError: a sample has no label, or the loss is not finite.
+    """
     accelerator, device, plan = subject.accelerator, subject.device, _plan(subject, config)
     loader = open_loader(
         _data_config(subject, config),
@@ -180,7 +203,18 @@ def fine_tune(subject: Subject, config: FinetuneConfig) -> nn.Module:
 def _accumulate(
     subject: Subject, config: FinetuneConfig, model: nn.Module, batches: Iterator[Batch], passes: int
 ) -> None:
-    """The gradients of one step."""
+    """Adds up the gradients of one step.
+
+    Args:
+        subject: what is evaluated.
+        config: of the task.
+        model: is trained.
+        batches: gives one batch per pass.
+        passes: forward and backward passes of this process in one step.
+
+    Raises:
+        ValueError: a sample has no label, or the loss is not finite.
+    """
     augment = RandAugment(config.rand_augment_ops, config.rand_augment_magnitude) if config.rand_augment_ops else None
     mix = Mix(config.mixup, config.cutmix, config.label_smoothing, subject.data.num_classes)
     for number in range(passes):
@@ -204,46 +238,23 @@ def _accumulate(
             (loss / passes).backward()
 
 
-@torch.no_grad()
-def multi_view_accuracies(subject: Subject, model: nn.Module) -> dict[str, float]:
-    """`top1` (and `top5`) in percent by the mean softmax of each sample's views; a collective."""
-    dataset, accelerator, batch_size = subject.data.test, subject.accelerator, subject.loading.batch_size
-    views, model = num_views(dataset), model.eval()
-    samples_per_batch = max(1, batch_size // views)
-    loader = DataLoader(Indexed(dataset), batch_size=samples_per_batch, num_workers=subject.loading.workers)
-    ranks = []
-    for stored, labels, _ in accelerator.prepare_data_loader(loader):
-        if int(labels.min()) < 0:
-            raise ValueError("a test sample has no label: accuracies need a dataset packed from class folders")
-        with accelerator.autocast():
-            logits = torch.cat([model(inputs) for inputs in subject.prepare(stored).split(batch_size)])
-        ranks.append(accelerator.gather_for_metrics(rank_of(vote(logits.float(), views), labels)).cpu())
-    found = torch.cat(ranks)
-    if len(found) != len(cast(Sized, dataset)):
-        raise RuntimeError(f"{len(found)} results for {len(cast(Sized, dataset))} samples: no figure is computed")
-    highest = {"top1": 1} if subject.data.num_classes <= 5 else {"top1": 1, "top5": 5}
-    return {name: percentage_correct(int((found < count).sum()), len(found)) for name, count in highest.items()}
-
-
-def rank_of(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many classes score at least as high as the label's, itself apart: int64 [B], 0 = right. Not finite: K."""
-    own = scores.gather(1, labels[:, None])
-    ranks = (scores >= own).sum(dim=1) - 1
-    return torch.where(scores.isfinite().all(dim=1), ranks, scores.shape[1])
-
-
 def _plan(subject: Subject, config: FinetuneConfig) -> BatchPlan:
-    """Raises ValueError for a batch that the processes cannot share."""
+    """How the batch is divided over processes and passes.
+
+    Raises:
+        ValueError: the processes cannot share the batch.
+    """
     world, rank = subject.accelerator.num_processes, subject.accelerator.process_index
     return BatchPlan(config.batch, config.micro_batch or max(1, config.batch // world), rank, world)
 
 
 def _num_steps(subject: Subject, config: FinetuneConfig) -> int:
+    """Optimizer steps in all; at least 1."""
     return max(1, round(config.epochs * len(cast(Sized, subject.data.train)) / config.batch))
 
 
 def _learning_rate(subject: Subject, config: FinetuneConfig, position: int) -> float:
-    """Of the head, for the step that begins at sample `position`."""
+    """The head's learning rate in the step that begins at sample `position`."""
     return scheduled_lr(
         position,
         peak=config.learning_rate * config.batch / 256,

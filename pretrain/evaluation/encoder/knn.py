@@ -53,14 +53,20 @@ def knn_predict(
     query_chunk: int = 512,
     train_chunk: int = 131_072,
 ) -> dict[int, Tensor]:
-    """Predicted classes int64 [m] for every k, by votes weighted with exp(cosine / temperature).
+    """Predicts classes by votes of the nearest neighbours, weighted with exp(cosine / temperature).
 
     Args:
         train: float [n, D]; need not be normalised. May be fp16: similarities are fp32.
         train_labels: int64 [n] in [0, num_classes).
         queries: float [m, D].
         k: neighbour counts, each in [1, n].
-        query_chunk, train_chunk: rows per block of the similarity matrix, which bounds memory and changes nothing else.
+        temperature: above 0.
+        num_classes: how many classes are voted for.
+        query_chunk: queries per block of the similarity matrix, which bounds memory and changes nothing else.
+        train_chunk: training rows per block, the same.
+
+    Returns:
+        k -> predicted classes, int64 [m].
 
     Raises:
         ValueError: a k that is not in [1, n].
@@ -86,7 +92,17 @@ def knn_predict(
 
 
 def _nearest(train: Tensor, queries: Tensor, k: int, train_chunk: int) -> tuple[Tensor, Tensor]:
-    """The k largest cosines [m, k], descending, and their training rows [m, k]; `queries` are normalised."""
+    """Finds the nearest training rows by cosine.
+
+    Args:
+        train: float [n, D].
+        queries: [m, D], normalised.
+        k: neighbours of each query.
+        train_chunk: training rows that are compared at a time.
+
+    Returns:
+        The k largest cosines [m, k], descending, and the rows [m, k] that they belong to.
+    """
     best = torch.empty(len(queries), 0, device=queries.device)
     rows = torch.empty(len(queries), 0, device=queries.device, dtype=torch.int64)
     for start in range(0, len(train), train_chunk):
@@ -101,9 +117,19 @@ def _nearest(train: Tensor, queries: Tensor, k: int, train_chunk: int) -> tuple[
 def evaluate_knn(
     train: Features, test: Features, config: KNNConfig, *, num_classes: int, device: torch.device
 ) -> Outcome:
-    """k-NN accuracy on `test` with `train` as memory; metrics `top1` and `top1_k<k>` for every k.
+    """Measures the accuracy of k-NN on `test` with the neighbours in `train`.
 
     The views of a sample are averaged into one feature.
+
+    Args:
+        train: where neighbours are searched.
+        test: what is classified.
+        config: of the task.
+        num_classes: of both sets.
+        device: computes the similarities.
+
+    Returns:
+        The metrics `top1`, and `top1_k<k>` for every k.
 
     Raises:
         ValueError: `primary_k` is not in `k`, or a k exceeds the number of training images.
@@ -142,7 +168,7 @@ def evaluate_knn(
 
 
 def _features(features: Features, kind: Literal["class", "average", "class+average"]) -> Tensor:
-    """The rows [n, D or 2D] that neighbours are searched among."""
+    """The rows [n, D], or [n, 2 D] for both kinds, that are compared."""
     last = features.class_tokens[:, -1]
     if kind == "class":
         return last

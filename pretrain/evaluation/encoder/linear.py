@@ -28,6 +28,7 @@ from pretrain.evaluation.encoder.views import vote
 from pretrain.evaluation.outcome import Outcome, percentage_correct
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+"""DINOv2's 13, per 256 images."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,11 @@ class Head:
     """One cell of the grid."""
 
     blocks: int
+    """how many last blocks' class tokens it sees"""
     average_pool: bool
+    """whether it sees the mean patch token too"""
     learning_rate: float
+    """the highest of its schedule, per 256 images"""
 
 
 class HeadBank:
@@ -80,6 +84,15 @@ class HeadBank:
     def __init__(
         self, heads: list[Head], width: int, num_classes: int, generator: torch.Generator, device: torch.device
     ):
+        """Weights are drawn from N(0, 0.01), biases are 0.
+
+        Args:
+            heads: H cells of the grid that differ in their learning rates alone.
+            width: F.
+            num_classes: K.
+            generator: on the CPU, so that the weights are the same on every device.
+            device: where the heads train.
+        """
         self.heads = heads
         self.blocks, self.average_pool = heads[0].blocks, heads[0].average_pool
         weight = torch.empty(width, len(heads), num_classes).normal_(std=0.01, generator=generator)
@@ -89,13 +102,19 @@ class HeadBank:
         self.rates = torch.tensor([head.learning_rate for head in heads], device=device)[:, None]  # [H, 1]
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """[B, F] -> [B, H, K]."""
+        """Inputs [B, F] to the logits of every head [B, H, K]."""
         return (inputs @ self.weight.flatten(1)).view(len(inputs), *self.bias.shape) + self.bias
 
     def step(self, inputs: Tensor, labels: Tensor, *, rate_factor: float, momentum: float) -> None:
-        """One SGD step of every head on its mean cross-entropy over [B, F] inputs and int64 [B] labels.
+        """One SGD step of every head on its mean cross-entropy.
 
         The gradient is written out, (softmax - one-hot) / B: autograd would keep every head's log-softmax alive.
+
+        Args:
+            inputs: [B, F].
+            labels: int64 [B].
+            rate_factor: what every head's learning rate is multiplied with in this step.
+            momentum: of the SGD.
         """
         error = self.logits(inputs).softmax(dim=2)
         error[torch.arange(len(labels), device=labels.device), :, labels] -= 1.0
@@ -110,6 +129,12 @@ class InputStatistics:
     """Shift and scale that bring class tokens [L, D] and the average [D] to zero mean and unit variance."""
 
     def __init__(self, train: Features, eps: float = 1e-6):
+        """Measures the training features.
+
+        Args:
+            train: what has zero mean and unit variance afterwards.
+            eps: added to the variances.
+        """
         # Over chunks: the features may be fp16 and larger than what fits in memory a second time.
         parts = train.class_tokens.split(65_536), train.average.split(65_536)
         rows = len(train.average)
@@ -120,7 +145,7 @@ class InputStatistics:
             self.scales.append((torch.as_tensor(variance) + eps).rsqrt())
 
     def __call__(self, class_tokens: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 ([B, L, D], [B, D]), standardized."""
+        """Standardizes class tokens [B, L, D] and averages [B, D]; both are float32 afterwards."""
         first, second = (
             ((values - mean) * scale).float()
             for values, mean, scale in zip((class_tokens, average), self.means, self.scales, strict=True)
@@ -137,12 +162,21 @@ def evaluate_linear(
     device: torch.device,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Trains the grid of heads, chooses one on held-out training images, reports its accuracy on `test`.
+    """Trains the grid of heads, chooses one on held-out training images, and measures its accuracy on `test`.
 
     Every view of a training sample is an example of its own; a test sample's class is that of the mean softmax of its
     views.
 
-    Metrics: `top1` (the chosen head) and `top1_best_head_on_test` (optimistic: chosen on the test set).
+    Args:
+        train: what the heads are trained and chosen on.
+        test: what the figures are measured on.
+        config: of the task.
+        num_classes: K.
+        device: where the heads train.
+        progress: called after each optimizer step with steps.
+
+    Returns:
+        The metrics `top1` (of the chosen head) and `top1_best_head_on_test` (optimistic: chosen on the test set).
 
     Raises:
         ValueError: the features hold fewer blocks than a head joins, or nothing can be held out.
@@ -181,18 +215,23 @@ class FittedHeads:
     """The grid after training."""
 
     banks: list[HeadBank]
+    """one per input that a head can have"""
     statistics: InputStatistics | None
+    """None: inputs are not standardized"""
     device: torch.device
+    """where the heads are"""
 
     @property
     def heads(self) -> list[Head]:
-        """In the order of `accuracies`."""
+        """The cells of the grid, in the order of `accuracies`."""
         return [head for bank in self.banks for head in bank.heads]
 
     def accuracies(self, features: Features, chunk: int = 4096) -> list[float]:
-        """Top-1 in percent of every head; a head that diverged to non-finite logits scores 0 on those samples.
+        """Top-1 of every head, in percent; samples on which a head's logits are not finite count as wrong.
 
-        chunk: rows at a time. The views of a sample vote by their mean softmax.
+        Args:
+            features: what is classified; the views of a sample vote by their mean softmax.
+            chunk: rows at a time.
         """
         correct = [torch.zeros(len(bank.heads), dtype=torch.int64, device=self.device) for bank in self.banks]
         for samples in torch.arange(len(features)).split(max(1, chunk // features.views)):
@@ -204,7 +243,7 @@ class FittedHeads:
         return [percentage_correct(int(count), len(features)) for count in torch.cat(correct).tolist()]
 
     def inputs(self, features: Features, rows: Tensor) -> Iterator[Tensor]:
-        """Each bank's float32 input [B, F] for the given rows."""
+        """Each bank's float32 input [B, F] on the device, for int64 [B] rows of the features."""
         class_tokens, average = features.class_tokens[rows], features.average[rows]
         if self.statistics is not None:
             class_tokens, average = self.statistics(class_tokens, average)
@@ -217,7 +256,15 @@ class FittedHeads:
 def fit_heads(
     train: Features, config: LinearConfig, num_classes: int, device: torch.device, progress: Progress
 ) -> FittedHeads:
-    """Trains the whole grid on `train`: SGD, cosine to 0 per iteration, weights N(0, 0.01), biases 0."""
+    """Trains the whole grid: SGD with a half cosine to 0, iteration by iteration.
+
+    Args:
+        train: every view of a sample is an example.
+        config: of the task.
+        num_classes: K.
+        device: where the heads train.
+        progress: called after each iteration, with iterations.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     width, factor = train.average.shape[1], config.batch / 256
     banks = []
@@ -236,7 +283,7 @@ def fit_heads(
 
 
 def _batches(num_samples: int, batch: int, iterations: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """`iterations` int64 row indices [batch] cut from one shuffled epoch after the other, without a gap."""
+    """Row indices, int64 [batch] for each iteration, cut from one shuffled epoch after the other without a gap."""
     pending = torch.empty(0, dtype=torch.int64)
     for _ in range(iterations):
         while len(pending) < batch:

@@ -25,15 +25,15 @@ class Protocol:
     config: type[Any]
     """dataclass of its settings"""
     run: Callable[[Subject, Any], Outcome | None]
-    """a collective; None off the main process"""
+    """(subject, settings) -> what was found; all processes call it, and get None off the main process"""
     check: Callable[[Subject, Any, str], None] = lambda subject, config, where: None
-    """raises ValueError for settings that do not fit the subject; `where` is their place in the suite"""
+    """(subject, settings, their place in the suite): a ValueError for settings that do not fit the subject"""
     on_features: bool = False
     """whether it works on `Subject.features`"""
 
 
 def _on_features(evaluate: Callable[..., Outcome]) -> Callable[[Subject, Any], Outcome | None]:
-    """A protocol on features of a training and a test set."""
+    """Makes a protocol of a function of the training set's and the test set's features."""
 
     def run(subject: Subject, config: Any) -> Outcome | None:
         features = subject.features()
@@ -45,6 +45,11 @@ def _on_features(evaluate: Callable[..., Outcome]) -> Callable[[Subject, Any], O
 
 
 def _check_linear(subject: Subject, config: LinearConfig, where: str) -> None:
+    """Refuses heads on more blocks than the backbone has; `where` is the settings' place in the suite.
+
+    Raises:
+        ValueError: there are such heads.
+    """
     depth = subject.backbone.model.config.depth
     if max(config.blocks) > depth:
         raise ValueError(
@@ -64,5 +69,5 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def num_blocks(settings: Iterable[Any]) -> int:
-    """How many last blocks the tasks with these settings ask features of."""
+    """How many last blocks' class tokens the tasks with these settings need; at least 1."""
     return max([1, *(max(config.blocks) for config in settings if isinstance(config, LinearConfig))])

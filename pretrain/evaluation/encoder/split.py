@@ -11,12 +11,15 @@ from torch import Tensor
 
 
 def held_out_mask(labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """Bool [n] that holds out `fraction` of every class, at least one image of each class with two or more.
+    """Holds out a share of every class, and at least one image of each class that has two or more.
 
     Args:
         labels: int64 [n], >= 0.
         fraction: in (0, 1).
         seed: of the random choice within each class.
+
+    Returns:
+        Bool [n], True = held out.
 
     Raises:
         ValueError: fraction outside (0, 1), or no class has two images.

@@ -18,7 +18,8 @@ from pretrain.evaluation.encoder.features import Features, extract
 from pretrain.evaluation.encoder.views import Frames, Prepare, make_prepare
 from pretrain.weights.backbone import Backbone
 
-Report = Callable[[str, int, int], None]  # (what is being done, done, in all)
+Report = Callable[[str, int, int], None]
+"""Progress as (what is being done, how much of it is done, how much there is in all)."""
 
 
 @dataclass(frozen=True)
@@ -47,29 +48,46 @@ class Subject:
         loading: Loading,
         report: Report,
     ) -> None:
-        """Raises ValueError for frames that the backbone cannot be shown."""
+        """Nothing is computed yet.
+
+        Args:
+            backbone: what is evaluated.
+            data: opened for this backbone.
+            frames: what is shown of a clip.
+            accelerator: of `features.make_accelerator`.
+            loading: how samples and features travel.
+            report: called now and then.
+
+        Raises:
+            ValueError: a single frame for a backbone that takes images.
+        """
         self.backbone, self.data, self.frames = backbone, data, frames
         self.accelerator, self.loading = accelerator, loading
         self.prepare: Prepare = make_prepare(backbone, frames)
         self.features_s = 0.0
-        """seconds that the features took"""
+        """Seconds that the features took; 0 until they are there."""
         self._report = report
         self._features: tuple[Features | None, Features | None] | None = None
 
     @property
     def device(self) -> torch.device:
+        """Of the accelerator."""
         device: torch.device = self.accelerator.device
         return device
 
     def say(self, what: str, done: int, total: int) -> None:
-        """Reports progress."""
-        still = " (single frame)" if self.frames == "single" else ""
-        self._report(f"{self.backbone.label}{still}: {what}", done, total)
+        """Reports progress, see `Report`."""
+        single = " (single frame)" if self.frames == "single" else ""
+        self._report(f"{self.backbone.label}{single}: {what}", done, total)
 
     def features(self) -> tuple[Features, Features] | None:
-        """Of the training and the test set; None off the main process. The first call is a collective.
+        """The features of the training and the test set. The first call is a collective.
 
-        Raises ValueError as `extract` does.
+        Returns:
+            (training, test) on the main process, None on the others.
+
+        Raises:
+            ValueError: a data set is empty, or a sample has no label.
         """
         if self._features is None:
             started_s = time.perf_counter()
@@ -79,6 +97,7 @@ class Subject:
         return None if train is None or test is None else (train, test)
 
     def _extract(self, side: str) -> Features | None:
+        """The features of one data set; None off the main process."""
         return extract(
             self.backbone.model,
             self.data.train if side == "train" else self.data.test,

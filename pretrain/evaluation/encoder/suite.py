@@ -11,22 +11,21 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from omegaconf import MISSING
 
-from pretrain.config import load_typed, nearest
 from pretrain.evaluation.encoder.datasets import EvaluationData, open_evaluation_data
 from pretrain.evaluation.encoder.features import Precision
 from pretrain.evaluation.encoder.protocols import PROTOCOLS, num_blocks
 from pretrain.evaluation.encoder.subject import Loading, Report, Subject
-from pretrain.evaluation.encoder.views import Frames, Look, VideoConfig, Views
+from pretrain.evaluation.encoder.views import Frames, TaskView, VideoConfig, Views
 from pretrain.evaluation.outcome import Outcome
-from pretrain.evaluation.settings import typed_settings
+from pretrain.evaluation.results import make_record
+from pretrain.evaluation.settings import task_settings
 from pretrain.weights.backbone import Backbone
 
 
@@ -43,9 +42,13 @@ class TaskConfig:
     views: Views | None = None
     """for encoders of clips: of a test video; null = the suite's `video.views`"""
 
-    def looks(self, video: VideoConfig) -> Look:
-        """What the task sees of a video; tasks that see the same share features."""
-        return Look(self.frames, self.views or video.views)
+    def view(self, video: VideoConfig) -> TaskView:
+        """What the task sees of a test video; tasks that see the same share features.
+
+        Args:
+            video: the suite's.
+        """
+        return TaskView(self.frames, self.views or video.views)
 
 
 @dataclass(frozen=True)
@@ -80,39 +83,32 @@ class SuiteConfig:
                 f"batch_size={self.batch_size}, workers={self.workers}, resize_ratio={self.resize_ratio}: expected at "
                 "least 1, 0 and 1"
             )
-        for name, task in self.tasks.items():
-            if task.protocol not in PROTOCOLS:
-                raise ValueError(
-                    f"tasks.{name}.protocol is {task.protocol!r}; known protocols: {', '.join(PROTOCOLS)}"
-                    + nearest(task.protocol, list(PROTOCOLS))
-                )
+        for name in self.tasks:
             self.task_settings(name)
 
     def task_settings(self, name: str) -> Any:
-        """The typed settings of a task."""
-        task = self.tasks[name]
-        return typed_settings(PROTOCOLS[task.protocol].config, task.settings, f"tasks.{name}.settings")
+        """The settings of a task, as an instance of its protocol's dataclass.
 
-
-def load_suite(path: Path, overrides: Sequence[str] = ()) -> SuiteConfig:
-    """Reads a suite's YAML and applies `key.path=value` overrides.
-
-    Raises:
-        ValueError: no such file, an unknown key or protocol, or a value of another type.
-    """
-    return load_typed(SuiteConfig, path, overrides)
+        Raises:
+            ValueError: as `settings.task_settings`.
+        """
+        schemas = {known: protocol.config for known, protocol in PROTOCOLS.items()}
+        return task_settings(name, self.tasks[name].protocol, self.tasks[name].settings, schemas)
 
 
 def evaluate_backbone(
     backbone: Backbone, suite: SuiteConfig, accelerator: Any, *, report: Report | None = None
 ) -> list[dict[str, Any]]:
-    """Every task of the suite for one backbone: result records on the main process, an empty list on the others.
+    """Evaluates one backbone on every task of the suite.
 
     Args:
         backbone: on the CPU; it is moved to the accelerator's device.
         suite: what to evaluate.
         accelerator: of `features.make_accelerator`; all its processes call this.
-        report: called now and then with (what is being done, done, in all).
+        report: called now and then, see `Report`.
+
+    Returns:
+        One record per task, of `results.make_record`, on the main process; an empty list on the others.
 
     Raises:
         ValueError: datasets that are missing, unlabelled, or labelled with other classes; settings that do not apply.
@@ -124,16 +120,16 @@ def evaluate_backbone(
     blocks = num_blocks(settings.values())
     loading = Loading(suite.batch_size, suite.workers, getattr(torch, suite.feature_dtype), blocks)
     say = report or (lambda what, done, total: None)
-    looks = {name: task.looks(suite.video) for name, task in suite.tasks.items()}
+    views = {name: task.view(suite.video) for name, task in suite.tasks.items()}
     subjects = {
-        look: Subject(backbone, _open_data(backbone, suite, look), look.frames, accelerator, loading, say)
-        for look in dict.fromkeys(looks.values())
+        view: Subject(backbone, _open_data(backbone, suite, view), view.frames, accelerator, loading, say)
+        for view in dict.fromkeys(views.values())
     }
     for name, task in suite.tasks.items():  # what cannot work is said before anything is computed
-        PROTOCOLS[task.protocol].check(subjects[looks[name]], settings[name], f"tasks.{name}.settings")
+        PROTOCOLS[task.protocol].check(subjects[views[name]], settings[name], f"tasks.{name}.settings")
     records = []
     for index, (name, task) in enumerate(suite.tasks.items()):
-        subject, protocol = subjects[looks[name]], PROTOCOLS[task.protocol]
+        subject, protocol = subjects[views[name]], PROTOCOLS[task.protocol]
         if protocol.on_features:
             subject.features()
         subject.say(name, index, len(suite.tasks))
@@ -142,50 +138,38 @@ def evaluate_backbone(
         if outcome is None:  # not the main process: it fits no heads and writes nothing
             continue
         features_s = subject.features_s if protocol.on_features else 0.0
-        seconds = {"features": round(features_s, 2), "protocol": round(time.perf_counter() - started_s, 2)}
-        records.append(_record(subject, suite, name, settings[name], outcome, seconds))
+        seconds = {"features": features_s, "protocol": time.perf_counter() - started_s}
+        records.append(_record(subject, suite, name, outcome, seconds))
     say(f"{backbone.label}: done", len(suite.tasks), len(suite.tasks))
     return records
 
 
-def _open_data(backbone: Backbone, suite: SuiteConfig, look: Look) -> EvaluationData:
-    """The data as some of the tasks see them."""
-    video = dataclasses.replace(suite.video, views=look.views)
+def _open_data(backbone: Backbone, suite: SuiteConfig, view: TaskView) -> EvaluationData:
+    """The suite's data as the tasks with this view see them."""
+    video = dataclasses.replace(suite.video, views=view.views)
     return open_evaluation_data(
         backbone, train=suite.train, test=suite.test, resize_ratio=suite.resize_ratio, video=video
     )
 
 
 def _record(
-    subject: Subject, suite: SuiteConfig, name: str, settings: Any, outcome: Outcome, seconds: Mapping[str, float]
+    subject: Subject, suite: SuiteConfig, name: str, outcome: Outcome, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
-    """One result, with everything that the figure depends on."""
-    backbone, data = subject.backbone, subject.data
-    frames = {} if backbone.sampling is None else {"frames": subject.frames}
-    return {
-        "protocol": suite.tasks[name].protocol,
-        "task": name,
-        "model": backbone.label,
-        "model_digest": backbone.digest,
-        "step": backbone.step,
-        "weights": backbone.weights,
-        "run_uid": (backbone.complete or {}).get("run_uid"),
-        "num_train": outcome.num_train,
-        "num_test": outcome.num_test,
-        "num_classes": data.num_classes,
-        "train_fingerprint": data.train_fingerprint,
-        "test_fingerprint": data.test_fingerprint,
-        "view": {
-            **data.view,
-            **frames,
-            "mean": list(backbone.mean),
-            "std": list(backbone.std),
-            "precision": suite.precision,
-            "feature_dtype": suite.feature_dtype,
+    """The result of one task."""
+    data = subject.data
+    frames = {} if subject.backbone.sampling is None else {"frames": subject.frames}
+    return make_record(
+        subject.backbone,
+        name,
+        suite.tasks[name].protocol,
+        suite.task_settings(name),
+        outcome,
+        data={
+            "num_classes": data.num_classes,
+            "train_fingerprint": data.train_fingerprint,
+            "test_fingerprint": data.test_fingerprint,
         },
-        "settings": dataclasses.asdict(settings),
-        "selection": outcome.selection,
-        "metrics": outcome.metrics,
-        "seconds": dict(seconds),
-        "time_ms": time.time_ns() // 1_000_000,
-    }
+        view={**data.view, **frames},
+        precision={"precision": suite.precision, "feature_dtype": suite.feature_dtype},
+        seconds=seconds,
+    )

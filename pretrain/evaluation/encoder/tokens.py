@@ -25,20 +25,34 @@ class Tokens:
     """The last block's patch tokens after the final norm; a class token is left out."""
 
     def __init__(self, subject: Subject, side: str, cache_limit_bytes: int) -> None:
-        """side: "train" or "test". cache_limit_bytes: of main memory for these tokens.
+        """Reads the labels; tokens are computed when they are asked for.
 
-        Raises ValueError for a sample without label.
+        Args:
+            subject: what is evaluated.
+            side: "train" or "test".
+            cache_limit_bytes: tokens of up to this size are kept in main memory.
+
+        Raises:
+            ValueError: a sample has no label.
         """
         self.subject, self.side = subject, side
         self.dataset = subject.data.train if side == "train" else subject.data.test
         self.views = num_views(self.dataset)
         self.labels = read_labels(self.dataset, loading_config(subject.backbone).storage)
-        """int64 [n]"""
+        """int64 [n]."""
         self.is_cached = size_bytes(subject, self.dataset) <= cache_limit_bytes
         self._cached: Tensor | None = None
 
     def batches(self, samples: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(float32 tokens [B * V, N, D], int64 labels [B]) on the device, for `samples` int64 [m] in their order."""
+        """The tokens of some samples, batch by batch.
+
+        Args:
+            samples: int64 [m]; batches follow their order.
+            batch: samples per batch; the last batch may be smaller.
+
+        Yields:
+            (float32 tokens [B * V, N, D], int64 labels [B]) on the device.
+        """
         device = self.subject.device
         if self.is_cached:
             tokens = self._all()
@@ -49,7 +63,7 @@ class Tokens:
             yield tokens.float().flatten(0, 1), self.labels[part].to(device)
 
     def _all(self) -> Tensor:
-        """float16 [n, V, N, D] on the CPU; computed in the first call."""
+        """The tokens of the whole set, float16 [n, V, N, D] on the CPU; computed in the first call."""
         if self._cached is None:
             step = max(1, self.subject.loading.batch_size // self.views)
             done, parts = 0, []
@@ -61,7 +75,7 @@ class Tokens:
         return self._cached
 
     def _computed(self, samples: Tensor, batch: int) -> Iterator[Tensor]:
-        """[B, V, N, D] on the device."""
+        """Computes the tokens of some samples batch by batch, [B, V, N, D] on the device."""
         subject = self.subject
         model, device = subject.backbone.model.to(subject.device).eval(), subject.device
         order = samples.tolist()
@@ -75,7 +89,7 @@ class Tokens:
 
 
 def size_bytes(subject: Subject, dataset: Dataset[tuple[Tensor, int]]) -> int:
-    """Of all tokens of a data set in float16."""
+    """Bytes of all tokens of a data set in float16."""
     config = subject.backbone.model.config
     num_tokens = config.num_tokens if isinstance(config, VideoViTConfig) else config.num_patches
     return 2 * len(cast(Sized, dataset)) * num_views(dataset) * num_tokens * config.width
@@ -89,7 +103,19 @@ def epoch_batches(
     generator: torch.Generator,
     progress: Callable[[int], None],
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Batches of shuffled epochs over `samples`, each with the share of the training that is done, in [0, 1)."""
+    """Batches of shuffled epochs.
+
+    Args:
+        tokens: of the training set.
+        samples: int64 [m], those to train on.
+        batch: samples per batch.
+        epochs: passes over the samples.
+        generator: draws the order of every epoch.
+        progress: called after each epoch, with the number of epochs that are done.
+
+    Yields:
+        (tokens, labels) of `Tokens.batches`, and the share of the training that is done, in [0, 1).
+    """
     per_epoch = -(-len(samples) // batch)
     for epoch in range(epochs):
         shuffled = samples[torch.randperm(len(samples), generator=generator)]

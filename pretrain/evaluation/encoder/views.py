@@ -21,6 +21,7 @@ from pretrain.objectives.clip_target import normalise_clips
 from pretrain.weights.backbone import Backbone
 
 Frames = Literal["all", "single"]
+"""What is shown of a clip: all its frames, or one of them in place of all."""
 Prepare = Callable[[Tensor], Tensor]
 """Stored images [B, C, H, W], or views [B, V, C, T, H, W] -> the model's input, one row per view."""
 
@@ -40,16 +41,18 @@ class Views:
 
 
 @dataclass(frozen=True)
-class Look:
+class TaskView:
     """What a task sees of a test video."""
 
     frames: Frames
+    """all of a clip, or a single one in place of all"""
     views: Views
+    """how many clips and crops"""
 
 
 @dataclass(frozen=True)
 class VideoConfig:
-    """How a suite looks at videos; encoders of images do not read it."""
+    """The views that a suite takes of videos; encoders of images do not read it."""
 
     views: Views = field(default_factory=Views)
     """of a test video; published: 5 x 3 (VideoMAE) and 8 x 3 (V-JEPA 2) on Kinetics, 2 x 3 on Something-Something"""
@@ -64,8 +67,13 @@ class VideoConfig:
 def make_prepare(backbone: Backbone, frames: Frames) -> Prepare:
     """What turns stored pixels into the backbone's input.
 
-    frames: `single` shows the clip's middle frame in place of every other, so that nothing moves: what a model gains
-    from motion is the rest. Raises ValueError for `single` and an encoder of images.
+    Args:
+        backbone: what is evaluated.
+        frames: `single` shows the clip's middle frame in place of every other, so that nothing moves: what a model
+            gains from motion is the difference to `all`.
+
+    Raises:
+        ValueError: `single` with an encoder of images.
     """
     normalise = Normalise(backbone.mean, backbone.std)
     if not isinstance(backbone.model, VideoViT):
@@ -75,21 +83,26 @@ def make_prepare(backbone: Backbone, frames: Frames) -> Prepare:
 
     def prepare(views: Tensor) -> Tensor:
         clips = views.flatten(0, 1)
-        return normalise_clips(normalise, still(clips) if frames == "single" else clips)
+        return normalise_clips(normalise, freeze(clips) if frames == "single" else clips)
 
     return prepare
 
 
-def still(clips: Tensor) -> Tensor:
-    """[B, C, T, H, W] -> the same shape, a view in which every frame is frame T // 2."""
+def freeze(clips: Tensor) -> Tensor:
+    """Clips [B, C, T, H, W] in which nothing moves: a view of the same shape whose every frame is frame T // 2."""
     middle = clips.shape[2] // 2
     return clips[:, :, middle : middle + 1].expand_as(clips)
 
 
 def vote(logits: Tensor, views: int) -> Tensor:
-    """[B * V, ..., K] -> scores [B, ..., K]: the mean softmax of each sample's V views, which are adjacent rows.
+    """One score per sample: the mean softmax of its views. A single view keeps its logits, which rank the same way.
 
-    One view keeps its logits, which rank the classes in the same way.
+    Args:
+        logits: [B * V, ..., K]; the views of a sample are adjacent rows.
+        views: V.
+
+    Returns:
+        [B, ..., K].
     """
     if views == 1:
         return logits

@@ -22,12 +22,25 @@ class TokenizerView:
     """The test pictures as the tokenizer sees them."""
 
     test: SequentialImages
+    """the pictures, in the order of their manifest"""
     transform: EvalTransform
+    """resize and centre crop"""
     short_side: int
     """in pixels, of the resized picture before the crop"""
     loading: DataConfig
     """how the tokenizer's run reads pictures"""
     train_folder: str | None
+    """of the labelled training set for a probe; None: none is known"""
+
+    def described(self) -> dict[str, object]:
+        """How pictures were cut and resized, for the record of a result."""
+        return {
+            "image_size": list(self.transform.size),
+            "short_side": self.short_side,
+            "resize": "bicubic, antialias; a picture of the crop's size is left alone",
+            "crop": "centre, the same for pictures and reconstructions",
+            "rounding": "both uint8, clipped to 0..255",
+        }
 
 
 def open_view(
@@ -38,13 +51,14 @@ def open_view(
     size: tuple[int, int] | None,
     short_side: int | None,
 ) -> TokenizerView:
-    """Opens the test set.
+    """Opens the test set of a tokenizer.
 
     Args:
         tokenizer: gives the channels, and where the rest is None its run's `data.val`, `data.train` and image size.
-        test, train: data set folders.
-        size: (height, width) of the centre crop in pixels.
-        short_side: of the resized picture before the crop; None: the crop's longer side.
+        test: folder of the test set; None: the run's.
+        train: folder of the labelled training set for a probe; None: the run's. It is not opened here.
+        size: (height, width) of the centre crop in pixels; None: the run's.
+        short_side: of the resized picture before the crop, in pixels; None: the crop's longer side.
 
     Raises:
         ValueError: no test set, no size, or a crop that does not fit.
@@ -65,7 +79,11 @@ def open_view(
 
 
 def labelled_train(view: TokenizerView) -> SequentialImages:
-    """The probe's training set. Raises ValueError unless it and the test set have the same classes."""
+    """Opens the probe's training set, in the same view as the test set.
+
+    Raises:
+        ValueError: there is none, it has other classes than the test set, or it is the test set.
+    """
     if not view.train_folder:
         raise ValueError("no training pictures for the latents' probe: set train=FOLDER (a packed data set)")
     train = _open(view.train_folder, view.transform, view.test.channels, view.loading)
@@ -82,6 +100,7 @@ def labelled_train(view: TokenizerView) -> SequentialImages:
 
 
 def _open(folder: str, transform: EvalTransform, channels: int, loading: DataConfig) -> SequentialImages:
+    """The pictures of a data set, read as the tokenizer's run reads its own."""
     return SequentialImages(
         Manifest.load(folder, Storage(loading.storage)),
         transform,

@@ -33,9 +33,9 @@ class LatentStatisticsConfig:
 
 
 class LatentMeter(ReconstructionMeter):
-    """Sums of the latents and of their products, in float64.
+    """Adds up the latents and their products in float64.
 
-    Metrics: `latent_rms`, `scaling_factor` (1 / RMS), `dead_channels` (a count), `effective_rank` (1 to L) and
+    Its metrics are `latent_rms`, `scaling_factor` (1 / RMS), `dead_channels` (a count), `effective_rank` (1 to L) and
     `effective_rank_share` (of L).
     """
 
@@ -79,7 +79,7 @@ class LatentMeter(ReconstructionMeter):
 
 @dataclass(frozen=True)
 class LatentProbeConfig:
-    """Settings of `latent_linear`: the linear probe of evaluation/linear.py on latents averaged over a grid."""
+    """Settings of `latent_linear`: the protocol of `encoder/linear.py` on latents averaged over a grid."""
 
     grid: int = 4
     """G: latents are averaged over G x G areas, whose values are joined"""
@@ -103,7 +103,7 @@ class LatentProbeConfig:
             raise ValueError(f"grid is {self.grid}; expected at least 1")
 
     def linear(self) -> LinearConfig:
-        """For `evaluate_linear`: one input, the pooled latent."""
+        """The settings for `evaluate_linear`, with one input, the pooled latent."""
         shared = {name: getattr(self, name) for name in LatentProbeConfig.__dataclass_fields__ if name != "grid"}
         return LinearConfig(blocks=(1,), average_pool=(False,), **shared)
 
@@ -116,6 +116,14 @@ class PooledLatents(nn.Module):
         self.model, self.grid = model, grid
 
     def features(self, images: Tensor, num_blocks: int) -> list[tuple[Tensor, Tensor]]:
-        """Normalised [B, C, H, W] -> [([B, L * G * G], [B, 1, L * G * G])]."""
+        """The pooled latents of pictures.
+
+        Args:
+            images: normalised [B, C, H, W].
+            num_blocks: always 1.
+
+        Returns:
+            One pair ([B, L * G * G], [B, 1, L * G * G]), which holds the same numbers twice.
+        """
         pooled = F.adaptive_avg_pool2d(self.model.encode(images).float(), self.grid).flatten(1)
         return [(pooled, pooled[:, None])]

@@ -25,9 +25,11 @@ from pretrain.losses.perceptual import SMALLEST_SIDE, PerceptualConfig, load_lpi
 from pretrain.losses.reconstruction import psnr
 
 SSIM_WINDOW = 11
+"""Side of SSIM's window in pixels."""
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
+"""Inception's weights as torch-fidelity publishes them."""
 INCEPTION_SHA256 = "6726825d"
 """First digits of the SHA-256 of that file, which torch-fidelity converted from the original's TensorFlow graph."""
 
@@ -72,22 +74,32 @@ class RFIDConfig:
 
 
 class ReconstructionMeter(ABC):
-    """Collects on one process; `finish` joins the processes."""
+    """Measures reconstructions batch by batch on one process; `finish` joins the processes."""
 
     @abstractmethod
     def update(self, pictures: Tensor, reconstructions: Tensor, latents: Tensor) -> None:
-        """uint8 [B, C, H, W] twice, and latents float32 [B, L, h, w], all on the device."""
+        """Takes a batch, all of it on the device.
+
+        Args:
+            pictures: uint8 [B, C, H, W].
+            reconstructions: the same of what came back.
+            latents: float32 [B, L, h, w], from which they came back.
+        """
 
     @abstractmethod
     def finish(self, gather: Callable[[Any], list[Any]]) -> dict[str, float]:
-        """Metrics over all processes' pictures. A collective; only the main process's answer counts.
+        """The metrics over all processes' pictures. All processes call this.
 
-        gather: gives every process's object, in the order of the processes, on the main process.
+        Args:
+            gather: gives every process's object, in the order of the processes, on the main process.
+
+        Returns:
+            Name -> figure; only the main process's answer counts.
         """
 
     @property
     def details(self) -> dict[str, object]:
-        """What else belongs into the record; valid after `finish`."""
+        """What else belongs into the result's record; valid after `finish`."""
         return {}
 
 
@@ -97,7 +109,13 @@ class MeanOverPictures(ReconstructionMeter):
     def __init__(
         self, name: str, measure: Callable[[Tensor, Tensor], Tensor], details: dict[str, object] | None = None
     ) -> None:
-        """measure: uint8 [B, C, H, W] twice -> [B]."""
+        """Nothing is measured yet.
+
+        Args:
+            name: of the metric.
+            measure: reconstructions and pictures, uint8 [B, C, H, W] both, to [B].
+            details: for the result's record.
+        """
         self.name, self.measure = name, measure
         self._details = details or {}
         self._values: list[Tensor] = []
@@ -118,7 +136,13 @@ class FrechetMeter(ReconstructionMeter):
     """torchmetrics' FrechetInceptionDistance, on uint8."""
 
     def __init__(self, extractor: nn.Module, show: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        """extractor: uint8 [B, 3, H, W] -> features [B, D]. show: [B, C, H, W] -> [B, 3, H, W]."""
+        """Nothing is measured yet.
+
+        Args:
+            extractor: uint8 [B, 3, H, W] to features [B, D].
+            show: pictures [B, C, H, W] as red, green and blue [B, 3, H, W].
+            device: where features are added up.
+        """
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         # Joined by hand: a process without a picture cannot compute.
@@ -144,11 +168,19 @@ class FrechetMeter(ReconstructionMeter):
 
 
 def make_psnr() -> MeanOverPictures:
+    """The meter of `psnr_uint8`."""
     return MeanOverPictures("psnr", psnr, {"unit": "dB"})
 
 
 def make_ssim(size: tuple[int, int]) -> MeanOverPictures:
-    """Raises ValueError for pictures that are smaller than the window."""
+    """The meter of `ssim_uint8`.
+
+    Args:
+        size: (height, width) of the pictures.
+
+    Raises:
+        ValueError: the pictures are smaller than the window, or torchmetrics is not installed.
+    """
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:
@@ -169,7 +201,18 @@ def make_ssim(size: tuple[int, int]) -> MeanOverPictures:
 def make_lpips(
     config: LPIPSConfig, size: tuple[int, int], show: Callable[[Tensor], Tensor], device: torch.device
 ) -> MeanOverPictures:
-    """Raises ValueError for pictures that are too small, PerceptualWeightsError where the weights cannot be had."""
+    """The meter of `lpips`.
+
+    Args:
+        config: of the task.
+        size: (height, width) of the pictures.
+        show: pictures [B, C, H, W] as red, green and blue [B, 3, H, W].
+        device: where the network runs.
+
+    Raises:
+        ValueError: the pictures are too small.
+        PerceptualWeightsError: the network's weights cannot be had.
+    """
     smallest = SMALLEST_SIDE[config.network]
     if min(size) < smallest:
         raise ValueError(
@@ -187,9 +230,10 @@ def make_lpips(
 
 
 def load_inception(config: RFIDConfig) -> nn.Module:
-    """torch-fidelity's Inception: uint8 [B, 3, H, W] -> float32 [B, 2048], as torchmetrics uses it.
+    """torch-fidelity's Inception, from uint8 [B, 3, H, W] to float32 [B, 2048], as torchmetrics uses it.
 
-    Raises ValueError when the file is missing, is another one, or cannot be downloaded.
+    Raises:
+        ValueError: the file is missing, is another one, or cannot be downloaded; or a package is not installed.
     """
     try:
         from torchmetrics.image.fid import NoTrainInceptionV3
@@ -214,7 +258,11 @@ def load_inception(config: RFIDConfig) -> nn.Module:
 
 
 def _downloaded_inception() -> Path:
-    """Where torch hub keeps the file; it is fetched where it is not there."""
+    """Where torch hub keeps Inception's file, which is fetched where it is not there.
+
+    Raises:
+        ValueError: it cannot be fetched.
+    """
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rpartition("/")[2]
     if path.is_file():
         return path

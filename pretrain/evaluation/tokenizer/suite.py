@@ -1,8 +1,8 @@
 """A suite of evaluations of a tokenizer from one YAML: each picture is encoded and decoded once for all tasks.
 
-In: a loaded tokenizer and a `TokenizerSuiteConfig`. Out: one result record per task, of the shape that
-evaluation/suite.py writes. A record says which protocol with which settings, crop, resize and rounding on how many
-pictures gave which figures, and which weights (by digest) it is about.
+In: a loaded tokenizer and a `TokenizerSuiteConfig`. Out: one result record per task, of `results.make_record`: which
+protocol with which settings, crop, resize and rounding on how many pictures gave which figures, and which weights (by
+digest) they are about.
 
 Over several processes each one takes every N-th picture, without padding: no picture is counted twice, and the
 processes meet only at the end.
@@ -10,11 +10,9 @@ processes meet only at the end.
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +21,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from data_pipes.sequential.pictures import SequentialImages
-from pretrain.config import load_typed, nearest
 from pretrain.evaluation.encoder.features import extract
 from pretrain.evaluation.encoder.linear import evaluate_linear
+from pretrain.evaluation.encoder.subject import Report
 from pretrain.evaluation.outcome import Outcome
-from pretrain.evaluation.settings import typed_settings
+from pretrain.evaluation.results import make_record
+from pretrain.evaluation.settings import task_settings
 from pretrain.evaluation.tokenizer.data import TokenizerView, labelled_train, open_view
 from pretrain.evaluation.tokenizer.latent_metrics import (
     LatentMeter,
@@ -50,8 +49,6 @@ from pretrain.evaluation.tokenizer.reconstruction_metrics import (
 from pretrain.latents.coder import PictureCoder, Precision
 from pretrain.models.normalise import Normalise
 from pretrain.weights.tokenizer import LoadedTokenizer
-
-Report = Callable[[str, int, int], None]  # (what is being done, done, in all)
 
 PROTOCOLS: dict[str, type[Any]] = {
     "psnr_uint8": PSNRConfig,
@@ -112,39 +109,32 @@ class TokenizerSuiteConfig:
                 f"batch_size={self.batch_size}, workers={self.workers}, num_samples={self.num_samples}, "
                 f"channels={list(self.channels)}: expected at least 1, 0 and 1, and 3 channels or none"
             )
-        for name, task in self.tasks.items():
-            if task.protocol not in PROTOCOLS:
-                raise ValueError(
-                    f"tasks.{name}.protocol is {task.protocol!r}; known protocols of tokenizers: "
-                    f"{', '.join(PROTOCOLS)}" + nearest(task.protocol, list(PROTOCOLS))
-                )
+        for name in self.tasks:
             self.task_settings(name)
 
     def task_settings(self, name: str) -> Any:
-        """The typed settings of a task."""
+        """The settings of a task, as an instance of its protocol's dataclass.
+
+        Raises:
+            ValueError: as `settings.task_settings`.
+        """
         task = self.tasks[name]
-        return typed_settings(PROTOCOLS[task.protocol], task.settings, f"tasks.{name}.settings")
-
-
-def load_tokenizer_suite(path: Path, overrides: Sequence[str] = ()) -> TokenizerSuiteConfig:
-    """Reads a suite's YAML and applies `key.path=value` overrides.
-
-    Raises:
-        ValueError: no such file, an unknown key or protocol, or a value of another type.
-    """
-    return load_typed(TokenizerSuiteConfig, path, overrides)
+        return task_settings(name, task.protocol, task.settings, PROTOCOLS, "protocols of tokenizers")
 
 
 def evaluate_tokenizer(
     tokenizer: LoadedTokenizer, suite: TokenizerSuiteConfig, accelerator: Any, *, report: Report | None = None
 ) -> list[dict[str, Any]]:
-    """Every task of the suite: result records on the main process, an empty list on the others.
+    """Evaluates a tokenizer on every task of the suite that is not skipped.
 
     Args:
         tokenizer: on the CPU; it is moved to the accelerator's device.
         suite: what to evaluate.
         accelerator: of `features.make_accelerator`; all its processes call this.
-        report: called now and then with (what is being done, done, in all).
+        report: called now and then, see `Report`.
+
+    Returns:
+        One record per task, of `results.make_record`, on the main process; an empty list on the others.
 
     Raises:
         ValueError: data sets that are missing, unlabelled, or labelled with other classes; settings that do not apply;
@@ -168,7 +158,7 @@ def evaluate_tokenizer(
     for name, meter in meters.items():
         metrics = meter.finish(lambda value: _gather(value, accelerator))
         outcome = Outcome(metrics, {"by": "nothing was chosen"}, num_train=0, num_test=num_samples)
-        records[name] = _record(tokenizer, suite, view, name, settings[name], outcome, meter.details, pass_s)
+        records[name] = _record(tokenizer, suite, view, name, outcome, meter.details, pass_s)
     for name, config in probes.items():
         assert train is not None
         started_s = time.perf_counter()
@@ -176,13 +166,14 @@ def evaluate_tokenizer(
         if found is not None:
             seconds = time.perf_counter() - started_s
             details: dict[str, object] = {"train_fingerprint": train.manifest.fingerprint}
-            records[name] = _record(tokenizer, suite, view, name, config, found, details, seconds)
+            records[name] = _record(tokenizer, suite, view, name, found, details, seconds)
     return [records[name] for name in settings] if accelerator.is_main_process else []
 
 
 def _make_meter(
     settings: Any, tokenizer: LoadedTokenizer, suite: TokenizerSuiteConfig, view: TokenizerView, device: torch.device
 ) -> ReconstructionMeter:
+    """The meter of a task with these settings, on the accelerator's device."""
     size, channels = view.transform.size, tokenizer.model.config.in_channels
     show = _rgb(suite.channels, channels)
     if isinstance(settings, SSIMConfig):
@@ -198,7 +189,15 @@ def _make_meter(
 
 
 def _rgb(channels: tuple[int, ...], in_channels: int) -> Callable[[Tensor], Tensor]:
-    """[B, C, H, W] -> [B, 3, H, W]. Raises ValueError for channels that are not there."""
+    """What shows pictures [B, C, H, W] as red, green and blue [B, 3, H, W].
+
+    Args:
+        channels: the 3 to show; empty: the first 3, or the first one three times.
+        in_channels: C.
+
+    Raises:
+        ValueError: a channel that is not there.
+    """
     shown = channels or ((0, 1, 2) if in_channels >= 3 else (0, 0, 0))
     if max(shown) >= in_channels:
         raise ValueError(f"channels is {list(shown)} and the pictures have {in_channels} channels, from 0")
@@ -210,11 +209,15 @@ def _measure(
     suite: TokenizerSuiteConfig,
     view: TokenizerView,
     num_samples: int,
-    meters: Any,
+    meters: Iterable[ReconstructionMeter],
     accelerator: Any,
     say: Report,
 ) -> None:
-    """Encodes and decodes this process's share of the pictures."""
+    """Encodes and decodes this process's share of the pictures, and shows all of it to the meters.
+
+    Raises:
+        RuntimeError: the processes together have not seen every picture once (a defect, never the user's).
+    """
     coder = PictureCoder(tokenizer, accelerator.device, precision=suite.precision)
     own = range(accelerator.process_index, num_samples, accelerator.num_processes)
     loader = DataLoader(Subset(view.test, own), batch_size=suite.batch_size, num_workers=suite.workers)
@@ -233,7 +236,7 @@ def _measure(
 
 
 def _gather(value: Any, accelerator: Any) -> list[Any]:
-    """Every process's value."""
+    """Every process's value, in the order of the processes."""
     from accelerate.utils import gather_object
 
     gathered: list[Any] = gather_object([value]) if accelerator.num_processes > 1 else [value]
@@ -249,7 +252,7 @@ def _probe(
     accelerator: Any,
     say: Report,
 ) -> Outcome | None:
-    """The linear probe on pooled latents; None off the main process."""
+    """The linear probe on pooled latents; None off the main process. All processes call this."""
     sides = [
         extract(
             PooledLatents(tokenizer.model, config.grid),
@@ -274,37 +277,20 @@ def _record(
     suite: TokenizerSuiteConfig,
     view: TokenizerView,
     name: str,
-    settings: Any,
     outcome: Outcome,
     details: Mapping[str, object],
     seconds: float,
 ) -> dict[str, Any]:
-    """One result, with everything that the figure depends on."""
-    return {
-        "protocol": suite.tasks[name].protocol,
-        "task": name,
-        "model": tokenizer.label,
-        "model_digest": tokenizer.digest,
-        "step": tokenizer.step,
-        "weights": tokenizer.weights,
-        "run_uid": (tokenizer.complete or {}).get("run_uid"),
-        "num_train": outcome.num_train,
-        "num_test": outcome.num_test,
-        "test_fingerprint": view.test.manifest.fingerprint,
-        "view": {
-            "image_size": list(view.transform.size),
-            "short_side": view.short_side,
-            "resize": "bicubic, antialias; a picture of the crop's size is left alone",
-            "crop": "centre, the same for pictures and reconstructions",
-            "rounding": "both uint8, clipped to 0..255",
-            "mean": list(tokenizer.mean),
-            "std": list(tokenizer.std),
-            "precision": suite.precision,
-        },
-        "settings": dataclasses.asdict(settings),
-        "selection": outcome.selection,
-        "metrics": outcome.metrics,
-        "details": dict(details),
-        "seconds": {"protocol": round(seconds, 2)},
-        "time_ms": time.time_ns() // 1_000_000,
-    }
+    """The result of one task."""
+    return make_record(
+        tokenizer,
+        name,
+        suite.tasks[name].protocol,
+        suite.task_settings(name),
+        outcome,
+        data={"test_fingerprint": view.test.manifest.fingerprint},
+        view=view.described(),
+        precision={"precision": suite.precision},
+        seconds={"protocol": seconds},
+        details=details,
+    )

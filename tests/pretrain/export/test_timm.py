@@ -16,30 +16,11 @@ from pretrain.export import timm as timm_export
 from pretrain.export.publish import ExportError
 from pretrain.export.timm import Pool, architecture_of, export_timm, reference_features
 from pretrain.models.vit import VIT_SIZES, ViT, ViTConfig, vit_config
-from pretrain.weights.backbone import Backbone, load_backbone, weights_digest
+from pretrain.weights.backbone import load_backbone
 from tests.pretrain.exact import EXACT, relative_error
+from tests.pretrain.export.random_backbones import backbone_of
 
 SMALL = ViTConfig(image_size=(32, 32), patch_size=(8, 8), width=16, depth=2, heads=2)
-
-
-def backbone_of(config: ViTConfig, tmp_path: Path) -> Backbone:
-    """A backbone with random numbers everywhere, also in the norms."""
-    torch.manual_seed(0)
-    model = ViT(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    channels = config.in_channels
-    return Backbone(
-        model=model,
-        mean=(0.4,) * channels,
-        std=(0.25,) * channels,
-        weights="imported",
-        label="random",
-        source=str(tmp_path / "random.pth"),
-        digest=weights_digest(model.state_dict()),
-    )
-
 
 SHAPES = {
     "square": SMALL,
@@ -158,7 +139,7 @@ def test_features_that_differ_are_not_published(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(
         timm_export, "reference_features", lambda *given: tuple(f + 1e-3 for f in reference_features(*given))
     )
-    with pytest.raises(ExportError, match=r"features differ from ours by 0\.000\d+, more than 1e-05"):
+    with pytest.raises(ExportError, match=r"features differ from ours by 0\.000\d+ of their size, more than 1e-05"):
         export_timm(backbone, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -15,25 +15,14 @@ from pretrain.export.transformers_image import export_vit, why_not
 from pretrain.models.mae import MAE
 from pretrain.models.video_vit import VideoViT, VideoViTConfig
 from pretrain.models.vit import ViT, ViTConfig
-from pretrain.weights.backbone import Backbone, load_backbone, weights_digest
+from pretrain.weights.backbone import load_backbone
 from tests.pretrain.exact import EXACT, StaysDouble, relative_error
+from tests.pretrain.export.random_backbones import backbone_of
 from tests.pretrain.export.tiny_runs import train_on_images
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 SMALL = ViTConfig(image_size=(16, 16), patch_size=(8, 8), width=24, depth=2, heads=2)
-
-
-def backbone_of(config: ViTConfig, folder: Path) -> Backbone:
-    """A backbone with random numbers everywhere, also in the norms."""
-    torch.manual_seed(0)
-    model = ViT(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    statistics = (0.4,) * config.in_channels, (0.25,) * config.in_channels
-    digest = weights_digest(model.state_dict())
-    return Backbone(model, *statistics, weights="imported", label="random", source=str(folder / "x.pth"), digest=digest)
 
 
 @pytest.fixture(scope="module")

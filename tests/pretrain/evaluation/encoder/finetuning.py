@@ -9,7 +9,8 @@ import torch
 
 from pretrain.evaluation.encoder.datasets import open_evaluation_data
 from pretrain.evaluation.encoder.features import make_accelerator
-from pretrain.evaluation.encoder.finetune import FinetuneConfig, fine_tune, multi_view_accuracies
+from pretrain.evaluation.encoder.finetune import FinetuneConfig, fine_tune
+from pretrain.evaluation.encoder.multi_view import multi_view_accuracies
 from pretrain.evaluation.encoder.subject import Loading, Subject
 from pretrain.evaluation.encoder.views import VideoConfig, Views
 from pretrain.weights.backbone import load_backbone
@@ -30,7 +31,7 @@ QUICK = FinetuneConfig(
 
 
 def make_subject(run_dir: Path, data: Path) -> Subject:
-    """data: with train/ and val/."""
+    """A subject in this process, on the data sets `data`/train and `data`/val."""
     backbone, video = load_backbone(run_dir), VideoConfig(views=Views(1, 2))
     sides = {"train": str(data / "train"), "test": str(data / "val")}
     opened = open_evaluation_data(backbone, **sides, resize_ratio=None, video=video)  # type: ignore[arg-type]

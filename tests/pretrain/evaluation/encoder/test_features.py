@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain.evaluation.encoder.features import Features, _Store, extract, make_accelerator
+from pretrain.evaluation.encoder.features import Features, _FeatureBuffer, extract, make_accelerator
 from tests.pretrain.evaluation.encoder.extraction import Pictures, seeded_model, to_float
 
 
@@ -93,23 +93,23 @@ def test_two_processes_give_every_sample_once_and_equal_features(tmp_path: Path)
         assert torch.allclose(gathered["average"], alone.average, atol=1e-5)
 
 
-def filled_store(indices: list[int], num_samples: int) -> _Store:
-    store = _Store(num_samples, torch.float32)
+def filled_buffer(indices: list[int], num_samples: int) -> _FeatureBuffer:
+    buffer = _FeatureBuffer(num_samples, torch.float32)
     rows = torch.tensor(indices)
-    store.put(torch.randn(len(rows), 1, 4), torch.randn(len(rows), 4), torch.zeros(len(rows), dtype=torch.int64), rows)
-    return store
+    buffer.put(torch.randn(len(rows), 1, 4), torch.randn(len(rows), 4), torch.zeros(len(rows), dtype=torch.int64), rows)
+    return buffer
 
 
 def test_a_lost_sample_stops_the_evaluation() -> None:
     with pytest.raises(
         RuntimeError, match=r"1 of 4 samples were not gathered exactly once \(sample 2 arrived 0 times\)"
     ):
-        filled_store([0, 1, 3], 4).finish()
+        filled_buffer([0, 1, 3], 4).finish()
 
 
 def test_a_doubled_sample_stops_the_evaluation() -> None:
     with pytest.raises(RuntimeError, match=r"sample 1 arrived 2 times"):
-        filled_store([0, 1, 1, 2], 3).finish()
+        filled_buffer([0, 1, 1, 2], 3).finish()
 
 
 def test_an_empty_dataset_is_an_error() -> None:

@@ -20,9 +20,8 @@ from pretrain.evaluation.encoder.finetune import (
     check_finetune,
     evaluate_finetuned,
     fine_tune,
-    multi_view_accuracies,
-    rank_of,
 )
+from pretrain.evaluation.encoder.multi_view import multi_view_accuracies, rank_of
 from pretrain.evaluation.encoder.protocols import PROTOCOLS
 from pretrain.evaluation.encoder.subject import Subject
 from pretrain.weights.backbone import weights_digest

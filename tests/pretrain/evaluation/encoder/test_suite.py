@@ -16,8 +16,9 @@ from data_pipes.pack.pack import pack
 from launchers.cli import main
 from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import load_weights, newest_complete
+from pretrain.config import load_typed
 from pretrain.evaluation.encoder.datasets import open_evaluation_data
-from pretrain.evaluation.encoder.suite import load_suite
+from pretrain.evaluation.encoder.suite import SuiteConfig
 from pretrain.evaluation.encoder.views import view_ratio
 from pretrain.models.vit import ViT, ViTConfig
 from pretrain.tracking.journal import read_metrics
@@ -271,7 +272,7 @@ def test_a_flipped_bit_in_a_checkpoint_stops_an_export(
 
 @pytest.mark.parametrize("name", ["quick", "imagenet"])
 def test_the_shipped_suites_are_valid(root: Path, name: str) -> None:
-    suite = load_suite(root / f"configs/eval/{name}.yaml")
+    suite = load_typed(SuiteConfig, root / f"configs/eval/{name}.yaml")
     assert {"knn", "linear"} <= set(suite.tasks)
     assert suite.task_settings("knn").primary_k == 20
     assert len(suite.task_settings("linear").learning_rates) == 13

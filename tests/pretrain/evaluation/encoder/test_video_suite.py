@@ -15,12 +15,13 @@ from data_pipes.transforms.clips import ClipSampling
 from launchers.cli import main
 from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import load_weights, newest_complete
+from pretrain.config import load_typed
 from pretrain.evaluation.encoder.datasets import open_evaluation_data, read_labels
 from pretrain.evaluation.encoder.features import Features, extract, make_accelerator
 from pretrain.evaluation.encoder.knn import KNNConfig, evaluate_knn
 from pretrain.evaluation.encoder.linear import LinearConfig, evaluate_linear, fit_heads
-from pretrain.evaluation.encoder.suite import load_suite
-from pretrain.evaluation.encoder.views import VideoConfig, Views, make_prepare, still, vote
+from pretrain.evaluation.encoder.suite import SuiteConfig
+from pretrain.evaluation.encoder.views import VideoConfig, Views, freeze, make_prepare, vote
 from pretrain.models.normalise import Normalise
 from pretrain.models.video_vit import VideoViT
 from pretrain.objectives.clip_target import normalise_clips
@@ -127,7 +128,7 @@ def test_a_single_frame_shows_the_middle_one_everywhere(video_run_dir: Path) -> 
     for frame in range(4):
         assert torch.equal(shown[:, :, frame], expected[:, :, 2])
     assert torch.equal(make_prepare(backbone, "all")(stored), expected)
-    assert torch.equal(still(stored[0]), stored[0][:, :, 2:3].repeat(1, 1, 4, 1, 1))
+    assert torch.equal(freeze(stored[0]), stored[0][:, :, 2:3].repeat(1, 1, 4, 1, 1))
 
 
 def test_views_vote_by_their_mean_softmax_and_not_by_their_mean_logits() -> None:
@@ -213,7 +214,7 @@ def test_a_single_frame_of_a_picture_is_refused(run_dir: Path, suite: Path, caps
 
 @pytest.mark.parametrize("name", ["kinetics", "motion", "something", "video_finetune"])
 def test_the_shipped_video_suites_are_valid(root: Path, name: str) -> None:
-    suite = load_suite(root / f"configs/eval/{name}.yaml")
+    suite = load_typed(SuiteConfig, root / f"configs/eval/{name}.yaml")
     assert suite.tasks
     for task in suite.tasks:
         suite.task_settings(task)

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from data_pipes.transforms.image import EvalTransform
+from pretrain.config import load_typed
 from pretrain.evaluation.encoder.features import make_accelerator
 from pretrain.evaluation.tokenizer import suite as tokenizer_suite
 from pretrain.evaluation.tokenizer.reconstruction_metrics import FrechetMeter, LPIPSConfig, RFIDConfig, load_inception
-from pretrain.evaluation.tokenizer.suite import TokenizerSuiteConfig, evaluate_tokenizer, load_tokenizer_suite
+from pretrain.evaluation.tokenizer.suite import TokenizerSuiteConfig, evaluate_tokenizer
 from pretrain.losses.perceptual import PerceptualConfig, load_lpips
 from pretrain.weights.tokenizer import LoadedTokenizer
 from tests.pretrain.losses.test_perceptual import save as save_random_lpips
@@ -335,7 +336,7 @@ def test_data_that_do_not_fit(folders: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_the_shipped_suite(root: Path) -> None:
-    suite = load_tokenizer_suite(root / "configs/eval/tokenizer.yaml", ["skip=[rfid]", "size=[64,96]"])
+    suite = load_typed(TokenizerSuiteConfig, root / "configs/eval/tokenizer.yaml", ["skip=[rfid]", "size=[64,96]"])
     assert list(suite.tasks) == ["psnr", "ssim", "lpips", "rfid", "latents", "probe"]
     assert suite.task_settings("probe").linear().blocks == (1,)
     assert tuple(suite.size or ()) == (64, 96)
