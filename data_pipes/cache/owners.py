@@ -4,6 +4,10 @@ Enters: a folder. Leaves: `Owner`, a process's name in the folder, alive as long
 the right to change the folder. Why it exists: a process killed at any moment must leave nothing that blocks others. The
 kernel lets go of a `flock` when the last descriptor of the locked file is closed, so descriptors must not reach forked
 children: a child closes them before anything else.
+
+This is not filelock, which locks everything else here (see data_pipes.store.files): a lock is taken for each change of
+the index, which takes 400 us in all, and filelock's takes 13 to 24 times as long as this one; and asking whether an
+owner lives must not make its file anew.
 """
 
 from __future__ import annotations

@@ -6,15 +6,13 @@ continued as it was begun, a finished one is never overwritten, and two at once 
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_pipes.store.files import write_atomically
+from data_pipes.store.files import exclusive, write_atomically
 
 RECORD_NAME = "pack.json"
 """The record's file in the folder that is packed into."""
@@ -38,19 +36,14 @@ def refuse_foreign(root: Path) -> None:
 def locked(root: Path) -> Iterator[None]:
     """Keeps other packs out of a folder; the lock goes with the process, so a killed one leaves none behind.
 
+    On a file system without locks only the record protects.
+
     Raises:
         ValueError: another pack is writing here.
     """
     (root / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
-    with open(root / WORK_FOLDER / "lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise ValueError(
-                    f"{root}: another `tessera pack` is writing here; wait for it, or choose another folder"
-                ) from error
-            # some network file systems have no locks: then only the record protects
+    busy = ValueError(f"{root}: another `tessera pack` is writing here; wait for it, or choose another folder")
+    with exclusive(root / WORK_FOLDER / "lock", 0, busy):
         yield
 
 

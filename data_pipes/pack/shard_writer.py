@@ -8,7 +8,6 @@ start.
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from data_pipes.pack.reencode_picture import UnreadableFile
 from data_pipes.pack.sources import Source, SourceFile
 from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.manifest import INDEX_SUFFIX
-from data_pipes.store.files import write_atomically
+from data_pipes.store.files import new_file, write_atomically
 
 Prepare = Callable[[bytes], tuple[bytes, str]]
 """From the bytes of a file to those that are packed and their extension; raises where a file cannot be used."""
@@ -107,17 +106,14 @@ class ShardWriter:
             OSError: the shard cannot be written.
             Stopped: `stop` is set.
         """
-        temporary = plan.path.with_name(f".{plan.path.name}.tmp")
         try:
-            plan.folder.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                num_samples, skipped = self._write_samples(file, plan, source)
-                file.flush()
-                os.fsync(file.fileno())
+            with new_file(plan.path) as draft:
+                num_samples, skipped = self._write_samples(draft.file, plan, source)
+                draft.file.flush()
+                draft.keep = num_samples > 0
+                index = index_shard(draft.path) if num_samples else None
             result = ShardResult(0, 0, "", skipped)
-            if num_samples:
-                index = index_shard(temporary)
-                os.replace(temporary, plan.path)
+            if index is not None:
                 result = ShardResult(num_samples, index.size_bytes, index.save(_index_path(plan.path)), skipped)
             write_atomically(plan.note_path, json.dumps(asdict(result)).encode())
         except BaseException as error:
@@ -128,8 +124,6 @@ class ShardWriter:
                 f"{plan.path}: cannot be written ({error.strerror or error}); free or enlarge the space and repeat "
                 "the same command: finished shards are kept"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
         return result
 
     def _write_samples(self, file: IO[bytes], plan: ShardPlan, source: Source) -> tuple[int, list[dict[str, str]]]:

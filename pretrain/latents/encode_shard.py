@@ -10,7 +10,6 @@ Legend: B batch, C image channels, L latent channels, H/W pixels, h/w latent pix
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from data_pipes.errors import SampleError, ShardError
 from data_pipes.index.walk import index_shard
 from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.manifest import INDEX_SUFFIX, Manifest
-from data_pipes.store.files import write_atomically
+from data_pipes.store.files import new_file, write_atomically
 from data_pipes.store.transport import StorageConfig
 from pretrain.latents.coder import PictureCoder
 from pretrain.latents.options import LATENT_DTYPES, LATENT_MEMBER, EncodeOptions
@@ -114,19 +113,12 @@ class ShardEncoder:
             ShardError: the shard has changed since it was indexed.
             ValueError: a latent is not finite as it would be stored.
         """
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                num_samples, skipped, sums = self._write(shard, file, on_sample)
-                file.flush()
-                os.fsync(file.fileno())
-            digest = ""
-            if num_samples:
-                index = index_shard(temporary)
-                os.replace(temporary, target)
-                digest = index.save(index_path(target))
-        finally:
-            temporary.unlink(missing_ok=True)
+        with new_file(target) as draft:
+            num_samples, skipped, sums = self._write(shard, draft.file, on_sample)
+            draft.file.flush()
+            draft.keep = num_samples > 0
+            index = index_shard(draft.path) if num_samples else None
+        digest = index.save(index_path(target)) if index is not None else ""
         result = ShardNote(num_samples, tuple(skipped), digest, sums)
         write_atomically(note, json.dumps(asdict(result)).encode())
         return result

@@ -15,19 +15,16 @@ What MLflow cannot hold as it is:
 - Names, lengths and infinities: see pretrain/tracking/mlflow_batches.py.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from data_pipes.store.files import write_atomically
+from data_pipes.store.files import exclusive, write_atomically
 from pretrain.tracking.environment import redact_url
 from pretrain.tracking.journal import JOURNAL_NAME, JournalWriter, now_ms, read_lines
 from pretrain.tracking.mlflow_batches import (
@@ -135,7 +132,12 @@ class Shipper:
             Exception: whatever MLflow raises; what was sent before is remembered.
         """
         journal, num_sent = self.run_dir / JOURNAL_NAME, 0
-        with exclusive(self.run_dir / LOCK_NAME, wait_lock_s):
+        lock = self.run_dir / LOCK_NAME
+        busy = LockedError(
+            f"another process is sending this run to MLflow (it holds {lock}); try again when it is done"
+        )
+        # Where there are no locks, two shippers at once only send some points twice, which MLflow merges.
+        with exclusive(lock, wait_lock_s, busy):
             self.state = ShipState.load(self.state_path, redact_url(self.destination.uri))
             size_bytes = journal.stat().st_size
             if self.state.offset > size_bytes:  # the journal was cut, by power loss or by hand
@@ -311,37 +313,3 @@ class Shipper:
         writer = JournalWriter(self.run_dir / JOURNAL_NAME)
         writer.append(record_type, fields)
         writer.close()
-
-
-@contextmanager
-def exclusive(path: Path, wait_s: float) -> Iterator[None]:
-    """Hold an advisory lock on `path`, which the system drops when the process dies.
-
-    On a file system without locks the body runs unlocked: two shippers at once then only send some points twice,
-    which MLflow merges.
-
-    Raises:
-        LockedError: another process holds it for longer than `wait_s` seconds.
-    """
-    deadline = time.monotonic() + wait_s
-    with path.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise LockedError(
-                        f"another process is sending this run to MLflow (it holds {path}); try again when it is done"
-                    ) from None
-                time.sleep(0.05)
-            except OSError:
-                break
-        try:
-            yield
-        finally:
-            # Explicit: a forked child with a copy of the descriptor would keep the lock after the file is closed here.
-            try:
-                fcntl.flock(file, fcntl.LOCK_UN)
-            except OSError:
-                logger.debug("no lock to release on %s", path)

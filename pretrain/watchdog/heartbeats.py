@@ -12,7 +12,6 @@ wrong with its own progress (rank 0 also now and then, to find slow ranks), so n
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from data_pipes.store.files import write_atomically
 from pretrain.watchdog.config import LIMIT_OF
 
 
@@ -62,14 +62,8 @@ def heartbeat_path(folder: Path, rank: int) -> Path:
 
 def publish(folder: Path, heartbeat: Heartbeat) -> None:
     """Replaces the rank's file; without fsync, as nobody needs it after a loss of power."""
-    write_whole(heartbeat_path(folder, heartbeat.rank), json.dumps(asdict(heartbeat)))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Readers see the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    content = json.dumps(asdict(heartbeat)).encode()
+    write_atomically(heartbeat_path(folder, heartbeat.rank), content, durable=False)
 
 
 def read_heartbeats(folder: Path, size: int, attempt: str) -> dict[int, Heartbeat]:

@@ -15,7 +15,8 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-from pretrain.watchdog.heartbeats import Verdict, write_whole
+from data_pipes.store.files import write_atomically
+from pretrain.watchdog.heartbeats import Verdict
 
 
 class Report:
@@ -33,7 +34,7 @@ class Report:
         """This rank's part. What the disk refuses is missing."""
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._stacks_path(self.rank), text)
+            write_atomically(self._stacks_path(self.rank), text.encode(), durable=False)
 
     def claim(self) -> bool:
         """Whether this rank is the one that writes the report."""
@@ -54,7 +55,7 @@ class Report:
         table = report_table(cause, verdicts)
         print(f"watchdog: {table}stacks of all ranks: {self.path}", file=sys.__stderr__, flush=True)
         with contextlib.suppress(OSError):
-            write_whole(self.path, table + report_stacks(verdicts, stacks))
+            write_atomically(self.path, (table + report_stacks(verdicts, stacks)).encode(), durable=False)
 
     def _stacks_path(self, rank: int) -> Path:
         return self.path.with_name(f"rank{rank:05d}.txt")

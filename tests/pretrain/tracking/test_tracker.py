@@ -19,10 +19,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipes.store.files import exclusive
 from launchers.commands import sync as sync_command
 from pretrain.tracking import mlflow_batches
 from pretrain.tracking.journal import JournalWriter, read_journal, read_metrics
-from pretrain.tracking.mlflow_shipper import LOCK_NAME, LockedError, ShippingError, ShipState, exclusive
+from pretrain.tracking.mlflow_shipper import LOCK_NAME, LockedError, ShippingError, ShipState
 from pretrain.tracking.tracker import Tracker, TrackingConfig, check_uri, flatten, sync
 
 # MLflow 3.17 maps its tables with a loader option that SQLAlchemy 2.1 deprecates; nothing here can change that.
@@ -291,7 +292,7 @@ def test_a_deleted_run_is_not_recreated(run_dir: Path, client: Any) -> None:
 def test_two_processes_never_ship_one_run_at_once(run_dir: Path) -> None:
     tracker = make_tracker(run_dir)
     log_steps(tracker, 0, 3)
-    with exclusive(run_dir / LOCK_NAME, wait_s=0), pytest.raises(LockedError, match="another process"):
+    with exclusive(run_dir / LOCK_NAME, 0, LockedError()), pytest.raises(LockedError, match="another process"):
         sync(run_dir, wait_lock_s=0.1)
     assert sync(run_dir).num_records == 5
 
