@@ -36,14 +36,17 @@ from data_pipes.store.urls import KINDS, check_url, scheme_of
 _MAX_BACKOFF_S = 30.0
 _CLOSE_TIMEOUT_S = 10.0
 _PACKAGES = {"http": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "hf": "huggingface_hub"}
-# kind of store -> what to install for it
+"""By kind of store, what to install for it."""
 _JITTER = random.SystemRandom()  # not the seeded generator of a run, nor the same on every rank
 
 T = TypeVar("T")
 
 
 class Connections:
-    """Everything that is open in one process. `close` leaves no thread and no socket."""
+    """Everything that is open in one process. `close` leaves no thread and no socket.
+
+    The coroutines `read`, `info`, `write` and `list` run on the event loop; `submit` starts them from any thread.
+    """
 
     def __init__(self, config: StorageConfig, counters: Counters) -> None:
         self.config, self._counters, self._pid = config, counters, os.getpid()
@@ -55,7 +58,7 @@ class Connections:
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Starts one of the coroutines below on the loop."""
+        """Starts one of the coroutines below on the event loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def read(self, wanted: ByteRange) -> bytes:
@@ -124,8 +127,17 @@ class Connections:
     async def _retried(
         self, transport: Transport, url: str, attempt: Callable[[], Awaitable[T]], piece: Piece | None = None
     ) -> T:
-        """Makes attempts until one succeeds. Its slot is kept while it waits to try again: so a store that throttles
-        gets fewer requests at once.
+        """What an attempt returns, once one succeeds.
+
+        The slot is kept while it waits to try again: so a store that throttles gets fewer requests at once.
+
+        Args:
+            transport: explains the library's exceptions.
+            url: of the object, for messages.
+            attempt: starts one attempt.
+            piece: what the attempts fill; with progress in it the count of failures starts anew.
+        Raises:
+            StorageError: there were more failures in a row than `StorageConfig.retries`.
         """
         failures = 0
         async with self._slots:
@@ -192,7 +204,11 @@ class Connections:
 
 @lru_cache(maxsize=4096)
 def kind_of(url: str) -> str:
-    """The kind of store behind a URL; "file" for plain paths. Raises ValueError for a URL that is not to be opened."""
+    """The kind of store behind a URL; "file" for plain paths.
+
+    Raises:
+        ValueError: the URL is not to be opened.
+    """
     check_url(url)
     return KINDS[scheme_of(url) or "file"]
 

@@ -86,7 +86,7 @@ def exclusive(path: Path, wait_s: float, busy: Exception) -> Iterator[None]:
 
 
 class LocalFile:
-    """A file on a file system. `pread` has no file position, so threads and forked processes share it safely."""
+    """A file to read by places. `pread` has no file position, so threads and forked processes share it safely."""
 
     def __init__(self, path: Path) -> None:
         self._handle: int | None = None

@@ -31,7 +31,9 @@ from data_pipes.store.transport import (
 from data_pipes.store.urls import is_remote, local_path
 
 _ETAG_KEYS = ("etag", "ETag", "blob_id", "md5Hash")
+"""Under which the libraries say the version of an object."""
 _RECHECK_S = 30.0
+"""Seconds after which the version of an object is asked for again."""
 
 
 class FsspecTransport(Transport):
@@ -42,7 +44,14 @@ class FsspecTransport(Transport):
     def __init__(
         self, config: StorageConfig, counters: Counters, versions: Versions, kind: str, options: dict[str, Any]
     ) -> None:
-        """options: what the URL itself says of the store (the account of abfs://container@account...)."""
+        """
+        Args:
+            config: of the run.
+            counters: of this process.
+            versions: what is known of the objects.
+            kind: of the store, as fsspec names it.
+            options: what the URL itself says of the store (the account of abfs://container@account...).
+        """
         super().__init__(config, counters, versions)
         self._files: Any = fsspec.get_filesystem_class(kind)(skip_instance_cache=True, **options)
         self._kind = kind

@@ -27,9 +27,10 @@ from data_pipes.store.transport import (
     range_and_total,
 )
 
-_HEADERS = {"Accept-Encoding": "identity"}  # ranges count the bytes as they are stored
+_HEADERS = {"Accept-Encoding": "identity"}
+"""Of every request: ranges count the bytes as they are stored."""
 _READ_BYTES = 1 << 20
-# buffer of a connection; aiohttp's 64 KiB pauses the socket all the time
+"""Buffer of a connection; aiohttp's 64 KiB pauses the socket all the time."""
 
 
 class HttpTransport(Transport):
@@ -128,7 +129,7 @@ def _raise_for_status(url: str, answer: aiohttp.ClientResponse) -> None:
 
 
 def _total(answer: aiohttp.ClientResponse) -> int | None:
-    """Bytes of the whole object, as far as the answer says."""
+    """Bytes of the whole object; None: the answer does not say."""
     if answer.status in (206, 416):
         return range_and_total(answer.headers.get("Content-Range", ""))[1]
     return answer.content_length

@@ -12,14 +12,19 @@ from concurrent.futures import Future
 from typing import Any
 
 _MAX_AHEAD = 8
-# blocks under way before they are asked for
+"""Blocks under way before they are asked for."""
 
 
 class RangeStream(io.RawIOBase):
     """Blocks that were jumped over are not fetched: the read-ahead starts again at nothing, and doubles."""
 
     def __init__(self, read: Callable[[int, int], Future[bytes]], size_bytes: int, block_bytes: int) -> None:
-        """read: starts reading (offset, length)."""
+        """
+        Args:
+            read: starts reading (offset, length).
+            size_bytes: of the whole object.
+            block_bytes: length of one read.
+        """
         self._read, self._size, self._block_bytes = read, size_bytes, block_bytes
         self._position, self._last, self._ahead = 0, -2, 0
         self._blocks: dict[int, Future[bytes]] = {}

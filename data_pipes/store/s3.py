@@ -45,7 +45,14 @@ class S3Transport(Transport):
     def __init__(
         self, config: StorageConfig, counters: Counters, versions: Versions, loop: Any, options: dict[str, Any]
     ) -> None:
-        """options: what the URL itself says of the store (?versionId=...)."""
+        """
+        Args:
+            config: of the run.
+            counters: of this process.
+            versions: what is known of the objects.
+            loop: the event loop that everything runs on.
+            options: what the URL itself says of the store (?versionId=...).
+        """
         super().__init__(config, counters, versions)
         of_botocore = {
             **fsspec.config.conf.get("s3", {}).get("config_kwargs", {}),
@@ -76,9 +83,8 @@ class S3Transport(Transport):
         try:
             total = range_and_total(content_range)[1] if content_range else int(answer["ContentLength"])
             self.versions.check(piece.url, piece.expected, total, answer.get("ETag"))
-            stream = getattr(
-                body, "raw_stream", body
-            ).content  # older releases of aiobotocore are the stream themselves
+            # of older releases of aiobotocore the body is the stream itself
+            stream = getattr(body, "raw_stream", body).content
             await self.receive(stream, piece, self.bytes_to_skip(piece, content_range))
         finally:
             body.close()
@@ -101,10 +107,8 @@ class S3Transport(Transport):
             await self._files._s3.close()
 
     def explain(self, url: str, error: Exception) -> Exception:
-        answer = getattr(
-            error.__cause__ or error, "response", None
-        )  # s3fs translates and keeps botocore's as the cause
-        if isinstance(answer, dict):
+        answer = _answer_of(error)
+        if answer:
             return _error_of_answer(url, answer)
         if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound)):
             return AccessDeniedError(

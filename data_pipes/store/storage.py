@@ -26,7 +26,7 @@ __all__ = ["ByteRange", "ObjectInfo", "Storage", "StorageConfig", "StorageError"
 
 
 @dataclass
-class _Process:
+class _InOneProcess:
     """What a Storage has in one process."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -36,14 +36,18 @@ class _Process:
 
 class Storage:
     """Reads objects by ranges. Safe for threads and after a fork; cheap to pickle: connections are opened where it is
-    used. Errors: StorageError when retries are used up or the store refuses (for a missing object it is a
-    FileNotFoundError as well, for one that may not be read a PermissionError), ShardError for an object that is not the
-    one expected, ValueError for a URL that may not be opened.
+    used.
+
+    Raises:
+        StorageError: retries are used up, or the store refuses; for a missing object it is a FileNotFoundError as well,
+            for one that may not be read a PermissionError.
+        ShardError: an object is not the one expected.
+        ValueError: a URL may not be opened.
     """
 
     def __init__(self, config: StorageConfig | None = None) -> None:
         self.config = config or StorageConfig()
-        self._processes: dict[int, _Process] = {}
+        self._processes: dict[int, _InOneProcess] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config}
@@ -54,7 +58,7 @@ class Storage:
     @property
     def counters(self) -> Counters:
         """What this process counted; the names are in data_pipes.store.counters, under "requests to stores"."""
-        return self._here().counters
+        return self._in_this_process().counters
 
     def info(self, url: str) -> ObjectInfo:
         """Size and etag of an object, as the store says now."""
@@ -67,7 +71,7 @@ class Storage:
         return self.submit(wanted).result()
 
     def submit(self, wanted: ByteRange) -> Future[bytes]:
-        """The same without waiting; at most `requests` of all that is submitted are under way at once."""
+        """The same without waiting; at most `StorageConfig.requests` of all that is submitted are under way at once."""
         kind_of(wanted.url)
         if wanted.offset < 0 or wanted.length < 0 or wanted.offset + wanted.length > wanted.size_bytes:
             raise ValueError(
@@ -78,7 +82,11 @@ class Storage:
         return connections.submit(connections.read(wanted))
 
     def read_whole(self, url: str, max_bytes: int) -> bytes:
-        """All of an object. Raises StorageError when it has more than `max_bytes`."""
+        """All of an object.
+
+        Raises:
+            StorageError: it has more than `max_bytes`; and what `Storage` raises.
+        """
         info = self.info(url)
         if info.size_bytes > max_bytes:
             raise StorageError(f"{url}: {info.size_bytes:,} bytes, expected at most {max_bytes:,}")
@@ -108,23 +116,23 @@ class Storage:
 
     def close(self) -> None:
         """Ends what is under way in this process; it is opened anew when needed."""
-        process = self._here()
+        process = self._in_this_process()
         with process.lock:
             connections, process.connections = process.connections, None
         if connections is not None:
             connections.close()
 
     def _connections(self) -> Connections:
-        process = self._here()
+        process = self._in_this_process()
         with process.lock:
             if process.connections is None:
                 process.connections = Connections(self.config, process.counters)
                 weakref.finalize(self, process.connections.close)  # also at the interpreter's exit
             return process.connections
 
-    def _here(self) -> _Process:
+    def _in_this_process(self) -> _InOneProcess:
         """This process's part. The one that a fork brought along stays untouched: its sockets are the parent's, its
         thread does not exist here, and its lock may have been held.
         """
         process = self._processes.get(os.getpid())
-        return process or self._processes.setdefault(os.getpid(), _Process())
+        return process or self._processes.setdefault(os.getpid(), _InOneProcess())

@@ -25,14 +25,15 @@ if TYPE_CHECKING:
     import aiohttp
 
 PROGRESS_BYTES = 1 << 16
-# an attempt that brought this much is progress: a server that drops every connection is slow, not broken
+"""An attempt that brought this much is progress: a server that drops every connection is slow, not broken."""
 _PACE_TIMEOUTS = 10
-# so many time-outs long a body may bring less than PROGRESS_BYTES; a trickle of single bytes never times out otherwise
+"""A body may bring less than PROGRESS_BYTES for so many time-outs; a trickle of single bytes would never time out."""
 _MAX_RETRY_AFTER_S = 600.0
+"""A server's Retry-After is cut to this: a run must not sleep for a day."""
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)")
 _LOG = logging.getLogger(__name__)
 _MODIFIED = "modified "
-# begins an etag made from Last-Modified, for servers without ETag
+"""Begins an etag that was made from Last-Modified, for servers without ETag."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,15 @@ class StorageConfig:
     """Reading from stores; every process of a run does so by itself."""
 
     requests: int = 16
-    # requests at once, per process
+    """Requests at once, per process."""
     request_bytes: int = 4 << 20
-    # bytes of one request; larger reads are split
+    """Bytes of one request; larger reads are split."""
     timeout_s: float = 30.0
-    # seconds of one request: connecting and every wait for bytes (gs, az and hf: the whole request)
+    """Seconds that connecting, and every wait for bytes, may take (gs, az and hf: the whole request)."""
     retries: int = 8
-    # of one request without progress, before the run stops
+    """Retries of one request without progress, before the run stops."""
     backoff_s: float = 0.25
-    # seconds before the first retry; doubles, jittered, at most 30; a server's Retry-After wins
+    """Seconds before the first retry. They double with each one, with jitter, up to 30; a server's Retry-After wins."""
 
     def __post_init__(self) -> None:
         if self.requests < 1 or self.request_bytes < 1 or self.retries < 0:
@@ -63,7 +64,7 @@ class ObjectInfo:
 
     size_bytes: int
     etag: str | None
-    # changes with the content; without quotes and weak prefix; None: the store does not say
+    """Changes with the content; without quotes and weak prefix. None: the store does not say."""
 
 
 class ByteRange(NamedTuple):
@@ -73,9 +74,9 @@ class ByteRange(NamedTuple):
     offset: int
     length: int
     size_bytes: int
-    # of the whole object
+    """Of the whole object."""
     etag: str | None
-    # of the whole object; None: unknown
+    """Of the whole object; None: unknown."""
 
 
 class StorageError(OSError):
@@ -128,6 +129,7 @@ class Piece:
 
     @property
     def num_missing(self) -> int:
+        """Bytes that have not arrived."""
         return self.length - self.num_received
 
     def add(self, data: bytes) -> None:
@@ -144,7 +146,16 @@ class Versions:
         self._first_seen: dict[str, str] = {}
 
     def check(self, url: str, expected: ObjectInfo, size_bytes: int | None, etag: str | None) -> None:
-        """Raises ShardError when what the store says (None: nothing) is not what was expected."""
+        """Compares what the store says of an object with what it has to be.
+
+        Args:
+            url: of the object.
+            expected: size and etag that the manifest names.
+            size_bytes: size that the store says; None: it does not say.
+            etag: as the store says it; None: it does not.
+        Raises:
+            ShardError: the object has changed.
+        """
         if size_bytes is not None and size_bytes != expected.size_bytes:
             raise _changed(url, f"{size_bytes:,} bytes", f"{expected.size_bytes:,} bytes")
         etag = normal_etag(etag)
@@ -167,7 +178,7 @@ class Transport(ABC):
 
     @abstractmethod
     async def info(self, url: str) -> ObjectInfo:
-        """Asks the store, never a listing in memory."""
+        """Size and etag of an object, as the store says now, never as a listing in memory does."""
 
     @abstractmethod
     async def fetch(self, piece: Piece) -> None:
@@ -190,7 +201,15 @@ class Transport(ABC):
         """What an exception of the store's library means: a TransientError, or the error to end with."""
 
     async def receive(self, body: aiohttp.StreamReader, piece: Piece, skip: int) -> None:
-        """Fills a piece from a body, after `skip` bytes; stops as soon as it is complete."""
+        """Fills a piece from a body, and stops as soon as it is complete.
+
+        Args:
+            body: of the answer.
+            piece: gets the bytes.
+            skip: bytes of the body that lie before those that are missing.
+        Raises:
+            TransientError: the body ended early, or hardly anything came for a long time.
+        """
         window_start, window_bytes = time.monotonic(), 0
         while piece.num_missing:
             try:
@@ -215,7 +234,14 @@ class Transport(ABC):
         return max(0, skip - len(data))
 
     def bytes_to_skip(self, piece: Piece, content_range: str | None) -> int:
-        """How many bytes of a body lie before the missing ones: none, or all where the server ignores Range."""
+        """How many bytes of a body lie before the missing ones.
+
+        Args:
+            piece: what was asked for.
+            content_range: the header of that name; None: the server ignores Range and sends the whole object.
+        Raises:
+            TransientError: the answer is another range than the one asked for.
+        """
         if content_range is not None:
             if range_and_total(content_range)[0] != piece.first_missing:
                 raise TransientError(f"answered {content_range!r} instead of bytes from {piece.first_missing:,} on")
@@ -243,7 +269,14 @@ def normal_etag(etag: str | None) -> str | None:
 
 
 def etag_of(headers: Mapping[str, str], like: str | None = None) -> str | None:
-    """The etag of an HTTP answer; where there is none, or where `like` was made so, of its time of modification."""
+    """The etag of an HTTP answer, or one that is made of its time of modification.
+
+    Args:
+        headers: of the answer.
+        like: an etag to compare it with; where that is made of the time of modification, this one is too.
+    Returns:
+        None where the answer has neither.
+    """
     etag, modified = headers.get("ETag"), headers.get("Last-Modified")
     if modified and (not etag or (like or "").startswith(_MODIFIED)):
         return _MODIFIED + modified
@@ -251,7 +284,16 @@ def etag_of(headers: Mapping[str, str], like: str | None = None) -> str | None:
 
 
 def error_of_status(url: str, status: int, detail: str, retry_after: str | None = None) -> Exception:
-    """What an HTTP status of 400 and more means, in HTTP itself and under the other stores."""
+    """What an HTTP status of 400 and more means, in HTTP itself and under the other stores.
+
+    Args:
+        url: of the object.
+        status: the number.
+        detail: what the store said, for the message.
+        retry_after: the header of that name.
+    Returns:
+        A TransientError where another attempt may succeed, else the error to end with.
+    """
     if status in (404, 410):
         return MissingObjectError(f"{url}: not there ({detail}); check the URL, and that the shards were copied")
     if status in (401, 403):

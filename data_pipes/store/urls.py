@@ -25,13 +25,13 @@ KINDS = {
     "abfss": "az",
     "hf": "hf",
 }
-# the allowed schemes -> the kind of store behind each
+"""The allowed schemes, and the kind of store behind each."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(pipe|file|data):")
 _CONTROL = re.compile(r"[\0-\x1f\x7f]")
 _SECRET = re.compile(
     r"signature|credential|token|secret|passw|^sig$|^sas$|^auth(orization)?$|accesskey|api[-_]?key", re.IGNORECASE
 )
-# names of query parameters that give access: X-Amz-Signature, X-Goog-Credential, sig (Azure), AWSAccessKeyId, token
+"""Query parameters that give access: X-Amz-Signature, X-Goog-Credential, sig (Azure), AWSAccessKeyId, token."""
 
 
 def scheme_of(url: str) -> str:
@@ -46,7 +46,11 @@ def is_remote(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    """The path of a plain path or a `file:` URL. Raises ValueError for anything else."""
+    """The path of a plain path or a `file:` URL.
+
+    Raises:
+        ValueError: it is anything else.
+    """
     if is_remote(url):
         raise ValueError(f"{redacted(url)}: not a local path; copy the data to a local folder first")
     if scheme_of(url) == "":
@@ -69,8 +73,11 @@ def join_url(root: str, relative: str) -> str:
 
 
 def check_url(url: str) -> None:
-    """Raises ValueError, with the reason, for a URL that is not to be opened: a scheme outside the allow-list, a shell
-    or chained URL, credentials inside it, no host or bucket, control characters. Plain paths pass.
+    """Refuses a URL that is not to be opened; plain paths pass.
+
+    Raises:
+        ValueError: its scheme is outside of the allow-list, it is a shell or chained URL, it has credentials inside, no
+            host or bucket, or control characters.
     """
     if _CONTROL.search(url) or not url:
         raise ValueError(f"{url!r}: empty or with control characters; name a path or URL")
@@ -95,9 +102,7 @@ def check_url(url: str) -> None:
 
 
 def redacted(url: str) -> str:
-    """The URL without user, password, query and fragment: what messages may show of one that is
-    refused.
-    """
+    """The URL without user, password, query and fragment: what messages may show of one that is refused."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         return url
