@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data_pipes.cache.cache import CacheConfig
+from data_pipes.cache.folder import CacheConfig
 from data_pipes.decode.limits import DEFAULT_MAX_PIXELS
 from data_pipes.loading.unindexed_stream import UnindexedConfig
 from data_pipes.order.mixture_config import MixtureConfig

@@ -22,41 +22,38 @@ import re
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cachetools import LRUCache
 
 from data_pipes.cache.chunk_file import ChunkFile, DamagedError, file_bytes, write_chunk_file
-from data_pipes.cache.index import CacheIndex, CacheStatus, CacheUser, check_is_cache
+from data_pipes.cache.folder import CacheConfig, CacheStatus, CacheUser, check_is_cache, checked_folder
+from data_pipes.cache.index import CacheIndex
 from data_pipes.store.counters import Counters
 
 __all__ = ["PINNED", "CacheConfig", "CacheStatus", "CacheUser", "ChunkCache", "chunk_key", "open_cache"]
 
 PINNED = 0.0
 """The next use of a chunk that is in use now: it is not evicted while the process lives that says so."""
-_MIN_BYTES = 2 << 20
-_FEW_BYTES = 64 << 20
-# a chunk has 4 to 16 MiB
 _MAX_OPEN_CHUNKS = 256
-# file handles per process; they hold no space: evicted files are emptied
+"""File handles per process. They hold no space: evicted files are emptied."""
 _KEY = re.compile(r"[0-9a-f]{64}")
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class CacheConfig:
-    """A cache of remote data on a local disk."""
-
-    dir: str | None = None
-    # folder on a local disk, for this alone; shared by all ranks of the node and by several runs; None: no cache
-    max_bytes: int = 100 << 30
-    # hard cap on everything in the folder, other runs' chunks included
-
-
 def chunk_key(url: str, etag: str | None, size_bytes: int, offset: int, length: int) -> str:
-    """The name of a chunk, 64 hex digits: bytes [offset, offset + length) of an object in one of its versions."""
+    """The name of a chunk: bytes [offset, offset + length) of an object in one of its versions.
+
+    Args:
+        url: of the object.
+        etag: of the object's version; None: unknown.
+        size_bytes: of the whole object.
+        offset: first byte of the chunk.
+        length: bytes of the chunk.
+    Returns:
+        64 hex digits.
+    """
     return hashlib.sha256(json.dumps([url, etag, size_bytes, offset, length]).encode()).hexdigest()
 
 
@@ -66,9 +63,14 @@ class ChunkCache:
     """
 
     def __init__(self, config: CacheConfig) -> None:
-        """Raises ValueError for a folder that cannot be made or used, and for a cap that holds no chunk."""
+        """
+        Args:
+            config: its `dir` is not None.
+        Raises:
+            ValueError: the folder cannot be made or used, or the cap holds no chunk.
+        """
         self.config = config
-        folder = _checked_folder(config)
+        folder = checked_folder(config)
         self.counters = Counters()
         self._lock = threading.Lock()
         self._open = _no_chunks()
@@ -90,8 +92,16 @@ class ChunkCache:
         self.__init__(**state)  # type: ignore[misc]
 
     def read(self, key: str, offset: int, length: int) -> bytes | None:
-        """The bytes [offset, offset + length) of a chunk, in 15 us for 100 KB. None: it is not there, or was damaged,
-        and is then removed. A block is compared with its checksum when this process reads it for the first time.
+        """A part of a chunk, in 15 us for 100 KB.
+
+        A block is compared with its checksum when this process reads it for the first time; a damaged chunk is removed.
+
+        Args:
+            key: of `chunk_key`.
+            offset: first byte, counted from the chunk's first one.
+            length: number of bytes.
+        Returns:
+            The bytes; None: the chunk is not there, or was damaged.
         """
         self._notice_fork()
         for _ in range(2):  # a file that was evicted while it was open may have come back as another one
@@ -128,9 +138,15 @@ class ChunkCache:
             return False
 
     def put(self, key: str, data: bytes, next_use_s: float) -> bool:
-        """Adds a chunk that this process needs next at `next_use_s`, see `set_next_use`. What is needed later, or no
-        sooner, may be evicted for it, the furthest next use first. True: it is there, or another process is just
-        writing it. False: it does not fit, or the disk failed; go on without.
+        """Adds a chunk. What is needed no sooner may be evicted for it, the furthest next use first.
+
+        Args:
+            key: of `chunk_key`.
+            data: the whole chunk.
+            next_use_s: when this process needs it next, see `set_next_use`.
+        Returns:
+            True: it is there, or another process is just writing it. False: it does not fit, or the disk failed; go on
+            without.
         """
         self._notice_fork()
         _check_time(next_use_s)
@@ -161,9 +177,13 @@ class ChunkCache:
         return finished
 
     def set_next_use(self, next_use_s: Mapping[str, float]) -> None:
-        """When this process needs chunks next, in seconds of `time.time()`; PINNED: in use now; math.inf: not needed
-        any more. It holds until it is said anew, the chunk is evicted, or the process ends. What is not in the cache
-        is passed over.
+        """Says when this process needs chunks next.
+
+        It holds until it is said anew, the chunk is evicted, or the process ends.
+
+        Args:
+            next_use_s: by key, in seconds of `time.time()`; PINNED: in use now; math.inf: not needed any more. Chunks
+                that are not in the cache are passed over.
         """
         self._notice_fork()
         for key, time_s in next_use_s.items():
@@ -176,12 +196,22 @@ class ChunkCache:
             self._warn(error)
 
     def status(self) -> CacheStatus:
-        """What the folder holds; what dead processes left behind is swept first. Raises OSError."""
+        """What the folder holds; what dead processes left behind is removed first.
+
+        Raises:
+            OSError: the folder or its index cannot be used.
+        """
         return self._index.status()
 
     def clear(self) -> int:
-        """Empties the cache, pinned chunks included, but for those being written; returns the bytes freed. A read of
-        another process in this moment finds nothing. Raises OSError.
+        """Empties the cache, pinned chunks included, but for those being written.
+
+        A read of another process in this moment finds nothing.
+
+        Returns:
+            The bytes that are free now.
+        Raises:
+            OSError: the folder or its index cannot be used.
         """
         freed = self._index.clear()
         self._forget(None)
@@ -202,7 +232,7 @@ class ChunkCache:
             return self._open.setdefault(key, chunk)
 
     def _forget(self, keys: Iterable[str] | None) -> None:
-        """Drops handles; None: all."""
+        """Drops the handles of chunks; None: of all."""
         with self._lock:
             for key in list(self._open) if keys is None else keys:
                 self._open.pop(key, None)
@@ -236,7 +266,11 @@ class ChunkCache:
 
 
 def open_cache(folder: str) -> ChunkCache:
-    """The cache that is in `folder`, for a look at it. Raises ValueError when there is none."""
+    """The cache that is in a folder, for a look at it.
+
+    Raises:
+        ValueError: there is none.
+    """
     check_is_cache(Path(folder), may_be_new=False)
     return ChunkCache(CacheConfig(dir=folder))
 
@@ -244,19 +278,6 @@ def open_cache(folder: str) -> ChunkCache:
 def _no_chunks() -> LRUCache[str, ChunkFile]:
     """For the open chunks; one that is dropped while it is read lives until its reader forgets it."""
     return LRUCache(_MAX_OPEN_CHUNKS)
-
-
-def _checked_folder(config: CacheConfig) -> Path:
-    if not config.dir or "://" in config.dir:
-        raise ValueError(f"data.cache.dir is {config.dir!r}; expected a folder on a local disk")
-    if config.max_bytes < _MIN_BYTES:
-        raise ValueError(
-            f"data.cache.max_bytes is {config.max_bytes:,}; expected at least {_MIN_BYTES:,}, better thousands of "
-            "chunks of 4 to 16 MiB"
-        )
-    if config.max_bytes < _FEW_BYTES:
-        _logger.warning("data.cache.max_bytes is %s: room for few chunks of 4 to 16 MiB", f"{config.max_bytes:,}")
-    return Path(os.path.abspath(os.path.expanduser(config.dir)))
 
 
 def _open_index(folder: Path, max_bytes: int) -> CacheIndex:

@@ -18,14 +18,20 @@ from array import array
 from pathlib import Path
 
 BLOCK_BYTES = 32 << 10
+"""What one checksum covers."""
 _MAGIC = b"TSRCHK1\n"
 _HEAD = struct.Struct("<8s32sQ")
 
 
 class DamagedError(ValueError):
-    """The file does not hold what was written to it. `inode` tells it from a later file of the same name."""
+    """The file does not hold what was written to it."""
 
     def __init__(self, message: str, inode: int) -> None:
+        """
+        Args:
+            message: what is wrong, for people.
+            inode: of the file; it tells it from a later one of the same name.
+        """
         super().__init__(message)
         self.inode = inode
 
@@ -36,9 +42,16 @@ def file_bytes(length: int) -> int:
 
 
 def write_chunk_file(path: Path, key: str, data: bytes) -> None:
-    """Writes a chunk; not yet under its final name. Raises OSError, and may then leave a part of the file.
+    """Writes the file of a chunk.
 
     Nothing is forced to the disk: after a power cut the checksums tell, and a cache may lose what it has.
+
+    Args:
+        path: not yet the final name.
+        key: of the chunk, 64 hex digits.
+        data: the whole chunk.
+    Raises:
+        OSError: it cannot be written; a part of the file may be left.
     """
     view = memoryview(data)
     sums = array("I", (zlib.crc32(view[start : start + BLOCK_BYTES]) for start in range(0, len(data), BLOCK_BYTES)))
@@ -58,7 +71,14 @@ class ChunkFile:
     """
 
     def __init__(self, path: Path, key: str) -> None:
-        """Raises FileNotFoundError, and DamagedError for a file that is not the chunk of `key`."""
+        """
+        Args:
+            path: of the file.
+            key: of the chunk that it should hold.
+        Raises:
+            FileNotFoundError: there is no such file, or it is being removed.
+            DamagedError: it is not the file of this chunk.
+        """
         self._handle = -1
         self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         size = os.fstat(self._handle).st_size
@@ -80,8 +100,13 @@ class ChunkFile:
         self._unchecked = bytearray(b"\1" * (len(self._sums) - 1))
 
     def read(self, offset: int, length: int) -> bytes | None:
-        """The bytes [offset, offset + length) of the chunk; None when the chunk was evicted in the meantime (which
-        empties the file). Raises DamagedError, and ValueError for what is not within the chunk.
+        """The bytes [offset, offset + length) of the chunk.
+
+        Returns:
+            None when the chunk was evicted in the meantime, which empties the file.
+        Raises:
+            DamagedError: a block does not agree with its checksum, or the file was cut.
+            ValueError: the bytes are not within the chunk.
         """
         if offset < 0 or length < 0 or offset + length > self.length:
             raise ValueError(f"bytes {offset:,} to {offset + length:,} of a chunk of {self.length:,} bytes")
@@ -108,7 +133,7 @@ class ChunkFile:
         return data[offset - begin : offset - begin + length]
 
     def _nothing(self) -> bytes | None:
-        """After a short read: an evicted file is empty, any other length is damage."""
+        """None, after a short read of an evicted file, which is empty; any other length is damage."""
         if self._is_empty():
             return None
         raise self._damage("cut")

@@ -20,6 +20,7 @@ from data_pipes.cache.owners import locked
 
 DATABASE_NAME = "index.sqlite"
 _VERSION = 1
+"""Of the tables; a folder of another version is refused."""
 _PAGE_BYTES = 4096
 _SCHEMA = f"""
 CREATE TABLE owners(id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT UNIQUE, process_id INTEGER, max_bytes INTEGER);
@@ -47,15 +48,25 @@ class Chunk(NamedTuple):
     id: int
     key: str
     bytes: int
-    # on the disk
+    """On the disk."""
     writer: int | None
-    # owner that is writing it; None: complete
+    """The owner that is writing it; None: it is complete."""
 
 
 @contextmanager
 def transaction(folder: Path, max_database_bytes: int) -> Iterator[sqlite3.Connection]:
-    """Everything that changes the folder happens in here, one process and thread at a time. Raises OSError; a damaged
-    database is removed with all chunks, and the next transaction begins a new one.
+    """Everything that changes the folder happens in here, one process and thread at a time.
+
+    A damaged database is removed with all chunks, and the next transaction begins a new one.
+
+    Args:
+        folder: of the cache.
+        max_database_bytes: cap on the database.
+    Yields:
+        The open database; what was done with it is kept when the block ends without an error.
+    Raises:
+        OSError: the folder or the database cannot be used.
+        ValueError: the cache belongs to another version of this program.
     """
     with locked(folder / "lock"):
         database = None
@@ -96,13 +107,13 @@ def _open(path: Path, max_pages: int) -> sqlite3.Connection:
 
 
 def find_chunks(database: sqlite3.Connection, rest_of_query: str, *values: object) -> Iterator[Chunk]:
-    """The rows that `rest_of_query` (WHERE ..., ORDER BY ...) selects; do not change the table while iterating."""
+    """The rows that `rest_of_query` (WHERE ..., ORDER BY ...) selects; the table may not change meanwhile."""
     rows = database.execute(f"SELECT id, key, bytes, writer FROM chunks {rest_of_query}", values)
     return (Chunk(row[0], row[1].hex(), row[2], row[3]) for row in rows)
 
 
 def find_chunk(database: sqlite3.Connection, key: str) -> Chunk | None:
-    """The row of one key."""
+    """The row of one key; None: there is none."""
     return next(find_chunks(database, "WHERE key = ?", bytes.fromhex(key)), None)
 
 
@@ -112,7 +123,13 @@ def total_bytes(database: sqlite3.Connection) -> int:
 
 
 def set_claims(database: sqlite3.Connection, owner: int, next_use_s: Mapping[str, float]) -> None:
-    """When an owner needs chunks; infinity takes the claim back; keys without a row are passed over."""
+    """Notes when an owner needs chunks.
+
+    Args:
+        database: within a transaction.
+        owner: its number.
+        next_use_s: by key; infinity takes the claim back. Keys without a row are passed over.
+    """
     keys = [(bytes.fromhex(key),) for key in next_use_s]
     timed = [(time_s, *key) for key, time_s in zip(keys, next_use_s.values(), strict=True)]
     database.executemany(

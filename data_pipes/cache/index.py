@@ -3,18 +3,15 @@
 Enters: keys, sizes and times of next use from many processes. Leaves: reservations within the cap, and victims. Why it
 exists: the cap is hard, so space is reserved before a byte is written, and given back when the writer dies.
 
-A folder: `index.sqlite` and its journal (see cache_database), `lock` and `owners/` (see cache_owner), `<key>.chunk`,
-and `<key>.<number>.part` for what is being written.
+What lies in the folder: see data_pipes.cache.folder.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,67 +26,60 @@ from data_pipes.cache.database import (
     total_bytes,
     transaction,
 )
+from data_pipes.cache.folder import CacheStatus, CacheUser
 from data_pipes.cache.owners import Owner, sweep_owners
 
-_OURS = re.compile(r"index\.sqlite(-journal)?|lock|owners|[0-9a-f]{64}\.(chunk|[0-9]+\.part)|lost\+found")
 _FIXED_BYTES = 64 << 10
-# the lock, the folder of owners
-
-
-class CacheUser(NamedTuple):
-    """A living process that put chunks or said when it needs some."""
-
-    process_id: int
-    max_bytes: int
-    num_claims: int
-
-
-@dataclass(frozen=True)
-class CacheStatus:
-    """What a cache folder holds."""
-
-    dir: str
-    used_bytes: int
-    # of the disk: chunks, those being written, the index and the space that its journal takes now and then
-    num_chunks: int
-    chunk_bytes: int
-    num_pinned: int
-    # in use now, by any living process
-    num_writing: int
-    users: tuple[CacheUser, ...]
+"""Disk space of the lock and of the folder of owners."""
 
 
 class Reservation(NamedTuple):
     """The answer to a wish for space."""
 
     part: Path | None
-    # granted: write the chunk to this file, then call finish or abandon
+    """The file to write the chunk to, before `finish` or `abandon` is called; None: nothing was granted."""
     present: bool = False
-    # nothing to do: the chunk is there, or somebody is writing it
+    """There is nothing to do: the chunk is there, or somebody is writing it."""
     evicted: Sequence[str] = ()
-    # keys
+    """The keys of the chunks that were evicted."""
 
 
 class CacheIndex:
-    """The index of one folder. Safe for threads and processes; every method may raise OSError."""
+    """The index of one folder. Safe for threads and processes.
+
+    Raises:
+        OSError: from every method, when the folder or the database cannot be used.
+    """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
+        """
+        Args:
+            folder: of the cache.
+            max_bytes: hard cap on everything in it.
+        """
         self.folder, self.max_bytes = folder, max_bytes
-        self.index_bytes = max(1 << 20, max_bytes // 512)
         # for the database, 550 bytes per chunk with 16 users, and as much again for its journal
+        self.index_bytes = max(1 << 20, max_bytes // 512)
         self._disk_block = os.statvfs(folder).f_frsize or 4096
         self._owner: Owner | None = None
         with self._transaction():
             pass
 
     def chunk_path(self, key: str) -> Path:
+        """Where a complete chunk lies."""
         return self.folder / f"{key}.chunk"
 
     def _part_path(self, key: str, number: int) -> Path:
         return self.folder / f"{key}.{number}.part"
 
     def reserve(self, key: str, num_bytes: int, next_use_s: float) -> Reservation:
-        """Space for a file of `num_bytes`, evicting what is needed later than `next_use_s`, or no sooner."""
+        """Asks for space, which is made by evicting what is needed no sooner.
+
+        Args:
+            key: of the chunk.
+            num_bytes: length of its file.
+            next_use_s: when this process needs it next.
+        """
         with self._transaction() as database:
             me = self._own_id(database)
             found = find_chunk(database, key)
@@ -121,7 +111,11 @@ class CacheIndex:
             return self._victims(database, self._on_disk(num_bytes), next_use_s) is not None
 
     def finish(self, key: str, part: Path) -> bool:
-        """Makes a written chunk one of the cache; False: the reservation is gone, with the whole index."""
+        """Makes a written chunk one of the cache.
+
+        Returns:
+            False when the reservation is gone, with the whole index.
+        """
         with self._transaction() as database:
             found = find_chunk(database, key)
             if found is None or self._part_path(key, found.id) != part:
@@ -139,12 +133,19 @@ class CacheIndex:
                 self._remove(database, found)
 
     def claim(self, next_use_s: Mapping[str, float]) -> None:
-        """When this process needs chunks next; those that are not there are passed over."""
+        """Notes when this process needs chunks next, by key; those that are not there are passed over."""
         with self._transaction() as database:
             set_claims(database, self._own_id(database), next_use_s)
 
     def drop(self, key: str, inode: int) -> bool:
-        """Removes a damaged chunk, unless it was replaced in the meantime."""
+        """Removes a damaged chunk, unless it was replaced in the meantime.
+
+        Args:
+            key: of the chunk.
+            inode: of the damaged file.
+        Returns:
+            Whether that file was there.
+        """
         with self._transaction() as database:
             found = find_chunk(database, key)
             try:
@@ -165,7 +166,7 @@ class CacheIndex:
             return before - total_bytes(database)
 
     def status(self) -> CacheStatus:
-        """What is there now; sweeps first."""
+        """What is there now; what dead processes left behind is removed first."""
         with self._transaction() as database:
             self._sweep(database)
             num_chunks, chunk_bytes, num_pinned = database.execute(
@@ -222,8 +223,10 @@ class CacheIndex:
         return name is not None and name[0] in sweep_owners(self.folder / "owners")
 
     def _victims(self, database: sqlite3.Connection, disk_bytes: int, next_use_s: float) -> list[Chunk] | None:
-        """What to evict for `disk_bytes` more: the furthest next use first, then the least recently put. None: there
-        is not enough that is needed no sooner than `next_use_s`; nothing is evicted in vain.
+        """What to evict for `disk_bytes` more: the furthest next use first, then the least recently put.
+
+        Returns:
+            None when there is not enough that is needed no sooner than `next_use_s`: nothing is evicted in vain.
         """
         if self._used(database, self.index_bytes) + disk_bytes <= self.max_bytes:
             return []
@@ -281,20 +284,8 @@ class CacheIndex:
                 empty_and_unlink(self.folder / name)
 
 
-def check_is_cache(folder: Path, *, may_be_new: bool) -> None:
-    """Raises ValueError for a folder with other things in it, or, unless it may be new, one that is no cache."""
-    names = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
-    foreign = sorted(name for name in names if not _OURS.fullmatch(name))
-    if foreign:
-        raise ValueError(
-            f"{folder}: not a folder for a cache, it holds other things, e.g. {foreign[0]!r}; name an empty or new one"
-        )
-    if not may_be_new and DATABASE_NAME not in names:
-        raise ValueError(f"{folder}: no cache here; name the folder that a run has as data.cache.dir")
-
-
 def _size(path: Path) -> int:
-    """-1: not there."""
+    """Bytes of a file; -1: it is not there."""
     try:
         return path.stat().st_size
     except FileNotFoundError:

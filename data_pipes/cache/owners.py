@@ -23,21 +23,33 @@ from functools import cache
 from pathlib import Path
 
 _LOCK_TIMEOUT_S = 30.0
-# changes take below a millisecond, a few seconds where a lowered cap evicts thousands of chunks
+"""Changes take below a millisecond, or a few seconds where a lowered cap evicts thousands of chunks."""
 _LOCK_POLL_S = 0.0005
 
 
 class _LockedFile:
-    """An exclusive lock. Raises BlockingIOError when somebody else has it."""
+    """An exclusive lock."""
 
     def __init__(self, path: Path, flags: int) -> None:
+        """
+        Args:
+            path: the file to lock.
+            flags: of opening it, such as os.O_CREAT.
+        Raises:
+            BlockingIOError: somebody else has the lock.
+        """
         self._handle = -1
         self._handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o666)
         _locked_files().add(self)
         fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self, *, unlock: bool = True) -> None:
-        """unlock: also for a child that inherited the descriptor a moment ago; never in that child itself."""
+        """Gives the lock up.
+
+        Args:
+            unlock: whether to do so for a child as well that inherited the descriptor a moment ago; False in that child
+                itself.
+        """
         handle, self._handle = self._handle, -1
         if handle >= 0:
             if unlock:
@@ -50,7 +62,9 @@ class _LockedFile:
 
 @cache
 def _locked_files() -> weakref.WeakSet[_LockedFile]:
-    """Those of this process. A forked child closes its copies of the descriptors: they would keep the locks held."""
+    """The locked files of this process. A forked child closes its copies of the descriptors: they would keep the locks
+    held.
+    """
     files: weakref.WeakSet[_LockedFile] = weakref.WeakSet()
 
     def close_all() -> None:
@@ -63,7 +77,11 @@ def _locked_files() -> weakref.WeakSet[_LockedFile]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the lock of `path` alone, among all threads and processes. Raises TimeoutError (an OSError)."""
+    """Holds the lock of a file alone, among all threads and processes.
+
+    Raises:
+        TimeoutError: (an OSError) another process has held it for 30 s.
+    """
     deadline = time.monotonic() + _LOCK_TIMEOUT_S
     while True:
         try:
@@ -96,7 +114,7 @@ class Owner:
 
 
 def sweep_owners(folder: Path) -> set[str]:
-    """The names of the living; the files of the dead are removed. Call it with the folder's lock held."""
+    """The names of the living owners; the files of the dead are removed. The caller holds the folder's lock."""
     living = set()
     for path in folder.iterdir():
         try:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 if TYPE_CHECKING:
-    from data_pipes.cache.index import CacheStatus
+    from data_pipes.cache.folder import CacheStatus
 
 HELP = "Show what a cache of remote data on a local disk holds, or empty it; safe while runs use it."
 EXAMPLES = """\
