@@ -21,11 +21,13 @@ from data_pipes.errors import DecodeError
 
 JPEG_MAGIC = b"\xff\xd8\xff"
 
-_SEQUENTIAL = (0xC0, 0xC1)  # start of a frame whose picture comes top down, Huffman coded
+_SEQUENTIAL = (0xC0, 0xC1)
+"""Markers that start a frame whose picture comes top down, Huffman coded."""
 _OTHER_FRAMES = {*range(0xC2, 0xD0)} - {0xC4, 0xC8, 0xCC}
+"""Markers that start any other frame: progressive, lossless, arithmetic coded."""
 _SCAN, _RESTART_INTERVAL = 0xDA, 0xDD
 _REST_IS_LEFT = "extraneous bytes before marker 0xd9"
-# libjpeg's first warning, when it had nothing else to say and found more data than the lowered height accounts for
+"""libjpeg's first warning, when it had nothing else to say and found more data than the lowered height accounts for."""
 
 
 class JpegHeader(NamedTuple):
@@ -33,11 +35,12 @@ class JpegHeader(NamedTuple):
 
     height: int
     width: int
-    grey: bool  # one component; else three
+    grey: bool
+    """Whether there is one component; else there are three."""
 
 
 def read_header(data: bytes) -> JpegHeader | None:
-    """None: not a JPEG that `decode` takes (not one at all, truncated, CMYK, a rare chroma subsampling): try PIL."""
+    """The header of a JPEG; None: not one that `decode` takes (truncated, CMYK, a rare chroma subsampling): try PIL."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except (ValueError, KeyError):  # KeyError: chroma subsampling 4:4:1, which simplejpeg has no name for
@@ -46,9 +49,17 @@ def read_header(data: bytes) -> JpegHeader | None:
 
 
 def decode(data: bytes, header: JpegHeader, channels: int, shrink: int = 1) -> NDArray[np.uint8]:
-    """The whole picture, [ceil(H / shrink), ceil(W / shrink), channels].
+    """The whole picture.
 
-    channels: 3: RGB, 1: the luma plane. shrink: 1, 2, 4 or 8. Raises DecodeError when the picture is damaged.
+    Args:
+        data: the file.
+        header: of `read_header`.
+        channels: 3 for RGB, 1 for the luma plane.
+        shrink: 1, 2, 4 or 8.
+    Returns:
+        [ceil(H / shrink), ceil(W / shrink), channels].
+    Raises:
+        DecodeError: the picture is damaged.
     """
     pixels = _empty(header.height, header.width, channels, shrink)
     try:
@@ -64,6 +75,17 @@ def decode_top(data: bytes, header: JpegHeader, channels: int, num_rows: int, sh
     Truncation is always noticed. Damage below these rows is not, nor is damage above that only shows by data left over
     at the end (blocks of zeros); PIL overlooks that too. Progressive pictures and ones with restart markers are decoded
     whole.
+
+    Args:
+        data: the file.
+        header: of `read_header`.
+        channels: 3 for RGB, 1 for the luma plane.
+        num_rows: rows of the picture that are needed, before it is shrunk.
+        shrink: 1, 2, 4 or 8.
+    Returns:
+        [rows, ceil(W / shrink), channels], at least ceil(num_rows / shrink) rows where the picture has as many.
+    Raises:
+        DecodeError: the picture is damaged.
     """
     cut = _cut(data, header, num_rows)
     if cut is None:
@@ -83,7 +105,11 @@ def _empty(height: int, width: int, channels: int, shrink: int) -> NDArray[np.ui
 
 
 def _decode_into(pixels: NDArray[np.uint8], data: bytes, shrink: int) -> None:
-    """Decodes to exactly the given size. Raises ValueError after a warning of libjpeg too, with the pixels decoded."""
+    """Decodes to exactly the given size.
+
+    Raises:
+        ValueError: libjpeg failed, or only warned; after a warning the pixels are decoded.
+    """
     height, width, channels = pixels.shape
     colours = "GRAY" if channels == 1 else "RGB"
     if shrink == 1:
@@ -95,8 +121,10 @@ def _decode_into(pixels: NDArray[np.uint8], data: bytes, shrink: int) -> None:
 
 
 def _cut(data: bytes, header: JpegHeader, num_rows: int) -> tuple[int, bytes] | None:
-    """(height, data): the same JPEG declared to end at or below `num_rows`. None: nothing to gain, or no such simple
-    picture. Takes 4 us.
+    """The same JPEG, declared to end at or below the row `num_rows`. Takes 4 us.
+
+    Returns:
+        (height, data); None: there is nothing to gain, or it is no such simple picture.
     """
     if num_rows + 1 >= header.height:
         return None

@@ -37,16 +37,23 @@ NUMPY_MAGIC = b"\x93NUMPY"
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 """The first bytes of a PNG."""
 _PNG_RGB, _PNG_GREY_ALPHA, _PNG_RGBA = 2, 4, 6
-# EPS starts Ghostscript and WMF the system's renderer; the others are stubs without a decoder.
+"""PNG's colour types."""
 _REFUSED_FORMATS = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+"""EPS starts Ghostscript and WMF the system's renderer; the others are stubs without a decoder."""
 
 
 def decode_image(data: bytes, channels: int | None, max_pixels: int = DEFAULT_MAX_PIXELS) -> Tensor:
-    """Decodes one picture to uint8 or uint16 [C, H, W].
+    """Decodes one picture.
 
-    channels: of the result; None keeps 1 or 3 (or N of a TIFF or an array). max_pixels: height * width, checked in the
-    header before anything is decoded. Raises DecodeError: cause "pixels" (too many), "channels" (no conversion), or
-    "decode" (truncated, corrupt, unknown).
+    Args:
+        data: the encoded picture.
+        channels: of the result; None keeps 1 or 3 (or N of a TIFF or an array).
+        max_pixels: height * width, checked in the header before anything is decoded.
+    Returns:
+        uint8 or uint16 [C, H, W], a view of [H, W, C] memory.
+    Raises:
+        DecodeError: "pixels" (too many), "channels" (no conversion), or "decode" (truncated, corrupt, unknown).
+        ImportError: the picture is a TIFF, and what reads it is not installed.
     """
     if data.startswith(jpeg.JPEG_MAGIC):
         pixels = _decode_jpeg(data, channels, max_pixels)
@@ -75,7 +82,11 @@ def _decode_pil(data: bytes, channels: int | None, max_pixels: int) -> Pixels:
 
 
 def _open_pil(data: bytes, max_pixels: int, read: Callable[[Image.Image], Pixels]) -> Pixels:
-    """What `read` makes of the open picture; every failure is a DecodeError."""
+    """What `read` makes of the open picture.
+
+    Raises:
+        DecodeError: any failure of PIL.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=pil_formats()) as picture:
             check_pixels(picture.height, picture.width, max_pixels)
@@ -116,7 +127,7 @@ def _pil_pixels(picture: Image.Image, channels: int | None) -> Pixels:
 
 
 def _decode_png16(data: bytes, channels: int | None, max_pixels: int) -> Pixels:
-    """Colour or alpha in 16 bits, which PIL cuts to 8: PIL decodes it twice, keeping each byte once.
+    """Colour or alpha in 16 bits, which PIL cuts to 8: PIL decodes it twice, and keeps one byte of each value a time.
 
     The other decoder at hand, torchvision's, ends the process on some damaged files (a segmentation fault in 0.29).
     """
@@ -170,8 +181,14 @@ def _decode_numpy(data: bytes, max_pixels: int) -> Pixels:
 
 
 def _settle_alpha(pixels: Pixels, has_alpha: bool, channels: int | None) -> Pixels:
-    """Grey and RGB with and without alpha as one policy: the last channel, if alpha, goes; RGBA where four channels are
-    asked for.
+    """One policy for grey and RGB with and without alpha.
+
+    Args:
+        pixels: [H, W, C].
+        has_alpha: whether the last channel is alpha.
+        channels: that are asked for; None: what the picture has.
+    Returns:
+        The pixels without alpha; RGBA where four channels are asked for of a grey or RGB picture.
     """
     colours = pixels[..., :-1] if has_alpha else pixels
     if channels != 4 or colours.shape[2] not in (1, 3):
@@ -181,7 +198,11 @@ def _settle_alpha(pixels: Pixels, has_alpha: bool, channels: int | None) -> Pixe
 
 
 def _convert_channels(pixels: Pixels, channels: int | None) -> Pixels:
-    """[H, W, found] -> [H, W, channels]."""
+    """[H, W, found] -> [H, W, channels].
+
+    Raises:
+        DecodeError: "channels", when there is no such conversion.
+    """
     found = pixels.shape[2]
     if channels in (None, found):
         return pixels

@@ -11,14 +11,18 @@ from __future__ import annotations
 from data_pipes.errors import SampleError
 
 MP4, MATROSKA, AVI = "mov", "matroska", "avi"
-# FFmpeg's demuxers: mp4, m4v and mov; mkv and webm; avi
+"""FFmpeg's demuxers: of mp4, m4v and mov; of mkv and webm; of avi."""
 
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 _FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
 
 
 def container_of(data: bytes) -> str:
-    """The container, told by the first bytes. Raises SampleError "video": not one of the three, or cut short."""
+    """The container, told by the first bytes.
+
+    Raises:
+        SampleError: "video", when it is not one of the three, or cut short.
+    """
     if not data:
         raise SampleError("video", "the video is empty: 0 bytes")
     if data[4:8] in _FIRST_BOXES:
@@ -41,7 +45,7 @@ def container_of(data: bytes) -> str:
 
 
 def extension_of(data: bytes) -> str:
-    """mp4, mov, webm, mkv or avi, of a file that `container_of` accepts."""
+    """The extension (mp4, mov, webm, mkv or avi) of a file that `container_of` accepts."""
     container = container_of(data)
     if container == MP4:
         return "mov" if data[4:8] != b"ftyp" or data[8:12] == b"qt  " else "mp4"

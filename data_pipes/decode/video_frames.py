@@ -21,17 +21,23 @@ class PacketLike(Protocol):
     """What is asked of PyAV's packets."""
 
     @property
-    def pts(self) -> int | None: ...
+    def pts(self) -> int | None:
+        """The time of presentation, in the stream's unit."""
+
     @property
-    def is_keyframe(self) -> bool: ...
+    def is_keyframe(self) -> bool:
+        """Whether decoding may begin here."""
 
 
-class Run(NamedTuple):
-    """A stretch of packets to decode for the frames `slots`: label -> place among the wanted ones."""
+class PacketRange(NamedTuple):
+    """Packets to decode one after the other, and the frames that are wanted of them."""
 
     first: int
+    """Its place in the file."""
     last: int
+    """Its place in the file; it belongs to the range."""
     slots: dict[int, int]
+    """By label (see `FrameTable`), the place of a wanted frame among all wanted ones."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,39 +45,48 @@ class FrameTable:
     """The frames of a video, [N], in order of presentation."""
 
     label: Int64s
-    # by which a frame is known when it leaves the decoder: its presentation time, or (see `counted`) its number
+    """By which a frame is known when it leaves the decoder: its time of presentation, or (see `counted`) its number."""
     position: Int64s
-    # of its packet in the file
+    """Of its packet in the file."""
     start: Int64s
-    # position of the keyframe to begin decoding at
+    """Position of the keyframe to begin decoding at."""
     counted: bool
-    # presentation times are missing or repeat: frames are numbered as they leave the decoder
+    """Times of presentation are missing or repeat: frames are numbered as they leave the decoder."""
     times_s: NDArray[np.float64]
-    # seconds from the first frame
+    """Seconds from the first frame."""
     last_s: float
-    # how long the last frame is shown
+    """Seconds for which the last frame is shown."""
     longest_gop: int
-    # packets from one keyframe to the next, at most
+    """Packets from one keyframe to the next, at most."""
 
-    def runs(self, wanted: Int64s) -> list[Run]:
-        """What to decode for frames (ascending, each once). Stretches that touch become one."""
-        runs: list[Run] = []
+    def packet_ranges(self, wanted: Int64s) -> list[PacketRange]:
+        """What to decode for frames. Ranges that touch become one.
+
+        Args:
+            wanted: indices of frames, ascending, each once.
+        """
+        ranges: list[PacketRange] = []
         for slot, index in enumerate(wanted.tolist()):
             start, position, label = int(self.start[index]), int(self.position[index]), int(self.label[index])
-            if runs and runs[-1].first <= start <= runs[-1].last + 1:
-                first, last, slots = runs.pop()
-                runs.append(Run(first, max(last, position), {**slots, label: slot}))
+            if ranges and ranges[-1].first <= start <= ranges[-1].last + 1:
+                first, last, slots = ranges.pop()
+                ranges.append(PacketRange(first, max(last, position), {**slots, label: slot}))
             else:
-                runs.append(Run(start, position, {label: slot}))
-        return runs
+                ranges.append(PacketRange(start, position, {label: slot}))
+        return ranges
 
 
 def list_frames(
     packets: Sequence[PacketLike], shown: Sequence[bool], tick_s: float | None, frame_s: float, reorders: bool
 ) -> FrameTable:
-    """shown: [packets], False where a packet gives no frame to see. tick_s: unit of the packets' times, in seconds;
-    None: they are not the times of presentation. frame_s: nominal time of a frame, in seconds, for files without.
-    reorders: the codec shows frames in another order than it stores them.
+    """The frames that packets give.
+
+    Args:
+        packets: of the video stream, in the order of the file.
+        shown: [packets], False where a packet gives no frame to see.
+        tick_s: unit of the packets' times, in seconds; None: they are not the times of presentation.
+        frame_s: nominal time of a frame, in seconds, for files without times.
+        reorders: whether the codec shows frames in another order than it stores them.
     """
     keys = np.array([n for n, packet in enumerate(packets) if packet.is_keyframe] or [0], np.int64)
     position = np.array([n for n in range(keys[0], len(packets)) if shown[n]], np.int64)

@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageStat
 
-from data_pipes.decode.video import import_av
+from data_pipes.decode.video_stream import import_av
 from data_pipes.order.hashing import hash_uniform
 from data_pipes.pack import builtin_pictures
 from data_pipes.pack.h264 import PIXELS, H264Options, encode_h264

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from data_pipes.decode.video import import_av
+from data_pipes.decode.video_stream import import_av
 
 if TYPE_CHECKING:
     from av import VideoFrame

@@ -22,7 +22,7 @@ from typing import Any
 
 import PIL
 
-from data_pipes.decode.video import import_av
+from data_pipes.decode.video_stream import import_av
 from data_pipes.index.index import index_shards
 from data_pipes.pack.label_lists import read_labels
 from data_pipes.pack.listing import Listing, Media, list_source

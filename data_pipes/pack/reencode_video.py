@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from data_pipes.decode.video import Video, VideoInfo, import_av
+from data_pipes.decode.video import Video, VideoInfo
 from data_pipes.decode.video_container import extension_of
+from data_pipes.decode.video_stream import import_av
 from data_pipes.errors import SampleError
 from data_pipes.order.hashing import Int64s
 from data_pipes.pack.h264 import PIXELS, H264Options, encode_h264
