@@ -23,13 +23,14 @@ class BatchPlan:
     """How the samples of an optimizer step are divided."""
 
     global_batch: int
-    # samples per optimizer step, over all ranks and micro-batches
+    """Samples per optimizer step, over all ranks and micro-batches."""
     micro_batch: int
-    # samples per rank and forward pass
+    """Samples per rank and forward pass."""
     rank: int = 0
     world_size: int = 1
+    """Number of ranks."""
     ranks_per_node: int = 1
-    # which share a cache
+    """Ranks that share a cache."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -66,7 +67,14 @@ class BatchPlan:
             yield np.arange(first, first + self.micro_batch, dtype=np.int64)
 
     def on_this_node(self, positions: Int64s, start: int) -> NDArray[np.bool_]:
-        """Which positions this rank's node will consume, of a run that goes on at `start`."""
+        """Which positions this rank's node will consume.
+
+        Args:
+            positions: [N], global sample positions.
+            start: the position at which the run goes on.
+        Returns:
+            [N] bool.
+        """
         rank = (positions - start) % self.global_batch // (self.global_batch // self.world_size)
         ours: NDArray[np.bool_] = rank // self.ranks_per_node == self.rank // self.ranks_per_node
         return ours & (positions >= start)
@@ -77,19 +85,19 @@ class Batch:
     """A micro-batch."""
 
     images: Tensor
-    # [B, C, H, W] uint8 or uint16; of videos [B, R, C, T, H, W]. From the loader: channels last in memory
+    """[B, C, H, W] uint8 or uint16; of videos [B, R, C, T, H, W]. From the loader: channels last in memory."""
     labels: Tensor
-    # [B] int64, -1 where there is none
+    """[B] int64, -1 where there is none."""
     positions: Tensor
-    # [B] int64, global sample positions
+    """[B] int64, global sample positions."""
     keys: list[str]
-    # [B]; of the substitute where a sample was bad
+    """[B]; the key of the substitute where a sample was bad."""
     sources: Tensor | None = None
-    # [B] int64, number of the data set in a mixture; None: there is only one
+    """[B] int64, number of the data set in a mixture; None: there is only one."""
     captions: list[str | None] | None = None
-    # [B], where data.captions asks for them
+    """[B]; None: data.captions does not ask for them."""
     metadata: list[dict[str, Any] | None] | None = None
-    # [B], where data.metadata asks for it
+    """[B]; None: data.metadata does not ask for it."""
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device, contiguous; from page-locked memory without waiting for the copy."""

@@ -32,7 +32,7 @@ from data_pipes.shards.collection import Collection
 from data_pipes.store.counters import Counters, source_counter
 
 _LOCATED_TOGETHER = 256
-# positions: alone, one takes 25 us, among so many 2
+"""Positions: alone, one takes 25 us, among so many 2."""
 
 
 class Loader:
@@ -47,7 +47,14 @@ class Loader:
         quarantine_dir: Path | None = None,
         pin_memory: bool | None = None,
     ) -> None:
-        """quarantine_dir: gets rank00000.jsonl and so on. pin_memory: None: where CUDA is there."""
+        """
+        Args:
+            dataset: what is loaded.
+            plan: this rank's share of each step.
+            config: number and kind of the workers, and the limit of bad samples.
+            quarantine_dir: gets rank00000.jsonl and so on; None: bad samples are only counted.
+            pin_memory: whether batches are in page-locked memory; None: where CUDA is there.
+        """
         self.dataset, self.plan = dataset, plan
         pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._workers = make_workers(dataset, config.workers, config.worker_kind, config.prefetch, pin_memory)
@@ -58,12 +65,12 @@ class Loader:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Of a mixture: of all sources together."""
+        """Samples of the data set; of a mixture, of all sources together."""
         return self.dataset.order.num_samples
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """Of the data sets, in order."""
+        """Names of the data sets, in order."""
         return self.dataset.collection.names
 
     def wanted_shares(self, position: int) -> list[float]:
@@ -79,8 +86,15 @@ class Loader:
         """This rank's micro-batches, endless: `plan.accumulate` of them for the step over [position, position + G),
         then those of the next step. Stops what an earlier call began.
 
-        Raises BadDataError (too many bad samples), ShardError (a shard changed or unreadable), RuntimeError (a worker
-        process died), in the place of the batch concerned.
+        Errors of a batch come in its place.
+
+        Args:
+            position: samples consumed by all ranks so far.
+        Raises:
+            BadDataError: there are too many bad samples.
+            ShardError: a shard was changed or cannot be read.
+            RuntimeError: a worker process died.
+            ValueError: the position is negative.
         """
         if position < 0:
             raise ValueError(f"the data position is {position}; expected 0 or more")

@@ -34,7 +34,11 @@ if TYPE_CHECKING:
 
 
 def open_collection(config: DataConfig) -> Collection:
-    """The manifests of the training data. Raises ValueError where none is named, or two ways to name them are mixed."""
+    """The manifests of the training data.
+
+    Raises:
+        ValueError: none is named, two ways to name them are mixed, or a manifest cannot be used.
+    """
     named = [name for name in ("mixture", "unindexed") if getattr(config, name) is not None]
     if config.mixture is not None and not config.mixture.sources:
         raise ValueError("data.mixture.sources is empty; list data sets, each with its `path` and `weight`")
@@ -57,7 +61,15 @@ def open_collection(config: DataConfig) -> Collection:
 
 
 def open_recipe(config: DataConfig, image_size: tuple[int, int], channels: int) -> Recipe:
-    """What a sample becomes. image_size: (height, width) in pixels."""
+    """What a sample becomes.
+
+    Args:
+        config: the crops, the frames of a clip and the limits.
+        image_size: (height, width) in pixels.
+        channels: of the model.
+    Raises:
+        ValueError: settings contradict each other.
+    """
     if config.max_pixels > 2 * DEFAULT_MAX_PIXELS:
         raise ValueError(f"data.max_pixels is {config.max_pixels:,}; PIL reads at most {2 * DEFAULT_MAX_PIXELS:,}")
     if config.video is not None:
@@ -96,8 +108,15 @@ def _clip_transform(
 def open_order(
     config: DataConfig, collection: Collection, global_batch: int, state: Mapping[str, Any] | None
 ) -> Order | MixtureOrder:
-    """The order over the collection. state: of the checkpoint that is resumed; None: a new run, in which `global_batch`
-    decides the number of streams. Raises ValueError when the state does not fit the data.
+    """The order over a collection.
+
+    Args:
+        config: of the order and the mixture.
+        collection: the data sets.
+        global_batch: samples per step, over all ranks; in a new run it decides the number of streams.
+        state: of the checkpoint that is resumed; None: a new run.
+    Raises:
+        ValueError: the state does not fit the data.
     """
     counts = [
         SourceCounts(
@@ -128,8 +147,17 @@ def open_dataset(
     state: Mapping[str, Any] | None = None,
     collection: Collection | None = None,
 ) -> SampleDataset:
-    """The training data set. state: as Order.state wrote it, see `open_order`. collection: where it is open already.
-    Raises ValueError.
+    """The training data set.
+
+    Args:
+        config: of the run.
+        image_size: (height, width) in pixels.
+        channels: of the model.
+        global_batch: samples per step, over all ranks.
+        state: of the checkpoint that is resumed, as Order.state wrote it; None: a new run.
+        collection: where it is open already; None: it is opened here.
+    Raises:
+        ValueError: the configuration or the data cannot be used.
     """
     recipe = open_recipe(config, image_size, channels)
     collection = collection or open_collection(config)
@@ -174,7 +202,18 @@ def open_unindexed(
     state: Mapping[str, Any] | None = None,
     quarantine_dir: Path | None = None,
 ) -> UnindexedLoader:
-    """The loader for `config.unindexed`. state: of the checkpoint that is resumed. Raises ValueError."""
+    """The loader for `config.unindexed`.
+
+    Args:
+        config: of the run.
+        plan: this rank's share of each step.
+        image_size: (height, width) in pixels.
+        channels: of the model.
+        state: of the checkpoint that is resumed; None: a new run.
+        quarantine_dir: gets the lists of bad samples; None: they are only counted.
+    Raises:
+        ValueError: the configuration or the state cannot be used.
+    """
     assert config.unindexed is not None
     if config.worker_kind != "thread" and config.workers:
         raise ValueError("data.worker_kind is 'process', which data.unindexed does not offer; set it to thread")

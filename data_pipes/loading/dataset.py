@@ -32,14 +32,18 @@ from data_pipes.store.storage import Storage
 from data_pipes.transforms.recipe import Recipe
 
 _MAX_SUBSTITUTES = 16
+"""Bad samples in the place of one that stop the run."""
 _AUGMENTATION = 0
+"""Tells the uniform numbers of the augmentation from others that the same seed and position give."""
 
 
 class Request(NamedTuple):
     """What a worker is asked for. The places come along, so that workers plan an epoch only to replace a bad sample."""
 
-    positions: Int64s  # [B]
-    places: list[Place]  # [B]
+    positions: Int64s
+    """[B], global sample positions."""
+    places: list[Place]
+    """[B], where these samples lie."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,15 @@ class Loaded:
     """What a worker answers: a batch, or the error that the trainer shall see."""
 
     batch: Batch | None
+    """None: there is an error instead."""
     bad: tuple[BadSample, ...] = ()
+    """The bad samples that were met, replaced or not."""
     sums: dict[CounterName, float] = field(default_factory=dict)
     """What the worker counted meanwhile."""
     error: BadDataError | ShardError | None = None
 
     def pin_memory(self) -> Loaded:
+        """The same with the batch in page-locked memory."""
         return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
 
 
@@ -61,9 +68,11 @@ class Extras:
     """What a batch holds beside its tensors."""
 
     label_key: str | None = None
-    # name of the label in the json member, where a sample has no cls; None: only cls counts
+    """Name of the label in the json member, where a sample has no cls; None: only cls counts."""
     captions: bool = False
+    """Whether the captions belong to it."""
     metadata: bool = False
+    """Whether the json members belong to it."""
 
     @property
     def extensions(self) -> tuple[str, ...]:
@@ -85,7 +94,15 @@ class SampleDataset:
         storage: Storage | None = None,
         cache: ChunkCache | None = None,
     ) -> None:
-        """storage, cache: for shards in a store."""
+        """
+        Args:
+            source: one or several data sets.
+            order: which sample is at which position.
+            recipe: what a sample becomes.
+            extras: what else of a sample comes along; None: its label in cls.
+            storage: for shards in a store; None: one with the usual settings.
+            cache: for shards in a store; None: none.
+        """
         self.collection, self.order, self.recipe = Collection.of(source), order, recipe
         self.extras = extras or Extras()
         self.reader = ShardReader(self.collection, (*recipe.extensions, *self.extras.extensions), storage, cache)
@@ -95,7 +112,7 @@ class SampleDataset:
         return self.requests([positions])[0]
 
     def requests(self, batches: list[Int64s]) -> list[Request]:
-        """Those of several batches, located together."""
+        """The requests for the positions of several batches, each [B], located together, which is faster."""
         located = self.order.locate(np.concatenate(batches))
         places = []
         columns = located.shard.tolist(), located.sample.tolist(), located.chunk.tolist()
@@ -106,7 +123,12 @@ class SampleDataset:
         return [Request(one, places[end - len(one) : end]) for one, end in zip(batches, ends, strict=True)]
 
     def item(self, position: int) -> tuple[Tensor, int, str]:
-        """(tensor, label, key) at one position. Raises BadDataError and ShardError as `load` reports them."""
+        """(tensor, label, key) at one position.
+
+        Raises:
+            BadDataError: the sample and its substitutes are bad.
+            ShardError: a shard was changed or cannot be read.
+        """
         loaded = self.load(self.request(np.array([position], np.int64)))
         if loaded.batch is None:
             assert loaded.error is not None
@@ -115,12 +137,12 @@ class SampleDataset:
 
     def load(self, request: Request) -> Loaded:
         """Reads, decodes and transforms one batch. Bad samples are replaced and listed."""
-        building = _Building(self, request)
+        builder = _BatchBuilder(self, request)
         try:
-            building.fill(self.reader.read_many(request.places))
+            builder.fill(self.reader.read_many(request.places))
         except (ShardError, BadDataError) as error:
-            return Loaded(None, tuple(building.bad), building.sums(), error)
-        return Loaded(building.batch(), tuple(building.bad), building.sums())
+            return Loaded(None, tuple(builder.bad), builder.sums(), error)
+        return Loaded(builder.batch(), tuple(builder.bad), builder.sums())
 
     def uniforms(self, positions: Int64s) -> list[list[float]]:
         """[B][num_uniforms] numbers in [0, 1), of each position for itself."""
@@ -130,7 +152,7 @@ class SampleDataset:
         return rows
 
 
-class _Building:
+class _BatchBuilder:
     """One batch while it is being made."""
 
     def __init__(self, dataset: SampleDataset, request: Request) -> None:
@@ -170,7 +192,7 @@ class _Building:
     def _try(
         self, i: int, shard: int, sample: int, raw: RawSample, uniforms: Sequence[float], *, is_substitute: bool
     ) -> SampleError | None:
-        """Puts one sample into row i, or lists it as bad."""
+        """Puts one sample into row i, or lists it as bad and returns why."""
         started = time.perf_counter()
         collection, position = self.dataset.collection, int(self.request.positions[i])
         try:

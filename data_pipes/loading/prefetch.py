@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipes.cache.cache import PINNED
 from data_pipes.errors import ShardError
 from data_pipes.loading.dataset import SampleDataset
 from data_pipes.order.hashing import Int64s
@@ -35,29 +36,32 @@ from data_pipes.store.transport import ByteRange, StorageError
 
 _log = logging.getLogger(__name__)
 
-_WALK = 4096
-# positions looked at together
-_FETCHES = 4
-# chunks under way at once; each is split into requests of data.storage.request_bytes
-_MAX_KNOWN = 200_000
-# chunks ahead of the trainer: bounds the memory (about 100 MB) where the cache is very large
+_WALK_POSITIONS = 4096
+"""Positions that are looked at together on the walk ahead."""
+_MAX_FETCHES = 4
+"""Chunks under way at once; each is split into requests of data.storage.request_bytes."""
+_MAX_KNOWN_CHUNKS = 200_000
+"""Chunks ahead of the trainer: bounds the memory (about 100 MB) where the cache is very large."""
 _IDLE_S = 0.2
-# between two looks at a cache without room
+"""Seconds between two looks at a cache without room, and between two reports of next uses."""
 _MANY_CLAIMS = 100
-# are told to the cache together: a transaction takes 0.4 ms
-_ASSUMED_RATE = 1000.0
-# samples per second over all ranks, before it is known
-_PINNED = 0.0
+"""Next uses that are told to the cache at once, before that time is over: a transaction takes 0.4 ms."""
+_ASSUMED_SAMPLES_PER_S = 1000.0
+"""Over all ranks, before it is known."""
 
 
 @dataclass(order=True, frozen=True, slots=True)
 class _Pass:
-    """The use of a chunk in one epoch: [first, last] are global positions."""
+    """The use of a chunk in one epoch."""
 
     first: int
+    """Global position of its first use."""
     last: int
+    """Global position of its last use."""
     chunk: int
+    """Number of the chunk in the order."""
     key: str
+    """Name of the chunk in the cache; empty before it was looked up."""
 
 
 class Prefetcher:
@@ -70,8 +74,12 @@ class Prefetcher:
         on_this_node: Callable[[Int64s], NDArray[np.bool_]],
         start: int,
     ) -> None:
-        """positions: the rank's own, micro-batch after micro-batch, endless. on_this_node: which of any positions the
-        node's ranks will take. start: the trainer's position.
+        """
+        Args:
+            dataset: whose reader has a cache.
+            positions: the rank's own, micro-batch after micro-batch, endless.
+            on_this_node: which of any positions the node's ranks will take.
+            start: the trainer's position.
         """
         cache = dataset.reader.cache
         assert cache is not None
@@ -88,12 +96,16 @@ class Prefetcher:
         self._claimed_s = 0.0
         self._fetching: dict[Future[bool], _Pass] = {}
         self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(_FETCHES, thread_name_prefix="prefetch")
+        self._pool = ThreadPoolExecutor(_MAX_FETCHES, thread_name_prefix="prefetch")
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
 
     def advance(self, position: int) -> None:
-        """The trainer has consumed all samples before `position`. Raises ShardError when a shard was changed."""
+        """Says that the trainer has consumed all samples before `position`.
+
+        Raises:
+            ShardError: a shard was changed.
+        """
         self.position = position
         if self.error is not None:
             raise self.error
@@ -111,8 +123,8 @@ class Prefetcher:
             walk = self._walk()
             waiting = next(walk)
             while not self._stop.is_set():
-                self._keep_time()
-                if len(self._fetching) >= _FETCHES or len(self._passes) >= _MAX_KNOWN:
+                self._pin_and_free()
+                if len(self._fetching) >= _MAX_FETCHES or len(self._passes) >= _MAX_KNOWN_CHUNKS:
                     self._collect(_IDLE_S)
                 elif waiting is None or self._admit(waiting):
                     waiting = next(walk)
@@ -126,8 +138,11 @@ class Prefetcher:
                 _log.warning("prefetching stopped (%s: %s); samples are read singly", type(error).__name__, error)
 
     def _walk(self) -> Iterator[_Pass | None]:
-        """The passes that lie ahead, in the order of the first sample that this rank takes of each. None: those of a
-        whole epoch are known, there is nothing to do.
+        """The passes that lie ahead.
+
+        Yields:
+            Passes in the order of the first sample that this rank takes of each; None: those of a whole epoch are
+            known, there is nothing to do.
         """
         known: dict[int, int] = {}  # chunk -> end of its last pass that was met
         reached = self.position
@@ -136,7 +151,7 @@ class Prefetcher:
                 yield None
                 continue
             block: list[Int64s] = []
-            while sum(map(len, block)) < _WALK:
+            while sum(map(len, block)) < _WALK_POSITIONS:
                 block.append(next(self._positions))
             positions = np.concatenate(block)
             reached = int(positions[-1])
@@ -153,11 +168,15 @@ class Prefetcher:
                     yield _Pass(int(own[0]), int(own[-1]), chunk, "")
                 else:
                     self.reader.counters.add("chunks_mostly_foreign")
-            if len(known) > 2 * _MAX_KNOWN:
+            if len(known) > 2 * _MAX_KNOWN_CHUNKS:
                 known = {chunk: last for chunk, last in known.items() if last >= self.position}
 
     def _admit(self, met: _Pass) -> bool:
-        """Fetches a chunk, or passes it over. False: there is no room yet, ask again."""
+        """Fetches a chunk, or passes it over.
+
+        Returns:
+            False when there is no room yet, so that the same pass is to be offered again.
+        """
         if met.last < self.position:
             return True
         shard, first, count = self._order.chunk_samples(met.chunk)
@@ -182,6 +201,7 @@ class Prefetcher:
         return True
 
     def _fetch(self, this: _Pass, wanted: ByteRange) -> bool:
+        """Whether the chunk is in the cache now."""
         if self._stop.is_set():
             return False
         try:
@@ -197,11 +217,11 @@ class Prefetcher:
         heapq.heappush(self._starts, (this.first, this))
         heapq.heappush(self._ends, (this.last, this))
 
-    def _keep_time(self) -> None:
+    def _pin_and_free(self) -> None:
         """Pins the chunks whose use begins, frees those whose use is over."""
         changes = self._claims
         while self._starts and self._starts[0][0] <= self.position:
-            changes[heapq.heappop(self._starts)[1].key] = _PINNED
+            changes[heapq.heappop(self._starts)[1].key] = PINNED
         while self._ends and self._ends[0][0] < self.position:
             _, over = heapq.heappop(self._ends)
             left = self._passes[over.chunk]
@@ -217,7 +237,7 @@ class Prefetcher:
             self._claims, self._claimed_s = {}, now_s
 
     def _collect(self, timeout_s: float) -> None:
-        """Takes what was fetched; a shard that was changed stops the run."""
+        """Takes what was fetched, after at most `timeout_s` seconds; a shard that was changed stops the run."""
         if not self._fetching:
             self._stop.wait(timeout_s)
             return
@@ -238,7 +258,7 @@ class Prefetcher:
         if this.first >= NEVER:
             return math.inf
         if this.first <= position:
-            return _PINNED
+            return PINNED
         seconds = time.monotonic() - self._begin_s
-        rate = (position - self._begin) / seconds if position > self._begin and seconds > 1 else _ASSUMED_RATE
+        rate = (position - self._begin) / seconds if position > self._begin and seconds > 1 else _ASSUMED_SAMPLES_PER_S
         return time.time() + (this.first - position) / rate

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from data_pipes.errors import BadDataError, Cause
 
-_JUDGED_SAMPLES = 1000
-# The limit counts bad samples among at least so many (or one epoch): at a limit of 1%, data with 0.5% bad samples would
-# stop by chance in 9% of the runs if 100 samples were enough, in 1.4% with 1,000.
+_MIN_JUDGED_SAMPLES = 1000
+"""The limit counts bad samples among at least so many (or one epoch): at a limit of 1%, data with 0.5% bad samples
+would stop by chance in 9% of the runs if 100 samples were enough, in 1.4% with 1,000."""
 
 
 @dataclass(frozen=True)
@@ -24,30 +24,45 @@ class BadSample:
     """One sample that could not be used."""
 
     shard: str
-    # its url in the manifest
+    """Its url in the manifest."""
     key: str
     cause: Cause
     error: str
+    """What was found, for people."""
     position: int
-    # global sample position where it was met
+    """Global sample position where it was met."""
     is_substitute: bool = False
-    # met while another bad sample was being replaced
+    """Whether it was met while another bad sample was being replaced."""
 
 
 class Quarantine:
-    """Counters of one rank. `num_seen` and `num_bad` count positions; `by_cause` counts every failed sample."""
+    """The bad samples of one rank. `num_seen` and `num_bad` count positions; `by_cause` counts every failed sample."""
 
     def __init__(self, path: Path | None, max_bad_fraction: float, num_samples: int) -> None:
-        """path: the JSON lines file, appended to; None: count only. num_samples: of the data set."""
+        """
+        Args:
+            path: the JSON lines file, appended to; None: bad samples are only counted.
+            max_bad_fraction: of the samples consumed, 0 to 1; more bad ones stop the run.
+            num_samples: of the data set.
+        Raises:
+            ValueError: the fraction is none.
+        """
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"data.max_bad_fraction is {max_bad_fraction}; expected a fraction, 0 to 1")
-        self.path, self._max_bad_fraction, self._judged = path, max_bad_fraction, min(_JUDGED_SAMPLES, num_samples)
+        self.path, self._max_bad_fraction, self._judged = path, max_bad_fraction, min(_MIN_JUDGED_SAMPLES, num_samples)
         self.num_seen = self.num_bad = 0
         self.by_cause: Counter[Cause] = Counter()
         self._known = _read_known(path)
 
     def record(self, num_samples: int, bad: Sequence[BadSample]) -> None:
-        """Counts one batch. Raises BadDataError above the limit."""
+        """Counts one batch, and writes down the bad samples that are new.
+
+        Args:
+            num_samples: positions of the batch.
+            bad: the bad samples that were met for it.
+        Raises:
+            BadDataError: there are more than the limit allows.
+        """
         self.num_seen += num_samples
         self.num_bad += sum(not sample.is_substitute for sample in bad)
         self.by_cause.update(sample.cause for sample in bad)

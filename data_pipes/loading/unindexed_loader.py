@@ -43,12 +43,14 @@ if TYPE_CHECKING:
 
 
 _FORMAT = "tessera-unindexed-1"
+"""Of the state in a checkpoint."""
 _UNIFORM_TAG = 0x756E64786564
-_JUDGED_SAMPLES = 1000
-# bad samples in a row that stop a run under any limit, and samples that the limit is a fraction of, at least
+"""Tells the seed of the augmentation from those of the shuffling."""
+_MIN_JUDGED_SAMPLES = 1000
+"""Bad samples for one batch that stop a run under any limit, and samples that the limit is a fraction of, at least."""
 
 
-class Made(NamedTuple):
+class PreparedSample(NamedTuple):
     """One sample, ready for a batch."""
 
     tensor: Tensor
@@ -63,17 +65,18 @@ class SampleMaker:
     """From a stored sample to the row of a batch."""
 
     make: Callable[[RawSample, Sequence[float]], Tensor]
-    # the recipe; raises SampleError
+    """The recipe; for a bad sample it raises SampleError."""
     num_uniforms: int
-    # that it takes
+    """Uniform numbers that the recipe takes."""
     extras: Extras
 
-    def __call__(self, raw: RawSample, uniforms: Sequence[float]) -> Made | SampleError:
+    def __call__(self, raw: RawSample, uniforms: Sequence[float]) -> PreparedSample | SampleError:
+        """The sample, or what is wrong with it."""
         try:
             label = label_of(raw, 0, self.extras.label_key or "")
             caption = caption_of(raw) if self.extras.captions else None
             metadata = metadata_of(raw) if self.extras.metadata else None
-            return Made(self.make(raw, uniforms), label, raw.key, caption, metadata)
+            return PreparedSample(self.make(raw, uniforms), label, raw.key, caption, metadata)
         except SampleError as error:
             return error
         except Exception as error:
@@ -85,8 +88,9 @@ class UnindexedLoader:
     """One rank's batches."""
 
     source_names: tuple[str, ...] = ("unindexed",)
+    """Names of the data sets, in order."""
     samples_per_epoch = 0
-    # nobody knows
+    """Nobody knows."""
 
     def __init__(
         self,
@@ -100,19 +104,27 @@ class UnindexedLoader:
         quarantine_dir: Path | None = None,
         pin_memory: bool | None = None,
     ) -> None:
-        """workers: threads that make samples; 0: the calling thread does. One more reads the shards, in its turn.
-        prefetch: micro-batches made ahead, per worker. quarantine_dir: gets rank00000.jsonl and so on.
+        """
+        Args:
+            stream: the samples of this rank.
+            maker: what a sample becomes.
+            plan: this rank's share of each step.
+            workers: threads that prepare samples; 0: the calling thread does. One thread at a time reads the shards.
+            prefetch: micro-batches prepared ahead, per worker.
+            max_bad_fraction: of the samples consumed; more bad ones stop the run.
+            quarantine_dir: gets rank00000.jsonl and so on; None: bad samples are only counted.
+            pin_memory: whether batches are in page-locked memory; None: where CUDA is there.
         """
         self.stream, self.maker, self.plan = stream, maker, plan
         self.workers, self._ahead = workers, workers * prefetch * plan.micro_batch
         self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         path = None if quarantine_dir is None else quarantine_dir / f"rank{plan.rank:05d}.jsonl"
-        self.bad = Quarantine(path, max_bad_fraction, _JUDGED_SAMPLES)
+        self.bad = Quarantine(path, max_bad_fraction, _MIN_JUDGED_SAMPLES)
         self.counters = Counters()
         self._active: Generator[Batch] | None = None
 
     def wanted_shares(self, position: int) -> list[float]:
-        """Empty: there is one source."""
+        """The share of each source that is asked for; empty, as there is one source."""
         return []
 
     def state(self, position: int) -> dict[str, Any]:
@@ -120,7 +132,11 @@ class UnindexedLoader:
         return {"format": _FORMAT, "position": position, "seed": self.stream.seed, "shards": _fingerprint(self.stream)}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError when a checkpoint belongs to other data."""
+        """Refuses the state of a checkpoint that belongs to other data.
+
+        Raises:
+            ValueError: the shards or the seed are not this run's.
+        """
         expected = self.state(0)
         for name in ("format", "shards", "seed"):
             if state.get(name) != expected[name]:
@@ -132,7 +148,13 @@ class UnindexedLoader:
     def batches(self, position: int) -> Iterator[Batch]:
         """This rank's micro-batches, endless, as `Loader.batches`. Stops what an earlier call began.
 
-        Raises BadDataError (too many bad samples), ShardError (a shard is damaged), StorageError (it cannot be read).
+        Args:
+            position: samples consumed by all ranks so far.
+        Raises:
+            BadDataError: there are too many bad samples.
+            ShardError: a shard is damaged.
+            StorageError: a shard cannot be read.
+            ValueError: the position is negative.
         """
         if position < 0:
             raise ValueError(f"the data position is {position}; expected 0 or more")
@@ -147,25 +169,25 @@ class UnindexedLoader:
             active.close()
 
     def _batches(self, position: int) -> Generator[Batch]:
-        made = self._made(position)
+        prepared = self._prepared(position)
         try:
             for positions in self.plan.micro_batches(position):
-                rows: list[Made] = []
+                rows: list[PreparedSample] = []
                 bad: list[BadSample] = []
                 while len(rows) < len(positions):
-                    shard, key, row = next(made)
-                    if isinstance(row, Made):
+                    shard, key, row = next(prepared)
+                    if isinstance(row, PreparedSample):
                         rows.append(row)
                     else:
                         bad.append(BadSample(shard, key, row.cause, str(row), int(positions[len(rows)])))
-                    if len(bad) > _JUDGED_SAMPLES:
+                    if len(bad) > _MIN_JUDGED_SAMPLES:
                         self._give_up(len(rows), bad)
                 self.bad.record(len(rows) + len(bad), bad)
                 self._count(len(rows))
                 batch = _stacked(rows, torch.from_numpy(positions), self.maker.extras)
                 yield batch.pin_memory() if self._pin_memory else batch
         finally:
-            made.close()
+            prepared.close()
 
     def _give_up(self, num_rows: int, bad: list[BadSample]) -> None:
         self.bad.record(num_rows + len(bad), bad)
@@ -175,9 +197,9 @@ class UnindexedLoader:
             f"{first.shard}: {first.error}. Check the shards, data.max_pixels and the model's channels"
         )
 
-    def _made(self, position: int) -> Generator[tuple[str, str, Made | SampleError]]:
-        """(shard, key, row or what is wrong) in the order of the stream, whoever was quicker."""
-        raws = self._numbered(position)
+    def _prepared(self, position: int) -> Generator[tuple[str, str, PreparedSample | SampleError]]:
+        """(shard, key, sample or what is wrong with it) in the order of the stream, whoever was quicker."""
+        raws = self._with_uniforms(position)
         if self.workers == 0:
             for shard, raw, uniforms in raws:
                 yield shard, raw.key, self.maker(raw, uniforms)
@@ -185,7 +207,9 @@ class UnindexedLoader:
         pool = single_threaded_pool(self.workers)
         try:
             submit = lambda item: (item[0], item[1].key, pool.submit(self.maker, item[1], item[2]))
-            waiting: deque[tuple[str, str, Future[Made | SampleError]]] = deque(map(submit, islice(raws, self._ahead)))
+            waiting: deque[tuple[str, str, Future[PreparedSample | SampleError]]] = deque(
+                map(submit, islice(raws, self._ahead))
+            )
             while waiting:
                 shard, key, future = waiting.popleft()
                 waiting.extend(map(submit, islice(raws, 1)))
@@ -193,7 +217,7 @@ class UnindexedLoader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _numbered(self, position: int) -> Iterator[tuple[str, RawSample, list[float]]]:
+    def _with_uniforms(self, position: int) -> Iterator[tuple[str, RawSample, list[float]]]:
         """The stream, each sample with its uniform numbers: by its number in the stream, so that a bad one before it
         changes nothing.
         """
@@ -207,7 +231,7 @@ class UnindexedLoader:
         self.counters.merge({"batches": 1, "samples_loaded": num_rows, source_counter(0): num_rows})
 
 
-def _stacked(rows: Sequence[Made], positions: Tensor, extras: Extras) -> Batch:
+def _stacked(rows: Sequence[PreparedSample], positions: Tensor, extras: Extras) -> Batch:
     first = rows[0].tensor
     images = torch.empty((len(rows), *first.shape), dtype=first.dtype)
     for image, row in zip(images, rows, strict=True):

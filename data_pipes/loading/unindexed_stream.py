@@ -39,9 +39,13 @@ from data_pipes.store.transport import StorageError
 from data_pipes.store.urls import check_url
 
 _MAX_SHARDS = 1_000_000
+"""That `data.unindexed.urls` may name."""
 _ORDER_TAG, _SHUFFLE_TAG = 0x756E696478, 0x73687566
+"""Tell the seeds of the order of shards and of the shuffle buffer from each other."""
 _COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+"""By the first bytes of a file, what unpacks it."""
 _ZSTD = b"\x28\xb5\x2f\xfd"
+"""The first bytes of a file that nothing here unpacks."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,12 @@ class UnindexedConfig:
     """Shards that are streamed. Resume is approximate: see data_pipes.loading.unindexed_loader."""
 
     urls: list[str] = field(default_factory=list)
-    # paths or URLs of shards (.tar, .tar.gz, .tar.bz2, .tar.xz); {000..099} stands for many, * for those that are there
+    """Paths or URLs of shards (.tar, .tar.gz, .tar.bz2, .tar.xz); {000..099} stands for many, * for those that are
+    there."""
     shuffle: int = 1000
-    # samples held in memory, per rank, of which the next is drawn; 1: the order of the shards
+    """Samples held in memory, per rank, of which the next is drawn; 1: the order of the shards."""
     max_member_bytes: int = 1 << 30
-    # of one member, unpacked; a larger one stops the run
+    """Bytes of one member, unpacked; a larger one stops the run."""
 
     def __post_init__(self) -> None:
         if self.shuffle < 1 or self.max_member_bytes < 1:
@@ -63,8 +68,13 @@ class UnindexedConfig:
 
 
 def expand_urls(patterns: Sequence[str], storage: Storage) -> list[str]:
-    """The shards that patterns name, in order. Raises ValueError for none, for too many, and for a URL that may not be
-    opened (see data_pipes.store.urls.check_url).
+    """The shards that patterns name, in order.
+
+    Args:
+        patterns: see `UnindexedConfig.urls`.
+        storage: lists what * stands for.
+    Raises:
+        ValueError: they name no shard or too many, or a URL may not be opened (see data_pipes.store.urls.check_url).
     """
     from braceexpand import braceexpand
 
@@ -99,16 +109,31 @@ class SampleStream:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """extensions: of the members that are kept; the others are read over."""
+        """
+        Args:
+            urls: of all shards.
+            extensions: of the members that are kept; the others are passed over.
+            storage: opens the shards.
+            config: the size of the shuffle buffer, and the limit of a member.
+            seed: of the run.
+            rank: of this process.
+            world_size: number of ranks.
+        """
         self.urls, self.storage, self.config = list(urls), storage, config
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.counters = Counters()
         self._extensions = frozenset(extensions)
 
     def samples(self, position: int) -> Iterator[tuple[str, RawSample]]:
-        """(shard, sample), a pure function of (urls, seed, rank, world size, position).
+        """The samples, a pure function of (urls, seed, rank, world size, position).
 
-        Raises ShardError (a damaged shard, or no sample in any), StorageError.
+        Args:
+            position: samples consumed by all ranks when this stream begins.
+        Yields:
+            (shard, sample).
+        Raises:
+            ShardError: a shard is damaged, or none has a sample.
+            StorageError: a shard cannot be read.
         """
         with secure_webdataset() as webdataset:
             yield from self._samples(webdataset, position)
@@ -153,9 +178,18 @@ class SampleStream:
 def read_members(
     url: str, storage: Storage, extensions: frozenset[str], max_member_bytes: int
 ) -> Iterator[tuple[str, bytes | None]]:
-    """(name, data) of the members of a shard that belong to samples; data is None for unwanted extensions.
+    """The members of a shard that belong to samples.
 
-    Raises ShardError for a shard that is damaged, cut short, or not sorted by key.
+    Args:
+        url: of the shard.
+        storage: opens it.
+        extensions: of the members whose data are wanted.
+        max_member_bytes: of one member, unpacked.
+    Yields:
+        (name, data); the data are None for unwanted extensions.
+    Raises:
+        ShardError: the shard is damaged, cut short, not sorted by key, or has a member above the limit.
+        StorageError: it cannot be read.
     """
     groups = SampleGroups()
     with ExitStack() as stack:

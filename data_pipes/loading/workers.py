@@ -29,7 +29,7 @@ class Workers(ABC):
 
     @abstractmethod
     def run(self, requests: Iterator[Request]) -> Generator[Loaded]:
-        """The answers, in order. Closing the iterator stops the workers."""
+        """The answers, in the order of the requests, which may be endless. Closing the iterator stops the workers."""
 
     def num_ready(self) -> int:
         """Batches that wait for the trainer now; 0 where nobody knows."""
@@ -136,7 +136,17 @@ class _RequestSampler(Sampler[Request]):
 
 
 def make_workers(dataset: SampleDataset, workers: int, kind: str, prefetch: int, pin_memory: bool) -> Workers:
-    """The workers that a configuration asks for. kind: "thread" or "process"; 0 workers: the calling thread."""
+    """The workers that a configuration asks for.
+
+    Args:
+        dataset: what they load from.
+        workers: their number; 0: the calling thread loads.
+        kind: "thread" or "process".
+        prefetch: micro-batches loaded ahead, per worker.
+        pin_memory: whether batches are in page-locked memory.
+    Raises:
+        ValueError: there is no such kind, or a number is too small.
+    """
     if workers < 0 or prefetch < 1:
         raise ValueError(f"data.workers is {workers} and data.prefetch {prefetch}; expected >= 0 and >= 1")
     if workers == 0:

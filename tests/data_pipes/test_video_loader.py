@@ -206,7 +206,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 STEPS = 19
-# of 4 videos: two epochs
+"""Of 4 videos: two epochs."""
 
 
 def expected_keys(folder: Path) -> Iterator[str | None]:

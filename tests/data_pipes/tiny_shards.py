@@ -49,7 +49,14 @@ def write_shards(
     replaced: Mapping[int, Mapping[str, bytes]] | None = None,
     classes: Sequence[str] = (),
 ) -> Manifest:
-    """Shards of labelled PNGs (key 000017, label 17 mod 7), indexed. replaced: sample number -> other members."""
+    """Shards of labelled PNGs (key 000017, label 17 mod 7), indexed.
+
+    Args:
+        folder: gets the shards, their indexes and the manifest.
+        samples_per_shard: number of samples of each.
+        replaced: by sample number, other members than the PNG and its label.
+        classes: names of the labels; empty: none.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     number, paths = 0, []
     for shard, count in enumerate(samples_per_shard):

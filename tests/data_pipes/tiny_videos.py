@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIZE = (48, 64)
-# (height, width)
+"""(height, width)."""
 
 
 def pictures(count: int, height: int = SIZE[0], width: int = SIZE[1]) -> NDArray[np.uint8]:
@@ -41,7 +41,7 @@ def video(
     options: tuple[tuple[str, str], ...] = (),
     pix_fmt: str = "yuv420p",
 ) -> bytes:
-    """One encoded video. kind: FFmpeg's name of the container."""
+    """One encoded video, see `encode`."""
     return encode(pictures(num_frames, *size), None, kind, codec, gop, b_frames, rate, dict(options), pix_fmt)
 
 
@@ -56,7 +56,19 @@ def encode(
     options: Mapping[str, str] | None = None,
     pix_fmt: str = "yuv420p",
 ) -> bytes:
-    """times: of the frames, in 1/1000 s; None: one after another at `rate`."""
+    """A video of the given frames.
+
+    Args:
+        frames: [T, H, W, C].
+        times: of the frames, in 1/1000 s; None: one after another at `rate`.
+        kind: FFmpeg's name of the container.
+        codec: FFmpeg's name of the encoder.
+        gop: frames from one keyframe to the next.
+        b_frames: in a row, at most.
+        rate: frames per second.
+        options: of the encoder.
+        pix_fmt: FFmpeg's name of the pixel format.
+    """
     with tempfile.TemporaryDirectory() as folder:  # ffmpeg moves an mp4's index to the front by reading its own file
         path = Path(folder) / "video"
         _write(path, frames, times, kind, codec, gop, b_frames, rate, options or {}, pix_fmt)

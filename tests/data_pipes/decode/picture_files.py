@@ -14,7 +14,7 @@ from PIL import Image
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
 """Colour types of PNG."""
 _SOFTWARE = 305
-# a tag of TIFF
+"""A tag of TIFF."""
 
 
 def noise(channels: int, depth: int, height: int = 23, width: int = 31) -> np.ndarray:
@@ -41,7 +41,14 @@ def as_numpy(array: np.ndarray) -> bytes:
 
 
 def png(pixels: np.ndarray, kind: int, depth: int, extra: bytes = b"") -> bytes:
-    """A PNG of any colour type and depth, with all five filters in turn. extra: chunks behind the header."""
+    """A PNG of any colour type and depth, with all five filters in turn.
+
+    Args:
+        pixels: [H, W, C].
+        kind: PNG's colour type.
+        depth: bits per channel.
+        extra: chunks behind the header.
+    """
     height = len(pixels)
     if depth < 8:
         bits = np.unpackbits(pixels.astype(np.uint8)[..., None], axis=3)[..., 8 - depth :]

@@ -54,7 +54,8 @@ class Request:
     last: int | None
     fault: str
     time_s: float
-    sent: int = 0  # bytes of body
+    sent: int = 0
+    """Bytes of body."""
 
 
 @dataclass
@@ -63,17 +64,18 @@ class FaultyServer:
 
     folder: Path
     plan: deque[str] = field(default_factory=deque)
-    # faults of the next requests, in order of arrival; when it is empty, chances decide
+    """Faults of the next requests, in order of arrival; when it is empty, chances decide."""
     chances: Mapping[str, float] = field(default_factory=dict)
-    # fault -> probability; drawn from (seed, request, how often it was made), so the order of arrival does not matter
+    """By fault, its probability; drawn from (seed, request, how often it was made), so the order of arrival does not
+    matter."""
     seed: int = 0
     delay_s: float = 0.0
-    # seconds before every answer to a GET
+    """Seconds before every answer to a GET."""
     retry_after: str | None = None
     etags: str = "strong"
-    # "strong", "weak" or "none"; without one, Last-Modified is there
+    """"strong", "weak" or "none"; without one, Last-Modified is there."""
     head: int = 200
-    # status that HEAD requests get
+    """Status that HEAD requests get."""
     log: list[Request] = field(default_factory=list)
 
     def __post_init__(self) -> None:

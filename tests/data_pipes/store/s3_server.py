@@ -18,7 +18,7 @@ from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
 BUCKET = "tessera-test"
-# names with a dot or upper case would need another address style
+"""Names with a dot or upper case would need another address style."""
 
 
 @contextmanager

@@ -49,7 +49,7 @@ from tests.data_pipes.store.faulty_server import FaultyServer
 CONTENT = random.Random(0).randbytes(1_200_000)
 QUICK = StorageConfig(requests=16, request_bytes=1 << 20, timeout_s=5.0, retries=3, backoff_s=0.002)
 PASSING = ["500", "502", "503", "429", "reset", "drop", "short", "other_range", "unknown_total"]
-# faults after which another attempt succeeds, without waiting for a time-out
+"""Faults after which another attempt succeeds, without waiting for a time-out."""
 
 Make = Callable[..., Storage]
 
