@@ -31,8 +31,9 @@ from data_pipes.order.hashing import Int64s
 from data_pipes.order.order import NEVER
 from data_pipes.shards.collection import Place
 from data_pipes.shards.reader import ShardReader
+from data_pipes.store.errors import StorageError
 from data_pipes.store.storage import Storage
-from data_pipes.store.transport import ByteRange, StorageError
+from data_pipes.store.transport import ByteRange
 
 _log = logging.getLogger(__name__)
 

@@ -34,8 +34,8 @@ from data_pipes.shards.reader import RawSample
 from data_pipes.shards.tar import TarMember, TarProblem
 from data_pipes.shards.tar_stream import walk_tar_stream
 from data_pipes.store.counters import Counters
+from data_pipes.store.errors import StorageError
 from data_pipes.store.storage import Storage
-from data_pipes.store.transport import StorageError
 from data_pipes.store.urls import check_url
 
 _MAX_SHARDS = 1_000_000

@@ -26,9 +26,10 @@ from data_pipes.shards.load_index import load_index
 from data_pipes.shards.manifest import Manifest
 from data_pipes.shards.tar import BLOCK, is_header_of
 from data_pipes.store.counters import CounterName, Counters
+from data_pipes.store.errors import StorageError
 from data_pipes.store.files import LocalFile
 from data_pipes.store.storage import Storage
-from data_pipes.store.transport import ByteRange, StorageError
+from data_pipes.store.transport import ByteRange
 from data_pipes.store.urls import is_remote, local_path
 
 _MAX_OPEN_SHARDS = 256

@@ -20,17 +20,8 @@ import fsspec
 
 from data_pipes.errors import ShardError
 from data_pipes.store.counters import Counters
-from data_pipes.store.transport import (
-    PROGRESS_BYTES,
-    ByteRange,
-    ObjectInfo,
-    Piece,
-    StorageConfig,
-    StorageError,
-    TransientError,
-    Transport,
-    Versions,
-)
+from data_pipes.store.errors import StorageError, TransientError
+from data_pipes.store.transport import PROGRESS_BYTES, ByteRange, ObjectInfo, Piece, StorageConfig, Transport, Versions
 from data_pipes.store.urls import KINDS, check_url, scheme_of
 
 _MAX_BACKOFF_S = 30.0

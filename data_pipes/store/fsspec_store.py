@@ -17,17 +17,8 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 
 from data_pipes.store.counters import Counters
-from data_pipes.store.transport import (
-    ObjectInfo,
-    Piece,
-    StorageConfig,
-    StorageError,
-    TransientError,
-    Transport,
-    Versions,
-    error_of_status,
-    normal_etag,
-)
+from data_pipes.store.errors import StorageError, TransientError, error_of_status
+from data_pipes.store.transport import ObjectInfo, Piece, StorageConfig, Transport, Versions, normal_etag
 from data_pipes.store.urls import is_remote, local_path
 
 _ETAG_KEYS = ("etag", "ETag", "blob_id", "md5Hash")

@@ -13,15 +13,13 @@ import aiohttp
 import fsspec
 
 from data_pipes.store.counters import Counters
+from data_pipes.store.errors import StorageError, TransientError, error_of_status
 from data_pipes.store.transport import (
     ObjectInfo,
     Piece,
     StorageConfig,
-    StorageError,
-    TransientError,
     Transport,
     Versions,
-    error_of_status,
     etag_of,
     normal_etag,
     range_and_total,

@@ -15,16 +15,13 @@ from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
 from data_pipes.store.counters import Counters
+from data_pipes.store.errors import AccessDeniedError, StorageError, TransientError, error_of_status
 from data_pipes.store.transport import (
-    AccessDeniedError,
     ObjectInfo,
     Piece,
     StorageConfig,
-    StorageError,
-    TransientError,
     Transport,
     Versions,
-    error_of_status,
     normal_etag,
     range_and_total,
 )

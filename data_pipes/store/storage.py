@@ -17,9 +17,10 @@ from typing import Any, BinaryIO, cast
 
 from data_pipes.store.connections import Connections, kind_of
 from data_pipes.store.counters import Counters
+from data_pipes.store.errors import StorageError
 from data_pipes.store.files import write_atomically
 from data_pipes.store.range_stream import RangeStream
-from data_pipes.store.transport import ByteRange, ObjectInfo, StorageConfig, StorageError
+from data_pipes.store.transport import ByteRange, ObjectInfo, StorageConfig
 from data_pipes.store.urls import local_path
 
 __all__ = ["ByteRange", "ObjectInfo", "Storage", "StorageConfig", "StorageError"]

@@ -18,8 +18,9 @@ from data_pipes.index.index import IndexedShard, index_shards
 from data_pipes.index.progress import JOURNAL_NAME
 from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.manifest import Manifest
+from data_pipes.store.errors import StorageError
 from data_pipes.store.storage import Storage
-from data_pipes.store.transport import ObjectInfo, StorageConfig, StorageError
+from data_pipes.store.transport import ObjectInfo, StorageConfig
 from launchers.commands import index as index_command
 from tests.data_pipes.index.test_index import write_shard
 from tests.data_pipes.store.faulty_server import FaultyServer

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from data_pipes.errors import ShardError
+from data_pipes.store.errors import StorageError
 from data_pipes.store.storage import Storage
-from data_pipes.store.transport import ByteRange, StorageConfig, StorageError
+from data_pipes.store.transport import ByteRange, StorageConfig
 from tests.data_pipes.store.s3_server import put_objects, s3_server
 
 CONTENT = random.Random(0).randbytes(500_000)
