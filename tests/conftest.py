@@ -10,11 +10,23 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from data_pipes.index.index import index_shards
 
 ROOT = Path(__file__).resolve().parent.parent
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+DISTRIBUTED_TIMEOUT_S = 1800
+"""Of a test that starts several processes: each imports torch, which takes ten seconds of a core."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of several processes may take longer than others."""
+    for item in items:
+        if item.get_closest_marker("distributed") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(DISTRIBUTED_TIMEOUT_S))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,8 +13,8 @@ from data_pipes.errors import ShardError
 from data_pipes.shards.collection import Collection
 from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.manifest import Manifest
+from data_pipes.store.errors import StorageError
 from data_pipes.store.storage import Storage
-from data_pipes.store.transport import StorageError
 from data_pipes.store.urls import is_remote, local_path
 
 _MAX_INDEX_BYTES = 1 << 30

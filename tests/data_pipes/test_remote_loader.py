@@ -23,7 +23,8 @@ import pytest
 import torch
 
 from data_pipes.batch import Batch, BatchPlan
-from data_pipes.cache.cache import CacheConfig, ChunkCache
+from data_pipes.cache.cache import ChunkCache
+from data_pipes.cache.folder import CacheConfig
 from data_pipes.config import DataConfig
 from data_pipes.errors import ShardError
 from data_pipes.loader import Loader

@@ -217,7 +217,6 @@ def expected_keys(folder: Path) -> Iterator[str | None]:
         yield None if corpus()[number][1] else f"{number:03d}"
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 2)])
 def test_every_kind_of_broken_file(broken: Path, world_size: int, workers: int) -> None:
     config = config_for(broken, workers=workers)

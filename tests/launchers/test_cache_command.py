@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipes.cache.cache import PINNED, CacheConfig, ChunkCache, chunk_key
+from data_pipes.cache.cache import PINNED, ChunkCache, chunk_key
+from data_pipes.cache.folder import CacheConfig
 from launchers import cli
 
 

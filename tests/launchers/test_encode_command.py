@@ -6,7 +6,6 @@ import functools
 import hashlib
 import io
 import json
-import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from pretrain.weights.tokenizer import load_tokenizer
 from tests.data_pipes.tiny_shards import write_shards
 from tests.pretrain.runs import ENVIRONMENT, ROOT, torchrun
 from tests.pretrain.tiny_tokenizer import photo, train_tokenizer, write_photos
+from tests.processes import run_to_end
 
 SIZES = ((20, 24), (16, 16), (33, 19))
 MEAN, STD = (0.4, 0.5, 0.6), (0.5, 0.4, 0.3)
@@ -237,7 +237,7 @@ def test_two_processes_write_the_same_bytes(photos: Path, run_dir: Path, tmp_pat
     assert encode(photos, tmp_path / "alone", run_dir, "--batch-size", "2") == 0
     arguments = ["encode", str(photos), str(tmp_path / "out"), "--model", str(run_dir), "--device", "cpu"]
     command = torchrun(2, "-m", "launchers.cli", *arguments, "--batch-size", "2", "--json")
-    done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = run_to_end(command, env=ENVIRONMENT, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["num_samples"] == 17  # one line, of rank 0
     assert tree(tmp_path / "out") == tree(tmp_path / "alone")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from pretrain.checkpoint.read import load_weights, newest_complete
 from pretrain.config import load_config
 from pretrain.tracking.journal import read_metrics
 from pretrain.train import train
+from tests.processes import run_to_end
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "demo" / "digits.yaml"
@@ -35,7 +35,7 @@ TINY = [
     "tracking.ship=false",
     "device=cpu",
 ]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def overrides_of(data: Path, output: Path, name: str, *more: str) -> list[str]:
@@ -66,7 +66,7 @@ def run_several(
     listed = folder / f"runs-{len(list(folder.glob('runs-*')))}.json"
     listed.write_text(json.dumps([list(run) for run in runs]))
     command = torchrun(num_processes, str(Path(__file__).parent / script), str(config), str(listed), *arguments)
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False)
+    done = run_to_end(command, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

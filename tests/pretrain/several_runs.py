@@ -19,7 +19,7 @@ from pretrain.train import train
 def main() -> None:
     config_path, overrides_path = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    world = join_world("cpu", timeout_s=120)
+    world = join_world("cpu", timeout_s=1800)
     for overrides in json.loads(overrides_path.read_text()):
         train(load_config(config_path, overrides), config_path=config_path, overrides=overrides, world=world)
     leave_world()

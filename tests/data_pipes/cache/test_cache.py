@@ -23,8 +23,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_pipes.cache import chunk_file
-from data_pipes.cache.cache import PINNED, CacheConfig, ChunkCache, chunk_key, open_cache
+from data_pipes.cache.cache import PINNED, ChunkCache, chunk_key, open_cache
 from data_pipes.cache.chunk_file import BLOCK_BYTES, file_bytes
+from data_pipes.cache.folder import CacheConfig
 
 MIB = 1 << 20
 MakeCache = Callable[..., ChunkCache]

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -32,6 +31,7 @@ from data_pipes.pack.shard_writer import ShardPlan, ShardWriter, Stopped
 from data_pipes.pack.sources import FolderSource, Source, ZipSource, natural_key
 from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.manifest import Manifest
+from tests.processes import run_to_end
 
 SMALL = PackOptions(shard_samples=5)
 
@@ -307,7 +307,7 @@ def test_a_really_killed_process_continues_too(source: Path, tmp_path: Path) -> 
         "pack(sys.argv[1], sys.argv[2], options=PackOptions(shard_samples=5), on_sample=die)\n"
     )
     command = [sys.executable, "-c", script, str(source), str(tmp_path / "out")]
-    assert subprocess.run(command, check=False, timeout=120).returncode == 9
+    assert run_to_end(command).returncode == 9
     assert list(tmp_path.glob("out/train/.*.tmp")), "nothing was left in the middle of a shard"
     (
         tmp_path / "out" / "train" / ".shard-000009.tar.idx.1.tmp"

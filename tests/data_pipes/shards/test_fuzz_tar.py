@@ -45,8 +45,6 @@ from data_pipes.shards.tar import BLOCK, MAX_EXTENDED_HEADER_BYTES, TarProblem, 
 from data_pipes.store.storage import Storage
 from tests.data_pipes.tiny_shards import picture
 
-pytestmark = pytest.mark.timeout(240)  # a hang fails; the whole file takes about ten seconds
-
 NUM_TARS, NUM_INDEXES, NUM_MANIFESTS, NUM_PAYLOADS = 600, 150, 100, 150
 MAX_PIXELS = 10_000
 Random = np.random.Generator

@@ -32,10 +32,10 @@ from data_pipes.errors import ShardError
 from data_pipes.shards.tar import walk_tar
 from data_pipes.store import fsspec_store
 from data_pipes.store.counters import Counters
-from data_pipes.store.errors import StorageError
+from data_pipes.store.errors import StorageError, _seconds
 from data_pipes.store.http import HttpTransport
 from data_pipes.store.storage import Storage
-from data_pipes.store.transport import ByteRange, ObjectInfo, Piece, StorageConfig, Versions, _seconds, normal_etag
+from data_pipes.store.transport import ByteRange, ObjectInfo, Piece, StorageConfig, Versions, normal_etag
 from tests.data_pipes.store.faulty_server import FaultyServer
 
 CONTENT = random.Random(0).randbytes(1_200_000)

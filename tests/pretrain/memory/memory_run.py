@@ -83,7 +83,7 @@ def step(strategy: NativeStrategy, objective: Any, batch: Batch, accumulate: int
 def main() -> None:
     config_path, cases, out = (Path(argument) for argument in sys.argv[1:])
     torch.set_num_threads(1)
-    world = join_world("cpu", timeout_s=120)
+    world = join_world("cpu", timeout_s=1800)
     results = []
     for overrides in json.loads(cases.read_text()):
         config = load_config(config_path, overrides)

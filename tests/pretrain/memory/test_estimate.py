@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from pretrain.parallel.config import DeepSpeedConfig
 from pretrain.parallel.world import World, pick_device
 from tests.pretrain.memory.memory_run import measured_peak
 from tests.pretrain.runs import CONFIG, ENVIRONMENT, ROOT, torchrun
+from tests.processes import run_to_end
 
 SMALL = [
     "data.train=unused",
@@ -68,7 +68,7 @@ def test_two_processes(tmp_path: Path) -> None:
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     script = str(Path(__file__).with_name("memory_run.py"))
     command = torchrun(2, script, str(CONFIG), str(tmp_path / "cases.json"), str(tmp_path / "out.json"))
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=250, check=False)
+    done = run_to_end(command, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-4000:]
     ratios = [r["estimate"]["peak"] / r["measured"] for r in json.loads((tmp_path / "out.json").read_text())]
     assert ratios[:2] == pytest.approx([1.0, 1.0], rel=0.01)

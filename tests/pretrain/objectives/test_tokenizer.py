@@ -7,7 +7,6 @@ import hashlib
 import sys
 from dataclasses import replace
 from pathlib import Path
-from subprocess import run
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from pretrain.objectives.tokenizer import TokenizerObjective, position_normal
 from pretrain.objectives.tokenizer_config import TokenizerConfig
 from tests.pretrain.exact import StaysDouble
 from tests.pretrain.tokenizer_steps import batch, gradients, play
+from tests.processes import run_to_end
 
 GAME = AdversarialConfig(weight=0.5)
 
@@ -405,7 +405,7 @@ def test_two_processes_agree_and_are_close_to_one(tmp_path: Path) -> None:
     from tests.pretrain.runs import ENVIRONMENT, torchrun  # not for the workers: it imports the whole trainer
 
     command = torchrun(2, str(Path(__file__)), str(tmp_path))
-    finished = run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+    finished = run_to_end(command, env=ENVIRONMENT)
     assert finished.returncode == 0, finished.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())

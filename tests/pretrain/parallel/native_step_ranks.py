@@ -83,7 +83,7 @@ def differences(one: dict[str, Tensor], other: dict[str, Tensor], exact: bool) -
 
 def main() -> None:
     torch.set_num_threads(1)
-    world = join_world("cpu", timeout_s=120)
+    world = join_world("cpu", timeout_s=1800)
     bad = {
         kind: run(ParallelConfig(strategy=kind, shards=2 if kind == "hsdp" else None), world, bad_step=2)  # type: ignore[arg-type]
         for kind in ("ddp", "fsdp2", "hsdp")

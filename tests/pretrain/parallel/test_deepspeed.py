@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.world import World, pick_device
 from tests.pretrain.parallel.zero_runs import Job, run
 from tests.pretrain.runs import ENVIRONMENT, torchrun
+from tests.processes import run_to_end
 
 pytestmark = [
     pytest.mark.distributed,
@@ -36,7 +36,7 @@ def run_jobs(num_processes: int, jobs: list[Job], folder: Path) -> None:
     listed = folder / f"jobs-{len(list(folder.glob('jobs-*')))}.json"
     listed.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
     command = torchrun(num_processes, str(SCRIPT), str(listed), str(folder))
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=False)
+    done = run_to_end(command, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-6000:]
 
 

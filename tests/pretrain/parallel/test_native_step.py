@@ -5,7 +5,6 @@ finite one gives what the step gave that looked at the norm first.
 from __future__ import annotations
 
 import copy
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,6 +20,7 @@ from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.native import NativeStrategy
 from pretrain.parallel.world import World, pick_device
 from tests.pretrain.runs import ENVIRONMENT, torchrun
+from tests.processes import run_to_end
 
 OPTIM = OptimConfig(base_lr=None, lr=1e-2, clip_norm=0.5, ema_decay=0.9)
 
@@ -182,9 +182,7 @@ _SHARDED = Path(__file__).with_name("native_step_ranks.py")
 @pytest.fixture(scope="module")
 def said_by_ranks() -> str:
     """One start of four processes for all that needs several."""
-    done = subprocess.run(
-        torchrun(4, str(_SHARDED)), env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False
-    )
+    done = run_to_end(torchrun(4, str(_SHARDED)), env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

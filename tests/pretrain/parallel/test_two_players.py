@@ -67,7 +67,6 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(600)
 def test_ddp_and_fsdp2_play_the_same_game_and_resume_it_to_the_bit(tiny_dataset: Path, tmp_path: Path) -> None:
     def run(name: str, *more: str) -> list[str]:
         return overrides_of(tiny_dataset, tmp_path, name, *more)

@@ -222,7 +222,7 @@ def assert_untouched(before: dict[str, dict[str, Tensor]], after: dict[str, dict
 def main() -> None:
     jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     torch.set_num_threads(1)
-    world = join_world("cpu", timeout_s=120)
+    world = join_world("cpu", timeout_s=1800)
     for job in jobs:
         run(Job(**job), world, folder)
     leave_world()

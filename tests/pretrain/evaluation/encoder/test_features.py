@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,8 @@ from torch import Tensor, nn
 
 from pretrain.evaluation.encoder.features import Features, _FeatureBuffer, extract, make_accelerator
 from tests.pretrain.evaluation.encoder.extraction import Pictures, seeded_model, to_float
+from tests.pretrain.runs import ENVIRONMENT, torchrun
+from tests.processes import run_to_end
 
 
 def run_extract(model: nn.Module, num_samples: int, batch_size: int, **kwargs: Any) -> Features:
@@ -77,12 +76,8 @@ def test_progress_reaches_the_number_of_samples() -> None:
 @pytest.mark.distributed
 def test_two_processes_give_every_sample_once_and_equal_features(tmp_path: Path) -> None:
     """23 is divisible by neither processes nor batch; 3 is less than a batch; 1 leaves a process without a sample."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [str(Path(__file__).with_name("extraction.py")), str(tmp_path), "4", "23", "8", "3", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    command = torchrun(2, str(Path(__file__).with_name("extraction.py")), str(tmp_path), "4", "23", "8", "3", "1")
+    done = run_to_end(command, env={**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-3000:]
     for num_samples in (23, 8, 3, 1):
         gathered = torch.load(tmp_path / f"{num_samples}.pt", weights_only=True)

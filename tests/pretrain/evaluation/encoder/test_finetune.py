@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from pretrain.evaluation.encoder.subject import Subject
 from pretrain.weights.backbone import weights_digest
 from tests.pretrain.evaluation.encoder.finetuning import QUICK, make_subject
 from tests.pretrain.runs import ENVIRONMENT, torchrun
+from tests.processes import run_to_end
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -147,7 +147,8 @@ def test_a_loss_that_is_not_finite_stops(subject: Subject) -> None:
 def test_two_processes_do_what_one_does(subject: Subject, video_run_dir: Path, videos: Path, tmp_path: Path) -> None:
     arguments = [str(path) for path in (video_run_dir, videos, tmp_path / "out.pt")]
     command = torchrun(2, "-m", "tests.pretrain.evaluation.encoder.finetuning", *arguments)
-    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300)
+    done = run_to_end(command, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     model = fine_tune(subject, QUICK)
     for name, tensor in model.state_dict().items():

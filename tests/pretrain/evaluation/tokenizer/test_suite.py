@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from pretrain.weights.tokenizer import LoadedTokenizer
 from tests.pretrain.losses.test_perceptual import save as save_random_lpips
 from tests.pretrain.runs import ENVIRONMENT, ROOT, torchrun
 from tests.pretrain.tiny_tokenizer import photo, random_tokenizer, write_photos
+from tests.processes import run_to_end
 
 SIZES = ((40, 36), (33, 50))
 NUM_TEST = 11
@@ -222,10 +222,7 @@ def test_two_processes_count_every_picture_once(folders: dict[str, str], tmp_pat
     """11 pictures on 2 processes, and 1 picture, of which one process sees none."""
     arguments = [folders["test"], folders["train"], str(tmp_path)]
     command = torchrun(2, "-m", "tests.pretrain.evaluation.tokenizer.processes", *arguments)
-    done = subprocess.run(
-        command, env={**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}, cwd=ROOT, capture_output=True, text=True,
-        timeout=200, check=False,
-    )  # fmt: skip
+    done = run_to_end(command, env={**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     from tests.pretrain.evaluation.tokenizer.processes import suites
 
