@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from bench_data import cpu_seconds, read_jpegs, resized  # noqa: E402
 
 from data_pipes.batch import BatchPlan  # noqa: E402
-from data_pipes.cache.folder import CacheConfig
+from data_pipes.cache.folder import CacheConfig  # noqa: E402
 from data_pipes.config import DataConfig  # noqa: E402
 from data_pipes.index.index import index_shards  # noqa: E402
 from data_pipes.loader import Loader  # noqa: E402

@@ -170,12 +170,17 @@ def change_timeout(world: World, timeout_s: float) -> None:
         return
     default = dist.group.WORLD
     assert default is not None
-    timeout = datetime.timedelta(seconds=timeout_s)
     for group in (default, world.control):
-        if hasattr(dist, "set_timeout"):
-            dist.set_timeout(timeout, group)
-        else:  # torch 2.11 has it under its first name
-            dist.distributed_c10d._set_pg_timeout(timeout, group)
+        change_group_timeout(group, timeout_s)
+
+
+def change_group_timeout(group: dist.ProcessGroup, timeout_s: float) -> None:
+    """Sets how long a collective of one group may take from now on."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if hasattr(dist, "set_timeout"):
+        dist.set_timeout(timeout, group)
+    else:  # torch 2.11 has it under its first name
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def leave_world() -> None:

@@ -213,7 +213,7 @@ class _Handler(SimpleHTTPRequestHandler):
     def _answer(self, request: Request) -> None:
         if request.fault == "hang":
             self.close_connection = True
-            self.faulty.stopping.wait(20)
+            self.faulty.stopping.wait(600)
         elif request.fault == "reset":
             self.close_connection = True
         elif request.fault.isdigit():
@@ -297,7 +297,7 @@ class _Handler(SimpleHTTPRequestHandler):
             return
         request.sent = self.connection.sendfile(file, file.tell(), length) if length else 0
         if request.fault == "stall":
-            self.faulty.stopping.wait(20)
+            self.faulty.stopping.wait(600)
 
 
 def main() -> None:

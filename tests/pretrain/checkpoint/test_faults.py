@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from pretrain.checkpoint.read import find_damage, list_checkpoints, newest_compl
 from pretrain.checkpoint.saver import Saver
 from pretrain.parallel.world import World
 from tests.pretrain.runs import ENVIRONMENT, torchrun
+from tests.processes import PATIENCE_S, run_to_end
 
 WORLD = World(0, 1, 0, torch.device("cpu"), None, None)
 CONFIG = "name: run\n"
@@ -233,7 +235,7 @@ def _stuck_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]
 
     @contextmanager
     def waiting(self: LocalFolder, name: str) -> Iterator[Any]:
-        assert gate.wait(60)
+        assert gate.wait(PATIENCE_S)
         with create(self, name) as stream:
             yield stream
 
@@ -245,6 +247,20 @@ def _stuck_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]
             gate.set()
 
 
+def _record_waits(monkeypatch: pytest.MonkeyPatch, then: Callable[[], None] = lambda: None) -> list[float]:
+    """How long the loop is ready to wait for a running save, each time; `then` is called as it begins to wait."""
+    patience_s: list[float] = []
+    wait = saver_module.Saver._ended_within
+
+    def recorded(self: saver_module.Saver, seconds: float) -> bool:
+        patience_s.append(seconds)
+        then()
+        return wait(self, seconds)
+
+    monkeypatch.setattr(saver_module.Saver, "_ended_within", recorded)
+    return patience_s
+
+
 def test_a_save_that_is_longer_than_the_interval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -253,7 +269,7 @@ def test_a_save_that_is_longer_than_the_interval(
         assert _save(saver, 2)
         assert not _save(saver, 3)
         assert not _save(saver, 4)
-        assert saver.stats()["checkpoint/blocked_ms"] < 2000
+        assert saver.stats()["checkpoint/blocked_ms"] < 500 * PATIENCE_S
         assert "The save of step 3 is skipped: that of step 2 still runs" in caplog.text
         release()
         saver.wait()
@@ -271,18 +287,18 @@ def test_an_old_save_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     saver = _saved(tmp_path, CheckpointConfig(busy_wait_s=0.0, wait_after_s=0.0))
     with _stuck_disk(monkeypatch) as release:
         _save(saver, 2)
-        threading.Timer(0.3, release).start()
+        patience_s = _record_waits(monkeypatch, release)
         assert _save(saver, 3)
         saver.wait()
     assert _steps(tmp_path) == [2, 3]
-    assert saver.stats()["checkpoint/blocked_ms"] > 200
+    assert patience_s[0] > 0.5 * CheckpointConfig().hung_after_s
 
 
 def test_the_last_save_waits_and_is_never_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver = _saved(tmp_path, CheckpointConfig(busy_wait_s=0.0))
     with _stuck_disk(monkeypatch) as release:
         _save(saver, 2)
-        threading.Timer(0.3, release).start()
+        _record_waits(monkeypatch, release)
         assert _save(saver, 3, last=True)
         saver.wait()
     assert _steps(tmp_path) == [2, 3]
@@ -290,16 +306,16 @@ def test_the_last_save_waits_and_is_never_skipped(tmp_path: Path, monkeypatch: p
 
 def test_a_disk_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The run goes on, with one copy in memory; the last save ends it with an error; a disk that comes back is used."""
-    config = CheckpointConfig(busy_wait_s=0.05, wait_after_s=0.05, hung_after_s=0.2)
-    saver = _saved(tmp_path, config)
+    saver = _saved(tmp_path)
+    saver.config = CheckpointConfig(busy_wait_s=0.05, wait_after_s=0.05, hung_after_s=0.2)
+    patience_s = _record_waits(monkeypatch)
     with _stuck_disk(monkeypatch) as release:
         _save(saver, 2)
-        threading.Event().wait(0.1)
+        time.sleep(0.1)
         assert not _save(saver, 3)  # waits until it counts as hung
         assert "has not ended in" in caplog.text
-        saver.stats()
         assert not _save(saver, 4)
-        assert saver.stats()["checkpoint/blocked_ms"] < 100  # no more waiting
+        assert patience_s[1:] == [0.0]  # no more waiting
         assert saver.stats()["checkpoint/failed_in_a_row"] >= 3
         with pytest.raises(CheckpointError, match=r"step 5, the last of this run, cannot be saved.*has hung"):
             _save(saver, 5, last=True)
@@ -309,7 +325,8 @@ def test_a_disk_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capl
         release()
         saving = saver._running
         assert saving is not None
-        assert saving.ended.wait(60)
+        assert saving.ended.wait(PATIENCE_S)
+    saver.config = CheckpointConfig()
     assert _save(saver, 6)
     saver.wait()
     assert _steps(tmp_path) == [2, 6]
@@ -388,9 +405,7 @@ def test_killed_at_every_point_of_a_save(tmp_path: Path) -> None:
     """SIGKILL before each write, fsync, rename and removal of a save: what was good before is good after, what counts
     is whole, and the next save works."""
     script = Path(__file__).with_name("kills.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    done = run_to_end([sys.executable, str(script), str(tmp_path)], env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     points = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(points) > 20
@@ -408,7 +423,7 @@ def test_one_rank_fails_and_all_agree(tmp_path: Path, fault: str) -> None:
     hangs, and the next save works."""
     script = str(Path(__file__).with_name("ranks.py"))
     command = torchrun(2, script, str(tmp_path), fault)
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    done = run_to_end(command, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-4000:]
     said = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     for rank in said:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import subprocess
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+import pretrain.checkpoint.write as write_module
 from pretrain.checkpoint.checkpoints import Checkpoints
 from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.checkpoint.errors import CheckpointError
@@ -21,6 +20,7 @@ from pretrain.checkpoint.read import load_weights
 from pretrain.checkpoint.saver import Saver
 from pretrain.parallel.world import World
 from tests.pretrain.runs import ENVIRONMENT, torchrun
+from tests.processes import run_to_end
 
 WORLD = World(0, 1, 0, torch.device("cpu"), None, None)
 CONFIG = "name: run\n"
@@ -111,31 +111,33 @@ def test_a_sharding_that_changed_is_not_broadcast(tmp_path: Path) -> None:
         saver.save(1, {"model.m": {"weight": boxes}}, {"position": 1}, CONFIG)
 
 
-def test_the_loop_is_blocked_for_the_copy_only(tmp_path: Path) -> None:
-    """A loose bound, for machines under load; `tools/bench_engine.py` prints the figure."""
+def test_the_loop_is_blocked_for_the_copy_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written before the loop goes on; `tools/bench_engine.py` prints how long the copy takes."""
+    goes_on, write_pieces = threading.Event(), write_module._write_pieces
+
+    def held(*arguments: Any) -> Any:
+        assert goes_on.wait(60), "the loop waits for what is written"
+        return write_pieces(*arguments)
+
+    monkeypatch.setattr(write_module, "_write_pieces", held)
     state = {"model.m": {f"w{index}": torch.randn(1_000_000) for index in range(16)}}
     saver = Saver(Checkpoints(tmp_path, CheckpointConfig(), WORLD))
     saver.reserve(state)
-    blocked_s, whole_s = [], []
-    for step in range(1, 6):
-        begin_s = time.perf_counter()
+    for step in (1, 2):
+        goes_on.clear()
         saver.save(step, state, {"position": step}, CONFIG)
-        blocked_s.append(time.perf_counter() - begin_s)
+        goes_on.set()
         saver.wait()
-        whole_s.append(time.perf_counter() - begin_s)
     stats = saver.stats()
     assert stats["checkpoint/bytes"] > 64e6
-    assert 0 < stats["checkpoint/save_s"] <= whole_s[-1]
-    assert statistics.median(blocked_s) < 0.3 * statistics.median(whole_s)
+    assert stats["checkpoint/save_s"] > 0
 
 
 @pytest.mark.distributed
 def test_shards_of_two_ranks(tmp_path: Path) -> None:
     """DTensors and replicas on 2 ranks are saved as one checkpoint, each piece by one rank, and are read by one."""
     script = Path(__file__).with_name("shards.py")
-    done = subprocess.run(
-        torchrun(2, str(script), str(tmp_path)), env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    done = run_to_end(torchrun(2, str(script), str(tmp_path)), env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-4000:]
     loaded = load_weights(open_folder(tmp_path / "checkpoints" / "step-00000001"), "m")
     assert torch.equal(loaded["sharded"], torch.arange(35.0).view(7, 5))

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from pretrain.tracking import mlflow_batches
 from pretrain.tracking.journal import JournalWriter, read_journal, read_metrics
 from pretrain.tracking.mlflow_shipper import LOCK_NAME, LockedError, ShippingError, ShipState
 from pretrain.tracking.tracker import Tracker, TrackingConfig, check_uri, flatten, sync
+from tests.processes import PATIENCE_S, run_to_end, wait_until
 
 # MLflow 3.17 maps its tables with a loader option that SQLAlchemy 2.1 deprecates; nothing here can change that.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -81,7 +81,7 @@ def test_the_thread_ships_a_whole_run(
     run_dir: Path, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tracker = make_tracker(run_dir, ship=True, interval_s=0.05, drain_timeout_s=60)
+    tracker = make_tracker(run_dir, ship=True, interval_s=0.05, drain_timeout_s=PATIENCE_S)
     (run_dir / "config.yaml").write_text("name: x\n")
     environment = {"python": "3.12.1", "git": {"revision": "abc", "branch": "main", "dirty": True}}
     tracker.start(
@@ -118,7 +118,7 @@ for step in range(200):
     tracker.log_metrics({{"train/loss": step / 7}}, step)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[3], timeout=60, check=False)
+    done = run_to_end([sys.executable, "-c", program], cwd=Path(__file__).parents[3])
     assert done.returncode == -signal.SIGKILL
     result = sync(run_dir)
     history = client.get_metric_history(result.mlflow_run_id, "train/loss")
@@ -153,19 +153,17 @@ def test_replaying_and_losing_the_state_duplicate_nothing(run_dir: Path, client:
 def test_a_dead_server_costs_no_time_and_loses_nothing(
     run_dir: Path, client: Any, dead_uri: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tracker = make_tracker(run_dir, ship=True, uri=dead_uri, interval_s=0.01, drain_timeout_s=20)
+    tracker = make_tracker(run_dir, ship=True, uri=dead_uri, interval_s=0.01, drain_timeout_s=2 * PATIENCE_S)
     costs_s = []
     for step in range(300):
         begin = time.perf_counter()
         tracker.log_metrics({"train/loss": 1.0}, step)
         costs_s.append(time.perf_counter() - begin)
-    assert sorted(costs_s)[150] < 1e-3
-    deadline = time.monotonic() + 20
-    while not caplog.records and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert sorted(costs_s)[150] < 0.1  # an attempt to connect, with its repetitions, takes seconds
+    wait_until(lambda: bool(caplog.records), "a warning")
     begin = time.perf_counter()
     tracker.finish()
-    assert time.perf_counter() - begin < 10
+    assert time.perf_counter() - begin < PATIENCE_S  # it does not wait for the whole time to drain
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     warnings = [message for message in warnings if "urllib3" not in message and "Retrying" not in message]
     assert len(warnings) == 2, warnings
@@ -187,11 +185,9 @@ def test_a_store_that_appears_during_the_run_gets_everything(
     obstacle = tmp_path / "store"
     obstacle.write_text("a file where a folder should be")
     uri = f"sqlite:///{obstacle}/mlflow.db"
-    tracker = make_tracker(run_dir, ship=True, uri=uri, interval_s=0.05, drain_timeout_s=60)
+    tracker = make_tracker(run_dir, ship=True, uri=uri, interval_s=0.05, drain_timeout_s=PATIENCE_S)
     log_steps(tracker, 0, 30)
-    deadline = time.monotonic() + 60
-    while not caplog.records and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: bool(caplog.records), "a warning")
     assert "does not take the journal" in caplog.text
     obstacle.unlink()
     obstacle.mkdir()

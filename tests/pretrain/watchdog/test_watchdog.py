@@ -17,6 +17,7 @@ from pretrain.watchdog.config import LIMIT_OF, WatchdogConfig
 from pretrain.watchdog.heartbeats import Heartbeat, publish, read_heartbeats, slowness, verdicts_on
 from pretrain.watchdog.report import Report, all_stacks, report_stacks, report_table
 from pretrain.watchdog.watchdog import Watchdog
+from tests.processes import wait_until
 
 ALONE = World(0, 1, 0, pick_device("cpu"), None, None)
 HOST = socket.gethostname()
@@ -48,11 +49,11 @@ def test_a_beat_costs_less_than_20_us(tmp_path: Path) -> None:
     watchdog = Watchdog(tmp_path, ALONE, WatchdogConfig(enabled=False))
     costs_s = []
     for _ in range(20):
-        begin = time.perf_counter()
+        begin = time.thread_time()  # other work on the cores does not count
         for step in range(200):
             watchdog.beat("data", step)
             watchdog.beat("forward", step)
-        costs_s.append((time.perf_counter() - begin) / 400)
+        costs_s.append((time.thread_time() - begin) / 400)
     assert min(costs_s) < 20e-6
 
 
@@ -62,12 +63,15 @@ def test_it_publishes_where_the_rank_stands_and_that_it_left(tmp_path: Path) -> 
             watchdog.beat("data", step)
             watchdog.beat("step", step)
         watchdog.beat("save", 3)
-        deadline = time.monotonic() + 20
-        while (
-            heartbeat := read_heartbeats(watchdog.folder, 1, watchdog.attempt).get(0)
-        ) is None or heartbeat.phase != "save":
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+
+        def published() -> Heartbeat | None:
+            return read_heartbeats(watchdog.folder, 1, watchdog.attempt).get(0)
+
+        wait_until(
+            lambda: (heartbeat := published()) is not None and heartbeat.phase == "save", "a heartbeat of the save"
+        )
+        heartbeat = published()
+        assert heartbeat is not None
         assert (heartbeat.step, heartbeat.ended, heartbeat.pid) == (3, None, os.getpid())
     assert read_heartbeats(watchdog.folder, 1, watchdog.attempt)[0].ended == "left"
     assert read_heartbeats(watchdog.folder, 1, "another start") == {}
@@ -108,16 +112,18 @@ def test_a_rank_that_works_alone_longer_than_the_others_is_slow() -> None:
     assert slowness({0: HERE}) == {}
 
 
-def test_own_work_is_counted_per_step(tmp_path: Path) -> None:
+def test_own_work_is_counted_per_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_ns = 0
+    monkeypatch.setattr("pretrain.watchdog.watchdog.time.monotonic_ns", lambda: now_ns)
     watchdog = Watchdog(tmp_path, ALONE, WatchdogConfig(enabled=False))
     for step in range(4):
         watchdog.beat("data", step)
-        time.sleep(0.02)
+        now_ns += 20_000_000
         watchdog.beat("step", step)
-        time.sleep(0.05)
+        now_ns += 50_000_000
     watchdog.beat("data", 4)
     watchdog._measure()
-    assert watchdog._local_step_s == pytest.approx(0.02, abs=0.02)
+    assert watchdog._local_step_s == pytest.approx(0.02)
 
 
 def test_verdicts_name_the_likeliest_culprit_first() -> None:
