@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +21,10 @@ from pretrain.config import load_config
 from pretrain.tracking.journal import JOURNAL_NAME, read_journal, read_lines
 from tests.faults.zygote import Zygote
 from tests.pretrain.runs import CONFIG
+from tests.processes import PATIENCE_S
 
 _POLL_S = 0.005
-PATIENCE_S = 150.0
-"""For anything to happen at all on a machine that does other things too."""
+_SLACK_STEPS = 5
 STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
@@ -90,15 +89,15 @@ class Start:
 
     def codes(self) -> list[int | None]:
         """Waits until all ranks have ended by themselves."""
-        codes = self.zygote.wait(self.pids, PATIENCE_S)
+        codes = self.zygote.wait(self.pids)
         assert None not in codes, f"exit codes {codes}: a rank did not leave\n{self.log()}"
         return codes
 
     def clean_up(self, patience_s: float) -> None:
         """Ends survivors of a fault as torchrun does."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        for number, limit_s in ((signal.SIGTERM, patience_s), (signal.SIGKILL, PATIENCE_S)):
             self.send(number)
-            if None not in self.zygote.wait(self.pids, patience_s):
+            if None not in self.zygote.wait(self.pids, limit_s):
                 return
         raise AssertionError(f"a rank outlived SIGKILL\n{self.log()}")
 
@@ -129,7 +128,7 @@ class Run:
         self.record_dir.mkdir(parents=True, exist_ok=True)
         output = self.folder / f"{self.name}.log"
         arguments = [str(CONFIG), *self.overrides, *more]
-        port, pids = free_port(), []
+        port, pids = self.zygote.reserve_port(), []
         for rank in range(max(num_ranks, 1)):
             variables = {"TESSERA_TEST_RECORD": str(self.record_dir), **self.environment, **environment}
             if num_ranks:
@@ -154,12 +153,6 @@ class Run:
                     for position, key in zip(*json.loads(line), strict=True):
                         assert found.setdefault(position, key) == key, f"position {position} had two samples"
         return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)
@@ -193,12 +186,17 @@ def random_kills(chance: random.Random, number: int, num_ranks: int, first: int,
 
 
 def inflict(run: Run, num_ranks: int, kill: Kill, *more: str) -> bool:
-    """Starts the run, kills it, and cleans up. False when it ended before."""
+    """Starts the run, kills it, and cleans up. False when it ended before, which it should have no time for.
+
+    Rank 0 waits for the kill `_SLACK_STEPS` after the step of the kill, should this process be slower than the run.
+    """
     journal = JournalTail(run.run_dir)
-    start = run.start(num_ranks, *more)
+    last = kill.step + _SLACK_STEPS
+    start = run.start(num_ranks, *more, TESSERA_TEST_PAUSE=f"data:{last}:0:{PATIENCE_S}")
+    paused = run.record_dir / f"paused-data-{last}"
 
     def is_due() -> bool:
-        return journal.look() >= kill.step and (not kill.while_saving or is_saving(run.run_dir))
+        return paused.exists() or (journal.look() >= kill.step and (not kill.while_saving or is_saving(run.run_dir)))
 
     hit = start.wait_until(is_due, f"{kill}")
     time.sleep(kill.delay_s)

@@ -13,8 +13,10 @@ from pretrain.tracking.journal import read_metrics
 from pretrain.watchdog.watchdog import EXIT_NO_PROGRESS
 from tests.faults.harness import JournalTail, Run, Start
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.distributed]
 MakeRun = Callable[..., Run]
+PATIENT = ["watchdog.step_timeout_s=8", "watchdog.interval_s=0.5"]
+"""Hundreds of times what a step takes, and what a heartbeat takes, for machines that do other things too."""
 ENDLESS = ["train.steps=100000", "checkpoint.every_steps=5", "train.val_every=1000000"]
 
 
@@ -39,10 +41,10 @@ def _begin(run: Run, step: int, *more: str, **environment: str) -> Start:
 
 def test_a_stopped_rank_is_named_and_the_run_ends(make_run: MakeRun) -> None:
     """SIGSTOP: the other rank waits in a collective, until its watchdog's limit."""
-    run = make_run("run", "ddp", *ENDLESS, "watchdog.step_timeout_s=3")
+    run = make_run("run", "ddp", *ENDLESS, *PATIENT)
     start = _begin(run, 6)
     start.send(signal.SIGSTOP, 1)
-    assert run.zygote.wait(start.pids[:1], 100) == [EXIT_NO_PROGRESS], start.log()
+    assert run.zygote.wait(start.pids[:1]) == [EXIT_NO_PROGRESS], start.log()
     start.clean_up(1)
     verdicts = _verdicts(_report(run))
     assert list(verdicts) == [1, 0]
@@ -53,7 +55,7 @@ def test_a_stopped_rank_is_named_and_the_run_ends(make_run: MakeRun) -> None:
 
 
 def test_a_rank_that_hangs_in_python_is_named_with_its_stack(make_run: MakeRun) -> None:
-    run = make_run("run", "ddp", *ENDLESS, "watchdog.step_timeout_s=3", "watchdog.interval_s=0.2")
+    run = make_run("run", "ddp", *ENDLESS, *PATIENT)
     start = run.start(2, TESSERA_TEST_PAUSE="data:7:1:1000")
     assert start.codes() == [EXIT_NO_PROGRESS, EXIT_NO_PROGRESS], start.log()
     report = _report(run)
@@ -84,8 +86,8 @@ def test_one_process_that_hangs(make_run: MakeRun) -> None:
 
 
 def test_a_slow_rank_is_reported_and_the_run_goes_on(make_run: MakeRun) -> None:
-    pauses = ",".join(f"data:{step}:1:0.15" for step in range(2, 60))
-    run = make_run("run", "ddp", "train.steps=60", "watchdog.step_timeout_s=120")
+    pauses = ",".join(f"data:{step}:1:0.5" for step in range(2, 20))
+    run = make_run("run", "ddp", "train.steps=20", "watchdog.step_timeout_s=120")
     start = run.start(2, TESSERA_TEST_PAUSE=pauses)
     assert start.codes() == [0, 0], start.log()
     slowest = read_metrics(run.run_dir)["watchdog/slowest_rank"]
@@ -97,9 +99,9 @@ def test_a_slow_rank_is_reported_and_the_run_goes_on(make_run: MakeRun) -> None:
 
 
 def test_a_rank_that_waits_for_a_long_save_is_no_stall(make_run: MakeRun) -> None:
-    """Rank 0 is 6 s in its save, rank 1 waits for it in the next step for longer than a step may take."""
-    run = make_run("run", "ddp", "train.steps=12", "checkpoint.every_steps=5", "watchdog.step_timeout_s=2")
-    start = run.start(2, TESSERA_TEST_PAUSE="save:5:0:6")
+    """Rank 0 is 14 s in its save, rank 1 waits for it in the next step for longer than a step may take."""
+    run = make_run("run", "ddp", "train.steps=12", "checkpoint.every_steps=5", *PATIENT)
+    start = run.start(2, TESSERA_TEST_PAUSE="save:5:0:14")
     assert start.codes() == [0, 0], start.log()
 
 

@@ -11,18 +11,20 @@ from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import newest_complete, read_complete
 from tests.faults.harness import Run, statuses
 from tests.pretrain.runs import assert_same_weights, losses
+from tests.processes import PATIENCE_S
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.distributed]
 MakeRun = Callable[..., Run]
 LENGTH = ["train.steps=14", "checkpoint.every_steps=5", "train.val_every=7", "train.val_samples=16"]
 
 
 def _interrupt(run: Run, num_ranks: int, phase: str, step: int, number: signal.Signals, rank: int | None) -> None:
     """Sends a signal while rank 0 is held in a phase; all ranks must leave by themselves with 0."""
-    start = run.start(num_ranks, TESSERA_TEST_PAUSE=f"{phase}:{step}:0:2")
+    start = run.start(num_ranks, TESSERA_TEST_PAUSE=f"{phase}:{step}:0:{PATIENCE_S}")
     pause = run.record_dir / f"paused-{phase}-{step}"
     assert start.wait_until(pause.exists, str(pause))
     start.send(number, rank)
+    (run.record_dir / f"go-on-{phase}-{step}").touch()
     codes = start.codes()
     assert codes == [0] * len(codes), start.log()
 

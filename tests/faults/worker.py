@@ -4,8 +4,9 @@ usage: python -m tests.faults.worker CONFIG [key=value ...]      (under torchrun
 
 TESSERA_TEST_RECORD is a folder: gets `<rank>-<pid>.jsonl` with the positions and keys of every micro-batch that the
 loop took. TESSERA_TEST_PAUSE is `phase:step:rank:seconds`, a list of them with commas: that rank makes the file
-`paused-<phase>-<step>` in the record folder when it is about to begin the phase, then waits there for so long, so that
-a signal can be sent in the phase; `sleep` in place of `phase` would say nothing, so each pause names its phase.
+`paused-<phase>-<step>` in the record folder when it is about to begin the phase, then waits there for so long, or until
+there is a file `go-on-<phase>-<step>`, so that a signal can be sent in the phase. The second of two pauses at the same
+place is for the second time that the process comes there.
 """
 
 from __future__ import annotations
@@ -52,22 +53,23 @@ def _record_samples(path: Path) -> None:
 
 def _pause(folder: Path, wanted: str) -> None:
     rank = os.environ.get("RANK", "0")
-    pauses = {}
+    pauses: dict[tuple[str, int], list[float]] = {}
     for pause in filter(None, wanted.split(",")):
         phase, step, who, seconds = pause.split(":")
         if who == rank:
-            pauses[phase, int(step)] = float(seconds)
+            pauses.setdefault((phase, int(step)), []).append(float(seconds))
     if not pauses:
         return
     beat = Watchdog.beat
 
     def pausing(self: Watchdog, phase: str, step: int) -> None:
         beat(self, phase, step)
-        seconds = pauses.pop((phase, step), None)
-        if seconds is not None:
+        waiting = pauses.get((phase, step))
+        if waiting:
+            deadline = time.monotonic() + waiting.pop(0)
             (folder / f"paused-{phase}-{step}").touch()
-            deadline = time.monotonic() + seconds
-            while time.monotonic() < deadline:  # in pieces, so that this looks like a loop in Python, not like a wait
+            go_on = folder / f"go-on-{phase}-{step}"
+            while time.monotonic() < deadline and not go_on.exists():  # a loop in Python, not one wait in native code
                 time.sleep(0.01)
 
     Watchdog.beat = pausing  # type: ignore[method-assign]

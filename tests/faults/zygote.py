@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.pretrain.runs import ENVIRONMENT, ROOT
+from tests.processes import PATIENCE_S
 
 IMPORTED_BEFORE_FORKING = ("pretrain.train", "pretrain.__main__", "tests.faults.worker")
 
@@ -37,6 +39,7 @@ class Zygote:
         )
         self._running: set[int] = set()
         self._codes: dict[int, int] = {}
+        self._ports: list[socket.socket] = []
 
     def __enter__(self) -> Zygote:
         return self
@@ -47,8 +50,10 @@ class Zygote:
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.close()
-        self._server.wait(60)
+        self._server.wait()
         self._server.stdout.close()
+        for port in self._ports:
+            port.close()
 
     def start(self, call: str, arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> int:
         """Runs `call` ("module:function", given the arguments, returning an exit code) in a new process; its pid."""
@@ -57,12 +62,21 @@ class Zygote:
         self._running.add(pid)
         return pid
 
+    def reserve_port(self) -> int:
+        """A port that nobody else is given before a rank listens on it: bound for as long as this object lives, in the
+        way that lets another socket listen.
+        """
+        self._ports.append(socket.socket())
+        self._ports[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._ports[-1].bind(("127.0.0.1", 0))
+        return int(self._ports[-1].getsockname()[1])
+
     def code(self, pid: int) -> int | None:
         """The exit code (negative: the signal) of a started process; None while it runs."""
         self._poll()
         return self._codes.get(pid)
 
-    def wait(self, pids: Sequence[int], timeout_s: float) -> list[int | None]:
+    def wait(self, pids: Sequence[int], timeout_s: float = PATIENCE_S) -> list[int | None]:
         """Exit codes of processes, None for those that still run after the time-out."""
         deadline = time.monotonic() + timeout_s
         while any(self.code(pid) is None for pid in pids) and time.monotonic() < deadline:

@@ -20,6 +20,7 @@ from pretrain.pipeline import is_pipeline, load_pipeline, run_pipeline
 from tests.faults.harness import JournalTail
 from tests.faults.zygote import Zygote
 from tests.pretrain.runs import ROOT, losses
+from tests.processes import PATIENCE_S, wait_until
 
 PIPELINE = ROOT / "configs" / "dcae" / "tiny" / "pipeline.yaml"
 STEPS = 16
@@ -74,23 +75,30 @@ def test_three_phases_killed_in_each_end_as_uninterrupted_ones(
     print(f"KILL_SEED={seed}")
     chance = random.Random(seed)
 
-    def start(name: str, *more: str) -> int:
-        arguments = [str(PIPELINE), *overrides_of(tiny_dataset, tmp_path, name, *more)]
-        return zygote.start("pretrain.__main__:main", arguments, {}, tmp_path / f"{name}.log")
+    def start(name: str, *pauses: float) -> int:
+        """pauses: how many seconds to wait before the last step, in each phase that this start trains in."""
+        arguments = [str(PIPELINE), *overrides_of(tiny_dataset, tmp_path, name)]
+        environment = {
+            "TESSERA_TEST_RECORD": str(tmp_path / f"{name}-record"),
+            "TESSERA_TEST_PAUSE": ",".join(f"data:{STEPS - 1}:0:{seconds}" for seconds in pauses),
+        }
+        return zygote.start("tests.faults.worker:main", arguments, environment, tmp_path / f"{name}.log")
 
-    whole, killed = start("whole"), start("killed")
-    for phase in PHASES:
-        journal, due = JournalTail(tmp_path / f"killed-{phase}"), chance.randrange(4, STEPS - 4)
-        deadline = time.monotonic() + 120
-        while journal.look() < due:
+    whole = start("whole")
+    for number, phase in enumerate(PHASES):
+        journal, due = JournalTail(tmp_path / f"killed-{phase}"), chance.randrange(4, STEPS)
+        killed = start("killed", *([0.0] if number else []), PATIENCE_S)  # first the end of the phase before
+
+        def has_come(journal: JournalTail = journal, due: int = due, killed: int = killed) -> bool:
             assert zygote.code(killed) is None, (tmp_path / "killed.log").read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+            return journal.look() >= due
+
+        wait_until(has_come, f"step {due} of {phase}")
         os.kill(killed, signal.SIGKILL)
-        assert zygote.wait([killed], 60) == [-signal.SIGKILL]
+        assert zygote.wait([killed]) == [-signal.SIGKILL]
         assert journal.look() < STEPS, "killed too late to prove anything"
-        killed = start("killed")
-    assert zygote.wait([whole, killed], 120) == [0, 0], (tmp_path / "killed.log").read_text()[-3000:]
+    killed = start("killed")
+    assert zygote.wait([whole, killed]) == [0, 0], (tmp_path / "killed.log").read_text()[-3000:]
 
     for phase in PHASES:
         one, other = tmp_path / f"whole-{phase}", tmp_path / f"killed-{phase}"
@@ -123,7 +131,7 @@ def test_a_signal_ends_the_pipeline_inside_its_phase(tiny_dataset: Path, tmp_pat
         assert zygote.code(pid) is None, (tmp_path / "log").read_text()[-3000:]
         time.sleep(0.005)
     os.kill(pid, signal.SIGTERM)
-    assert zygote.wait([pid], 60) == [0]
+    assert zygote.wait([pid]) == [0]
     checkpoint = newest_complete(open_folder(tmp_path / "run-phase1"))
     assert checkpoint is not None
     assert find_damage(checkpoint) is None

@@ -33,6 +33,7 @@ from tests.pretrain.runs import (
     run_several,
     torchrun,
 )
+from tests.processes import PATIENCE_S, kill_tree
 
 STEPS, SAVE_EVERY = 60, 6
 LENGTH = [f"train.steps={STEPS}", f"checkpoint.every_steps={SAVE_EVERY}", "train.val_every=1000"]
@@ -43,11 +44,17 @@ def _logged_steps(run_dir: Path) -> int:
 
 
 def _start_and_interrupt(command: list[str], run_dir: Path, step: int, number: signal.Signals, rank: int) -> int:
-    """Starts a run, sends a signal to one rank when the journal shows `step`, and returns the launcher's exit code."""
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    """Starts a run, sends a signal to one rank when the journal shows `step`, and returns the launcher's exit code.
+
+    Where the command is that of the fault suite's worker, the run waits for the signal before its last step.
+    """
+    pause = {"TESSERA_TEST_RECORD": f"{run_dir}-record", "TESSERA_TEST_PAUSE": f"data:{STEPS - 1}:0:{PATIENCE_S}"}
+    process = subprocess.Popen(
+        command, env={**ENVIRONMENT, **pause}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     try:
         target: int | None = None
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + PATIENCE_S
         while target is None or _logged_steps(run_dir) < step:
             assert process.poll() is None, process.stderr.read()[-3000:] if process.stderr else ""
             assert time.monotonic() < deadline, "the run did not reach the step"
@@ -56,11 +63,9 @@ def _start_and_interrupt(command: list[str], run_dir: Path, step: int, number: s
                 target = next(pid for pid in pids if _rank_of(pid) == rank)
             time.sleep(0.002)
         os.kill(target, number)
-        process.communicate(timeout=120)
+        process.communicate()
     finally:
-        for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
-            child.kill()
-        process.kill()
+        kill_tree(process)
     return process.returncode
 
 
@@ -70,7 +75,6 @@ def _rank_of(pid: int) -> int:
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(600)
 def test_killed_runs_end_as_uninterrupted_ones(tiny_dataset: Path, tmp_path: Path) -> None:
     """Single, DDP and FSDP2 on 2 processes: equal to the bit. 2 -> 1 and 1 -> 2 processes: the same samples, to fp
     tolerance.
@@ -88,12 +92,12 @@ def test_killed_runs_end_as_uninterrupted_ones(tiny_dataset: Path, tmp_path: Pat
 
     # Not before the second save has begun: it waits for the first, so there is something to resume from.
     for name, strategy in (("ddp", ddp), ("fsdp2", fsdp2)):
-        command = torchrun(2, "-m", "pretrain", str(CONFIG), *run(f"{name}_killed", strategy))
+        command = torchrun(2, "-m", "tests.faults.worker", str(CONFIG), *run(f"{name}_killed", strategy))
         step = chance.randrange(2 * SAVE_EVERY + 1, STEPS - 12)
         code = _start_and_interrupt(command, tmp_path / f"{name}_killed", step, signal.SIGKILL, chance.randrange(2))
         assert code != 0
         assert _logged_steps(tmp_path / f"{name}_killed") < STEPS
-    single = [sys.executable, "-m", "pretrain", str(CONFIG), *run("single_killed")]
+    single = [sys.executable, "-m", "tests.faults.worker", str(CONFIG), *run("single_killed")]
     code = _start_and_interrupt(
         single, tmp_path / "single_killed", chance.randrange(2 * SAVE_EVERY + 1, STEPS - 12), signal.SIGKILL, -1
     )
