@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -18,7 +18,7 @@ from pretrain.checkpoint.open_folder import open_folder
 from pretrain.weights.backbone import Backbone
 
 if TYPE_CHECKING:
-    from pretrain.config import RunConfig
+    from pretrain.weights.tokenizer import LoadedTokenizer
 
 UNKNOWN = "not recorded"
 """Stands for what the run does not tell."""
@@ -29,27 +29,6 @@ NO_LICENSE = (
     "of the training images."
 )
 """The last section of every card."""
-
-
-class Origin(Protocol):
-    """What a card tells of where weights come from: a `Backbone`, or a `LoadedTokenizer`."""
-
-    @property
-    def weights(self) -> str: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def digest(self) -> str: ...
-    @property
-    def step(self) -> int | None: ...
-    @property
-    def config(self) -> RunConfig | None: ...
-    @property
-    def checkpoint(self) -> Folder | None: ...
-    @property
-    def complete(self) -> Mapping[str, Any] | None: ...
-    @property
-    def run_dir(self) -> Path | None: ...
 
 
 def compose_card(
@@ -74,25 +53,25 @@ def compose_card(
     return "\n\n".join(parts) + "\n"
 
 
-def provenance(backbone: Origin) -> dict[str, str]:
+def provenance(source: Backbone | LoadedTokenizer) -> dict[str, str]:
     """Where the weights come from, as label -> text; what is not known says so."""
-    complete = backbone.complete or {}
-    run = _read_json(open_folder(backbone.run_dir), "run.json") if backbone.run_dir is not None else {}
-    state = _read_json(backbone.checkpoint, "state.json") if backbone.checkpoint is not None else {}
+    complete = source.complete or {}
+    run = _read_json(open_folder(source.run_dir), "run.json") if source.run_dir is not None else {}
+    state = _read_json(source.checkpoint, "state.json") if source.checkpoint is not None else {}
     order = state.get("order") or {}
     position = complete.get("position")
     return {
-        "run": backbone.config.name if backbone.config is not None else UNKNOWN,
+        "run": source.config.name if source.config is not None else UNKNOWN,
         "run uid": str(complete.get("run_uid") or UNKNOWN),
-        "weights": backbone.weights,
-        "optimizer step": str(backbone.step) if backbone.step is not None else UNKNOWN,
+        "weights": source.weights,
+        "optimizer step": str(source.step) if source.step is not None else UNKNOWN,
         "samples seen": f"{position:,}" if isinstance(position, int) else UNKNOWN,
         "configuration sha256": str(complete.get("config_sha256") or UNKNOWN),
         "training data fingerprint": str(order.get("fingerprint") or UNKNOWN),
         "code revision": _revision(run),
         "checkpoint digest": str(complete.get("digest") or UNKNOWN),
-        "weights sha256": backbone.digest,
-        "imported from": Path(backbone.source).name if backbone.checkpoint is None else "no: trained by this run",
+        "weights sha256": source.digest,
+        "imported from": Path(source.source).name if source.checkpoint is None else "no: trained by this run",
     }
 
 

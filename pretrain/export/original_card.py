@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pretrain.export.card import compose_card, numbers, provenance, table
+from pretrain.export.card import compose_card, numbers, parameters_text, provenance, table
 from pretrain.models.mae import MAE, MAEConfig
 from pretrain.models.tokenizers.dc_ae import DCAE
 from pretrain.models.tokenizers.dc_ae_config import DCAEConfig
@@ -53,10 +53,9 @@ def original_card(
         errors: what was measured, relative, by kind of output.
         tolerance: the relative errors that were allowed.
     """
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     encoder_only = ", the encoder alone" if isinstance(model, ViT) else ""
     summary = (
-        f"A {_PAPERS[layout]}{encoder_only} in its authors' layout, {num_parameters / 1e6:.2f} M parameters. "
+        f"A {_PAPERS[layout]}{encoder_only} in its authors' layout, {parameters_text(model)}. "
         f"Pixels lie in [0, 1] and are then normalised with mean {numbers(source.mean)} and std {numbers(source.std)}."
     )
     measured = ", ".join(f"{what} {error:.3g}" for what, error in errors.items())

@@ -99,17 +99,17 @@ class ImageFinetuneConfig(FinetuneConfig):
     """Settings of the protocol `finetune_mae`; the defaults are those of ViT-B on ImageNet-1k."""
 
     epochs: float = 100.0
-    """as in `FinetuneConfig`"""
+    """passes over the training samples"""
     batch: int = 1024
-    """as in `FinetuneConfig`"""
+    """training samples per step, over all processes"""
     layer_decay: float = 0.65
-    """as in `FinetuneConfig`"""
+    """learning rate of a layer / that of the next one"""
     rand_augment_ops: int = 2
-    """as in `FinetuneConfig`"""
+    """operations of RandAugment per sample; 0 = none"""
     rand_augment_magnitude: int = 27
-    """as in `FinetuneConfig`; 27 is the m9 of timm's names"""
+    """from 0 to 30; 27 is the m9 of timm's names"""
     repeats: int = 1
-    """always 1"""
+    """1: images come once"""
 
 
 def check_finetune(subject: Subject, config: FinetuneConfig, where: str) -> None:
