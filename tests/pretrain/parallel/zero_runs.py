@@ -31,6 +31,8 @@ from pretrain.parallel.choose import make_strategy
 from pretrain.parallel.config import DeepSpeedConfig, ParallelConfig
 from pretrain.parallel.world import World, join_world, leave_world
 from pretrain.train import each_turn
+from pretrain.watchdog.config import WatchdogConfig
+from pretrain.watchdog.watchdog import Watchdog
 
 GLOBAL_BATCH = 8
 
@@ -156,6 +158,7 @@ def run(job: Job, world: World, folder: Path) -> None:
     strategy = make_strategy(parallel, optim, world)
     objective = strategy.prepare(lambda: build(job.objective), lambda whole: whole.start(seed=0))
     saver = Saver(Checkpoints(folder / job.name, CheckpointConfig(), world))
+    watchdog = Watchdog(folder, world, WatchdogConfig(enabled=False))
     begin = 0
     if job.resume is not None:
         state = strategy.state()
@@ -174,7 +177,7 @@ def run(job: Job, world: World, folder: Path) -> None:
         for micro in range(accumulate):
             batch = batch_at(step * GLOBAL_BATCH + (micro * world.size + world.rank) * micro_batch, micro_batch)
             strategy.accumulate(micro == accumulate - 1)
-            for turn in each_turn(objective, strategy, batch.to(world.device), step):
+            for turn in each_turn(objective, strategy, batch.to(world.device), step, watchdog):
                 loss = turn.loss
                 if job.poison == step and world.rank == world.size - 1 and turn.player == objective.backbone_player:
                     loss = loss * float("nan")
