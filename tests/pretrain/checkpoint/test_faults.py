@@ -307,7 +307,7 @@ def test_the_last_save_waits_and_is_never_skipped(tmp_path: Path, monkeypatch: p
 def test_a_disk_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The run goes on, with one copy in memory; the last save ends it with an error; a disk that comes back is used."""
     saver = _saved(tmp_path)
-    saver.config = CheckpointConfig(busy_wait_s=0.05, wait_after_s=0.05, hung_after_s=0.2)
+    saver._config = CheckpointConfig(busy_wait_s=0.05, wait_after_s=0.05, hung_after_s=0.2)
     patience_s = _record_waits(monkeypatch)
     with _stuck_disk(monkeypatch) as release:
         _save(saver, 2)
@@ -326,7 +326,7 @@ def test_a_disk_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capl
         saving = saver._running
         assert saving is not None
         assert saving.ended.wait(PATIENCE_S)
-    saver.config = CheckpointConfig()
+    saver._config = CheckpointConfig()
     assert _save(saver, 6)
     saver.wait()
     assert _steps(tmp_path) == [2, 6]
