@@ -31,14 +31,14 @@ def enter_run_folder(config: RunConfig, *, config_path: Path, overrides: Sequenc
     """`open_run_folder` on the main rank, and what it gave on all of them. A collective.
 
     Raises:
-        ValueError: what the main rank raised, on every rank.
+        ValueError: what the main rank raised, on every rank; likewise OSError, of a disk that refuses.
     """
     identity: dict[str, Any] | None = None
-    refusal: ValueError | None = None
+    refusal: ValueError | OSError | None = None
     if world.is_main:
         try:
             identity = open_run_folder(config, config_path=config_path, overrides=overrides, world_size=world.size)
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # the others would wait for ever
             refusal = error
     identity, refusal = world.broadcast((identity, refusal))
     if refusal is not None:
