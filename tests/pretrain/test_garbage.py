@@ -26,13 +26,15 @@ def test_cycles_live_until_the_chosen_step() -> None:
         garbage.after_step(1)
         frozen = gc.get_freeze_count()
         assert frozen > 0
+        later = [[number] for number in range(10_000)]
         cycle = _dropped_cycle()
         for step in (2, 3):
             garbage.after_step(step)
             assert cycle() is not None
         garbage.after_step(4)
         assert cycle() is None
-        assert gc.get_freeze_count() == frozen  # what came after the first step is looked at
+        # What came after the first step is looked at. Other threads may let go of frozen objects in between: the count may fall.
+        assert gc.get_freeze_count() < frozen + len(later) / 2
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
 
