@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -64,6 +65,7 @@ class RunLog:
         """The metrics of the newest log point and validation, by name."""
         self._tracker: Tracker | NullTracker = NullTracker()
         self._interval = Interval(world, objective.flops_per_sample(), self.peak)
+        self._first_step, self._begin_s = 0, time.perf_counter()
         self._data_meter = DataMeter(world, loader.source_names)
         self._progress = ProgressLine(config.name, enabled=world.is_main)
 
@@ -76,6 +78,7 @@ class RunLog:
             resumed_from: the checkpoint that the state came from; None: the run begins.
         """
         config, plan = self.config, self.plan
+        self._first_step, self._begin_s = state.step, time.perf_counter()
         if self.world.is_main:
             resume = resumed_from is not None
             self._tracker = Tracker(config.run_dir, config.tracking, config.name, identity["run_uid"], resume)
@@ -182,6 +185,22 @@ class RunLog:
         """Ends the tracked run and sends what is left."""
         self._tracker.finish(status)
 
-    def summary(self) -> dict[str, float]:
-        """The newest figures that people ask for first."""
-        return {name: self.latest[name] for name in _SUMMARY if name in self.latest}
+    def summary(self, status: str, state: RunState, checkpoint: Path | Folder) -> dict[str, Any]:
+        """What people ask for first when a run has ended.
+
+        Args:
+            status: finished or stopped.
+            state: of the run.
+            checkpoint: its newest.
+        """
+        return {
+            "run": str(self.config.run_dir),
+            "status": status,
+            "step": state.step,
+            "samples": state.position,
+            "steps_this_start": state.step - self._first_step,
+            "seconds": round(time.perf_counter() - self._begin_s, 2),
+            "checkpoint": str(checkpoint),
+            "mfu_of": self.peak.source,
+            **{name: self.latest[name] for name in _SUMMARY if name in self.latest},
+        }

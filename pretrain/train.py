@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from data_pipes.batch import Batch, BatchPlan
-from data_pipes.loader import open_loader
+from data_pipes.loader import Loader, open_loader
+from data_pipes.loading.unindexed_loader import UnindexedLoader
 from pretrain.checkpoint.checkpoints import Checkpoints
 from pretrain.checkpoint.saver import Saver
 from pretrain.config import RunConfig
@@ -90,18 +91,10 @@ def _train(
     # 2. Resume: weights, optimizer, average, generator states, and the one integer that is the data position.
     kept = restore(checkpoints, checkpoint, strategy, world) if checkpoint is not None else RunState().to_dict()
     state = RunState.from_dict(kept)
-    first_step, started_s = state.step, time.perf_counter()
+    first_step = state.step
 
     # 3. Data, schedule, validation, what people and trackers are told, and what takes the run back.
-    loader = open_loader(
-        config.data,
-        plan,
-        image_size=objective.image_size,
-        channels=objective.in_channels,
-        state=kept.get("order"),
-        collection=data.collection,
-        quarantine_dir=config.run_dir / "quarantine",
-    )
+    loader = _open_loader(config, plan, data, objective, kept.get("order"))
     total = total_samples(config, data.num_samples)
     rates = learning_rates(config, plan, data, objective, total)
     validator = open_validator(config, data, plan, objective, world)
@@ -140,11 +133,10 @@ def _train(
                 snapshots.save(state, trusted=verdict.trusted, last=due.end or verdict.stopping)
             if due.validate and not verdict.stopping:
                 if validator is not None:
-                    found = validator.look(objective, strategy, config.run_dir, state.step, stop, watchdog)
-                    log.validation(found, state.step)
+                    log.validation(validator.look(objective, strategy, state.step, stop, watchdog), state.step)
                 verdict = replace(verdict, stopping=stop.on_any_rank(world))
-                if verdict.stopping and verdict.trusted and not due.save:
-                    snapshots.save(state, last=True)
+                if verdict.stopping and not due.save:  # the signal came while the run validated
+                    snapshots.save(state, trusted=verdict.trusted, last=True)
             if verdict.stopping and not due.end:
                 log.say(f"{stop.name}: saving step {state.step}, then leaving; start the same command to go on")
 
@@ -158,17 +150,22 @@ def _train(
             saver.close()
         status = "stopped" if state.steps_left(total, plan.global_batch) else "finished"
         log.finish("FINISHED" if status == "finished" else "KILLED")
-    return {
-        "run": str(config.run_dir),
-        "status": status,
-        "step": state.step,
-        "samples": state.position,
-        "steps_this_start": state.step - first_step,
-        "seconds": round(time.perf_counter() - started_s, 2),
-        "checkpoint": str(checkpoints.folder / f"step-{state.step:08d}"),
-        "mfu_of": log.peak.source,
-        **log.summary(),
-    }
+    return log.summary(status, state, checkpoints.folder / f"step-{state.step:08d}")
+
+
+def _open_loader(
+    config: RunConfig, plan: BatchPlan, data: TrainingData, objective: Objective, order: Mapping[str, Any] | None
+) -> Loader | UnindexedLoader:
+    """This rank's training data; `order` is what a checkpoint kept of it."""
+    return open_loader(
+        config.data,
+        plan,
+        image_size=objective.image_size,
+        channels=objective.in_channels,
+        state=order,
+        collection=data.collection,
+        quarantine_dir=config.run_dir / "quarantine",
+    )
 
 
 def learning_rates(

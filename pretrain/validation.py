@@ -65,7 +65,7 @@ def open_validator(
         return None
     samples, train = open_samples(config.data, data.preview, objective), config.train
     num_measured = 0 if data.val is None else min(train.val_samples or len(samples), len(samples))
-    return Validator(samples, num_measured, plan.micro_batch, train.num_pictures, world)
+    return Validator(samples, num_measured, plan.micro_batch, train.num_pictures, world, config.run_dir)
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class Validator:
         micro_batch: int,
         num_pictures: int,
         world: World,
+        run_dir: Path | None = None,
     ) -> None:
         """Loads nothing yet.
 
@@ -97,23 +98,23 @@ class Validator:
             micro_batch: samples per rank and pass.
             num_pictures: how many of them are drawn, from the first on; 0: none.
             world: the processes.
+            run_dir: gets the pictures; only `look` needs it.
         """
         self.samples = samples
         self.num_samples = min(num_samples, len(samples))
         self.micro_batch = micro_batch
         self.num_pictures = min(num_pictures, len(samples))
-        self.world = world
+        self.world, self.run_dir = world, run_dir
         self._pictures: Batch | None = None
 
     def look(
-        self, objective: Objective, strategy: Strategy, run_dir: Path, step: int, stop: StopRequest, watchdog: Watchdog
+        self, objective: Objective, strategy: Strategy, step: int, stop: StopRequest, watchdog: Watchdog
     ) -> Preview | None:
         """Measures and draws. A collective.
 
         Args:
             objective: prepared by `strategy`.
             strategy: gives the precision of forward passes.
-            run_dir: gets the pictures.
             step: optimizer steps done.
             stop: a signal ends it between two batches.
             watchdog: is told of each batch.
@@ -125,7 +126,8 @@ class Validator:
         metrics = self.run(objective, strategy, step, should_stop) if self.num_samples else {}
         if should_stop():
             return None
-        return Preview(metrics, self.draw(objective, strategy, run_dir, step))
+        assert self.run_dir is not None
+        return Preview(metrics, self.draw(objective, strategy, self.run_dir, step))
 
     def run(
         self, objective: Objective, strategy: Strategy, step: int, should_stop: Callable[[], bool] = lambda: False

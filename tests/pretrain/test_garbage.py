@@ -33,7 +33,7 @@ def test_cycles_live_until_the_chosen_step() -> None:
             assert cycle() is not None
         garbage.after_step(4)
         assert cycle() is None
-        # What came after the first step is looked at. Other threads may let go of frozen objects in between: the count may fall.
+        # What came after the first step is looked at. Frozen objects may be let go of in between: the count may fall.
         assert gc.get_freeze_count() < frozen + len(later) / 2
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
