@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -21,7 +21,9 @@ from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.peers import Peers, PeersLostError
 from pretrain.checkpoint.retention import Retention
 from pretrain.checkpoint.staging import RankPlan, StagingBuffer, flatten, make_plan, structure_of
-from pretrain.checkpoint.write import SaveJob, write_checkpoint
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint.write import SaveJob
 
 _RETRY_S = 2.0
 """Seconds before the second attempt at the last save of a run; they double with each further attempt."""
@@ -51,6 +53,8 @@ class _RunningSave:
         return time.monotonic() - self.begin_s
 
     def _run(self, job: SaveJob, peers: Peers, retention: Retention, damaged: set[str]) -> None:
+        from pretrain.checkpoint.write import write_checkpoint
+
         try:
             for attempt in range(self.attempts):
                 try:
@@ -232,6 +236,8 @@ class Saver:
         return self._plan
 
     def _start(self, step: int, values: dict[str, Any], loop_json: str, config_yaml: str, last: bool) -> None:
+        from pretrain.checkpoint.write import SaveJob
+
         plan = self._reserve(values)
         self._buffer.copy_from(values)
         target = self.checkpoints.folder / f"step-{step:08d}"

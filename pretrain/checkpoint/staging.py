@@ -13,19 +13,18 @@ import logging
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan
-from torch.distributed.checkpoint.utils import find_tensor_shard
 
 from pretrain.checkpoint.errors import CheckpointError
 from pretrain.parallel.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.planner import SavePlan
 
 _ALIGN_BYTES = 64
 """Each piece begins in the buffer at a multiple of this."""
@@ -70,6 +69,9 @@ def make_plan(values: Mapping[str, Any], world: World) -> RankPlan:
     Raises:
         CheckpointError: on every rank, where DCP cannot plan it.
     """
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(values), is_coordinator=world.is_main)
     own = planner.create_local_plan()
@@ -167,6 +169,8 @@ class StagingBuffer:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def _copy(self, values: Mapping[str, Any]) -> None:
+        from torch.distributed.checkpoint.utils import find_tensor_shard
+
         assert self._plan is not None
         with torch.no_grad():
             for item, piece in zip(self._plan.plan.items, self._pieces, strict=True):

@@ -181,9 +181,9 @@ def _compute_as_cuda(module: nn.Module) -> None:
                 setattr(layer, name, _LayerNormInFloat32(child))
 
 
-def _attend_in_bf16(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+def _attend_in_bf16(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """`models.attention.attend` as it computes on CUDA."""
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 class _LayerNormInFloat32(nn.Module):

@@ -23,16 +23,14 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor] = attend
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend
         """How this layer computes attention; `pretrain/memory` sets what it would do on another device."""
 
-    def forward(self, tokens: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         """Mixes the tokens of each sample.
 
         Args:
             tokens: [B, N, D].
-            attn_mask: as in scaled_dot_product_attention; timm's block passes it.
-            is_causal: as in scaled_dot_product_attention; timm's block passes it.
 
         Returns:
             [B, N, D], without the residual connection.
@@ -41,12 +39,12 @@ class SelfAttention(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, D/heads]
             for part in self.qkv(tokens).chunk(3, dim=-1)
         )
-        mixed = self.attend(query, key, value, attn_mask, is_causal)
+        mixed = self.attend(query, key, value)
         projected: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return projected
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Scaled dot-product attention (Vaswani et al., arXiv 1706.03762, equation 1).
 
     On a CPU in bfloat16 it computes in float32: more exact, and the layer's forward and backward take 14% less time
@@ -56,16 +54,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, 
         query: [B, heads, N, D/heads].
         key: as `query`.
         value: as `query`.
-        attn_mask: as in scaled_dot_product_attention; None attends to all tokens.
-        is_causal: whether each token sees only itself and those before it.
 
     Returns:
         [B, heads, N, D/heads], in the type of `query`.
     """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):
-            mixed = F.scaled_dot_product_attention(
-                query.float(), key.float(), value.float(), attn_mask=attn_mask, is_causal=is_causal
-            )
+            mixed = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
         return mixed.to(query.dtype)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
+    return F.scaled_dot_product_attention(query, key, value)

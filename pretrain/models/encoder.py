@@ -1,8 +1,7 @@
 """What transformer encoders of images (`ViT`) and of clips (`VideoViT`) share: blocks over the patches that are kept.
 
 Enters: normalised images or clips and, for masked training, the ids of the patches to look at. Leaves: tokens. The
-blocks are timm's, and the parameter names those of timm and of the original MAE, so their checkpoints load without
-renaming.
+parameter names are those of timm and of the original MAE, so their checkpoints load without renaming.
 Legend: B batch, N patches, K kept patches, D width, V values of a patch, C channels, T frames, H/W pixels, t/p/q a
 patch's frames (of clips) and its height/width in pixels.
 """
@@ -11,12 +10,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from pretrain.models.attention import SelfAttention
@@ -212,15 +209,40 @@ class PatchProjection(nn.Module):
         return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
+class Block(nn.Module):
+    """A pre-norm transformer block (ViT, arXiv 2010.11929, equations 2 and 3) with the parameter names of timm's.
+
+    It is our own because importing timm's takes longer than importing torch; tests compare the two.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        """Leaves the parameters at torch's starting values; see `init_layer`.
+
+        Args:
+            width: D.
+            heads: attention heads; divides `width`.
+            mlp_ratio: hidden features of the MLP / width.
+        """
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attn = SelfAttention(width, heads)
+        self.drop_path1: nn.Module = nn.Identity()
+        """Stochastic depth, where somebody fine-tunes with it; likewise `drop_path2`."""
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, width)))
+        self.drop_path2: nn.Module = nn.Identity()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        tokens = tokens + self.drop_path1(self.attn(self.norm1(tokens)))
+        mixed: Tensor = tokens + self.drop_path2(self.mlp(self.norm2(tokens)))
+        return mixed
+
+
 def transformer_blocks(width: int, depth: int, heads: int, mlp_ratio: float) -> nn.ModuleList:
-    """timm's pre-norm blocks, with our attention inside (the same parameters)."""
-    norm_layer = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
-    blocks = nn.ModuleList()
-    for _ in range(depth):
-        block = Block(width, heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
-        block.attn = SelfAttention(width, heads)
-        blocks.append(block)
-    return blocks
+    """`depth` blocks in the order in which tokens pass through them."""
+    return nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
 
 
 def init_layer(module: nn.Module) -> None:

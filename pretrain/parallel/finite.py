@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from pretrain.parallel.fragments import Fragments
 from pretrain.parallel.world import World
@@ -27,6 +26,8 @@ def are_finite(state: Mapping[str, Mapping[str, Tensor]], world: World) -> bool:
 
 
 def _local(tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
     if isinstance(tensor, DTensor):
         return tensor.to_local()
     return tensor.piece if isinstance(tensor, Fragments) else tensor

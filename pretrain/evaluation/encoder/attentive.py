@@ -105,7 +105,7 @@ class CrossAttentionBlock(nn.Module):
         queries, keys, values = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query(query), key, value)
         )
-        query = query + attend(queries, keys, values, None, is_causal=False).transpose(1, 2).flatten(2)
+        query = query + attend(queries, keys, values).transpose(1, 2).flatten(2)
         mixed: Tensor = query + self.mlp(self.norm2(query))
         return mixed
 

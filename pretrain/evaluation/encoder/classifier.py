@@ -13,10 +13,9 @@ from typing import TypedDict, cast
 
 import torch
 from timm.layers import DropPath
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from pretrain.models.encoder import LAYER_NORM_EPS
+from pretrain.models.encoder import LAYER_NORM_EPS, Block
 from pretrain.models.video_vit import VideoViT
 from pretrain.models.vit import ViT
 

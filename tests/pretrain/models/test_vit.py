@@ -104,7 +104,7 @@ def test_bfloat16_attention_on_a_cpu_rounds_nothing_but_its_result() -> None:
     """torch's own was 2.5% further from the exact values than their rounding, on a processor without AVX-512."""
     parts = torch.randn(3, 2, 4, 50, 16, generator=torch.Generator().manual_seed(0)) * 3
     exact = F.scaled_dot_product_attention(*parts.bfloat16().double())
-    ours = attend(*parts.bfloat16(), None, False)
+    ours = attend(*parts.bfloat16())
     assert ours.dtype == torch.bfloat16
     assert relative_error(ours, exact) <= 1.001 * relative_error(exact.bfloat16(), exact)
 
