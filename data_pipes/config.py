@@ -15,7 +15,7 @@ from data_pipes.loading.unindexed_stream import UnindexedConfig
 from data_pipes.order.mixture_config import MixtureConfig
 from data_pipes.order.order import OrderConfig
 from data_pipes.store.transport import StorageConfig
-from data_pipes.transforms.clips import ClipSampling
+from data_pipes.transforms.clip_sampling import ClipSampling
 
 
 @dataclass(frozen=True)

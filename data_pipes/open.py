@@ -25,7 +25,8 @@ from data_pipes.order.order import Order
 from data_pipes.shards.collection import Collection
 from data_pipes.shards.manifest import Manifest
 from data_pipes.store.storage import Storage
-from data_pipes.transforms.clips import ClipSampling, ClipTransform
+from data_pipes.transforms.clip_sampling import ClipSampling
+from data_pipes.transforms.clips import ClipTransform
 from data_pipes.transforms.image import TrainTransform
 from data_pipes.transforms.recipe import ClipRecipe, ImageRecipe, Recipe
 

@@ -31,22 +31,27 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         ValueError: a mistake of the user's.
     """
     from pretrain.config import load_config
-    from pretrain.memory.dry_run import dry_run
-    from pretrain.pipeline import dry_run_pipeline, is_pipeline, run_pipeline
-    from pretrain.train import train
+    from pretrain.phases import is_pipeline, load_pipeline
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    several = is_pipeline(arguments.config)
-    if arguments.dry_run:
-        processes = arguments.processes, arguments.processes_per_node
-        if several:
-            return {"phases": dry_run_pipeline(arguments.config, arguments.overrides, *processes)}
-        return dry_run(load_config(arguments.config, arguments.overrides), *processes)
-    if arguments.processes != 1 or arguments.processes_per_node is not None:
+    if not arguments.dry_run and (arguments.processes != 1 or arguments.processes_per_node is not None):
         raise ValueError("--processes belongs to --dry-run; processes are started by torchrun --nproc-per-node N")
-    if several:
-        return run_pipeline(arguments.config, arguments.overrides)
+    # All of the configuration is read, and its mistakes are found, before torch is imported.
+    if is_pipeline(arguments.config):
+        phases = load_pipeline(arguments.config, arguments.overrides)
+
+        from pretrain.pipeline import dry_run_pipeline, run_pipeline
+
+        if arguments.dry_run:
+            return {"phases": dry_run_pipeline(phases, arguments.processes, arguments.processes_per_node)}
+        return run_pipeline(phases)
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from pretrain.memory.dry_run import dry_run
+
+        return dry_run(config, arguments.processes, arguments.processes_per_node)
+    from pretrain.train import train
+
     return train(config, config_path=arguments.config, overrides=arguments.overrides)
 
 

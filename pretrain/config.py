@@ -12,7 +12,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
@@ -21,12 +21,14 @@ from data_pipes.config import DataConfig
 from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.checkpoint.folder import Folder
 from pretrain.guard.guard import GuardConfig
-from pretrain.objectives.base import Objective
 from pretrain.objectives.table import OBJECTIVES
-from pretrain.optim import OptimConfig
+from pretrain.optim_config import OptimConfig
 from pretrain.parallel.config import ParallelConfig
 from pretrain.tracking.tracker import TrackingConfig
 from pretrain.watchdog.config import WatchdogConfig
+
+if TYPE_CHECKING:
+    from pretrain.objectives.base import Objective
 
 T = TypeVar("T")
 

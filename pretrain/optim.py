@@ -5,80 +5,14 @@ Schedules count samples, not steps, so that a run whose global batch changes on 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its schedule. Defaults: MAE's pretraining recipe (He et al., arXiv 2111.06377, table 8)."""
-
-    base_lr: float | None = 1.5e-4
-    """Learning rate per 256 samples of global batch: lr = base_lr * global_batch / 256. Give this or `lr`."""
-    lr: float | None = None
-    """Peak learning rate, used as it is. Overrides nothing: set base_lr to null with it."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the first and second moments, per step."""
-    eps: float = 1e-8
-    """Added to AdamW's denominator."""
-    weight_decay: float = 0.05
-    """Decoupled weight decay on every parameter but biases and one-dimensional ones."""
-    warmup_epochs: float = 0.0
-    """Length of the linear warm-up from 0, in epochs. Give this or `warmup_steps`."""
-    warmup_steps: int = 0
-    """Length of the linear warm-up from 0, in optimizer steps at this global batch."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up, per step."""
-    min_lr: float = 0.0
-    """Learning rate at the end of the schedule; a constant one does not fall to it."""
-    clip_norm: float | None = None
-    """Largest global gradient norm; null = no clipping (the norm is still measured)."""
-    ema_decay: float | None = None
-    """Decay per step of the exponential moving average of the weights; null = no average."""
-    players: dict[str, Any] = field(default_factory=dict)
-    """What differs for an objective's other players, by name: `discriminator: {lr: 1e-4, betas: [0.5, 0.9]}`."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
-        if (self.base_lr is None) == (self.lr is None):
-            raise ValueError(
-                f"optim.base_lr is {self.base_lr} and optim.lr is {self.lr}; give exactly one and set the other to null"
-            )
-        if self.warmup_epochs and self.warmup_steps:
-            raise ValueError("optim.warmup_epochs and optim.warmup_steps are both set; give one")
-        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
-            raise ValueError(f"optim.ema_decay is {self.ema_decay}; expected a value between 0 and 1, or null")
-        for player in self.players:
-            self.of(player)
-
-    def of(self, player: str) -> OptimConfig:
-        """One player's own settings: these, with what `players` changes for it.
-
-        Raises:
-            ValueError: `players` has a key for it that is no setting.
-        """
-        changes = dict(self.players.get(player) or {})
-        known = [entry.name for entry in dataclasses.fields(self) if entry.name != "players"]
-        for key in changes:
-            if key not in known:
-                raise ValueError(f"optim.players.{player} has the key {key!r}; known keys: {', '.join(known)}")
-        for given, other in (("lr", "base_lr"), ("base_lr", "lr"), ("warmup_steps", "warmup_epochs")):
-            if changes.get(given) is not None:  # one rate for all players must not be unset for one of them by hand
-                changes.setdefault(other, 0.0 if given == "warmup_steps" else None)
-        return dataclasses.replace(self, players={}, **changes)
-
-    def peak_lr(self, global_batch: int) -> float:
-        """The learning rate after the warm-up, by the linear scaling rule where `base_lr` is given."""
-        if self.lr is not None:
-            return self.lr
-        assert self.base_lr is not None
-        return self.base_lr * global_batch / 256
+from pretrain.optim_config import OptimConfig
 
 
 @dataclass(frozen=True)

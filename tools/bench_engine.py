@@ -33,11 +33,12 @@ from data_pipes.batch import Batch
 from pretrain.checkpoint.checkpoints import Checkpoints
 from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.checkpoint.saver import Saver
-from pretrain.models.mae import MAEConfig, mae_flops
-from pretrain.models.vit import ViTConfig, vit_config
+from pretrain.models.config import MAEConfig, ViTConfig, vit_config
+from pretrain.models.mae import mae_flops
 from pretrain.objectives.base import Objective
-from pretrain.objectives.image_mae import ImageMAEConfig, ImageMAEObjective
-from pretrain.optim import OptimConfig
+from pretrain.objectives.image_mae import ImageMAEObjective
+from pretrain.objectives.mae_config import ImageMAEConfig
+from pretrain.optim_config import OptimConfig
 from pretrain.parallel.choose import make_strategy
 from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.strategy import Strategy

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pretrain.models.mae import MAE, MAEConfig, MAEOutput, mae_flops
+from pretrain.models.config import VIT_SIZES, MAEConfig, vit_config
+from pretrain.models.mae import MAE, MAEOutput, mae_flops
 from pretrain.models.masking import position_noise
-from pretrain.models.vit import VIT_SIZES, vit_config
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 peak by a part of the device's name, in FLOP/s."""

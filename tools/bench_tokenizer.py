@@ -35,13 +35,13 @@ from bench_step import Seconds, Step, interleave, training_step
 from torch import Tensor, nn
 
 from data_pipes.batch import Batch
-from pretrain.losses.adversarial import AdversarialConfig
+from pretrain.losses.config import AdversarialConfig
 from pretrain.memory.simulate import LiveBytes
 from pretrain.metrics import peak_flops
 from pretrain.models.tokenizers.autoencoder import AutoencoderOutput
+from pretrain.models.tokenizers.config import DiscriminatorConfig
 from pretrain.models.tokenizers.dc_ae import DCAE, dc_ae_flops
 from pretrain.models.tokenizers.dc_ae_config import DCAE_PRESETS, DCAEConfig, dc_ae_config
-from pretrain.models.tokenizers.discriminator import DiscriminatorConfig
 from pretrain.objectives.tokenizer import TokenizerObjective
 from pretrain.objectives.tokenizer_config import TRAINED_PARTS, TokenizerConfig
 from pretrain.weights.dc_ae_names import diffusers_config, to_diffusers

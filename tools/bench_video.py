@@ -49,7 +49,8 @@ from data_pipes.index.index import index_shards
 from data_pipes.loader import Loader
 from data_pipes.open import open_dataset
 from data_pipes.order.hashing import hash_uniform
-from data_pipes.transforms.clips import ClipSampling, ClipTransform
+from data_pipes.transforms.clip_sampling import ClipSampling
+from data_pipes.transforms.clips import ClipTransform
 
 FRAMES, STRIDE, SIZE, LENGTH, RATE = 16, 4, 224, 300, 30
 CROP_SCALE, BATCH = (0.5, 1.0), 4

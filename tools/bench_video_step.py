@@ -29,13 +29,15 @@ from torch import Tensor
 
 from data_pipes.batch import Batch
 from pretrain.export.transformers_arguments import transformers_arguments
-from pretrain.models.video_mae import DECODERS, VideoMAEConfig, VideoMAEOutput, video_mae_config, video_mae_flops
+from pretrain.models.video_config import DECODERS, VideoMAEConfig, video_mae_config
+from pretrain.models.video_mae import VideoMAEOutput, video_mae_flops
 from pretrain.models.video_masking import ClipMask
 from pretrain.objectives.clip_mae import ClipMAEObjective
 from pretrain.objectives.clip_target import normalise_clips
-from pretrain.objectives.mae_st import MAESTConfig, mae_st_objective
-from pretrain.objectives.video_mae import VideoMAEObjectiveConfig, video_mae_objective
-from pretrain.objectives.video_mae_v2 import VideoMAEv2Config, video_mae_v2_objective
+from pretrain.objectives.mae_config import MAESTConfig, VideoMAEObjectiveConfig, VideoMAEv2Config
+from pretrain.objectives.mae_st import mae_st_objective
+from pretrain.objectives.video_mae import video_mae_objective
+from pretrain.objectives.video_mae_v2 import video_mae_v2_objective
 
 VARIANTS = ("tessera", "transformers", "unmasked", "dual")
 

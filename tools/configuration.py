@@ -21,7 +21,7 @@ from pretrain.evaluation.encoder.protocols import PROTOCOLS
 from pretrain.evaluation.encoder.suite import SuiteConfig
 from pretrain.evaluation.tokenizer import suite as tokenizer_suite
 from pretrain.objectives.table import OBJECTIVES
-from pretrain.pipeline import PipelineConfig
+from pretrain.phases import PipelineConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = """# Configuration

@@ -25,7 +25,7 @@ from data_pipes.shards.manifest import Manifest
 from data_pipes.shards.members import encoded_video
 from data_pipes.shards.reader import RawSample
 from data_pipes.store.transport import StorageConfig
-from data_pipes.transforms.clips import ClipSampling
+from data_pipes.transforms.clip_sampling import ClipSampling
 from data_pipes.transforms.image import MAX_ASPECT, size_of_short_side
 
 _BELOW_ONE = 1 - 2**-53

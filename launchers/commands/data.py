@@ -229,7 +229,7 @@ def _training_set(arguments: argparse.Namespace) -> SampleDataset:
     from data_pipes.shards.load_index import load_index
     from data_pipes.shards.members import IMAGE_EXTENSIONS
     from data_pipes.store.storage import Storage
-    from data_pipes.transforms.clips import ClipSampling
+    from data_pipes.transforms.clip_sampling import ClipSampling
 
     config = DataConfig(
         train=arguments.source,

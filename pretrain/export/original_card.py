@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from pretrain.export.card import compose_card, numbers, parameters_text, provenance, table
-from pretrain.models.mae import MAE, MAEConfig
+from pretrain.models.config import MAEConfig, ViTConfig
+from pretrain.models.mae import MAE
 from pretrain.models.tokenizers.dc_ae import DCAE
 from pretrain.models.tokenizers.dc_ae_config import DCAEConfig
-from pretrain.models.video_mae import VideoMAE, VideoMAEConfig
-from pretrain.models.vit import ViT, ViTConfig
+from pretrain.models.video_config import VideoMAEConfig
+from pretrain.models.video_mae import VideoMAE
+from pretrain.models.vit import ViT
 
 if TYPE_CHECKING:
     from pretrain.weights.backbone import Backbone

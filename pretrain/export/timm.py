@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from pretrain.evaluation.encoder.views import view_ratio
 from pretrain.export.publish import ExportError, check_error, publish, write_tensors
 from pretrain.export.timm_card import timm_card
+from pretrain.models.config import VIT_SIZES, ViTConfig
 from pretrain.models.video_vit import VideoViT
-from pretrain.models.vit import VIT_SIZES, ViT, ViTConfig
+from pretrain.models.vit import ViT
 from pretrain.weights.backbone import Backbone
 from pretrain.weights.files import EXPORT_WEIGHTS
 from pretrain.weights.finding import EXPORT_CONFIG

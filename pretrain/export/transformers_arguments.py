@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from pretrain.models.encoder import LAYER_NORM_EPS
-from pretrain.models.video_mae import VideoMAEConfig
-from pretrain.models.video_vit import VideoViTConfig
+from pretrain.models.video_config import VideoMAEConfig, VideoViTConfig
 from pretrain.weights.video_names import LEARNED_POSITIONS
 
 CANNOT = "This model cannot become a transformers VideoMAE"

@@ -22,9 +22,10 @@ from pretrain.export.card import channels_text, compose_card, numbers, parameter
 from pretrain.export.publish import check_error, publish, relative_error
 from pretrain.export.transformers import PREPROCESSOR, TOLERANCE, TransformersExport, load_strictly, write_model
 from pretrain.export.transformers_arguments import side_or_sides
+from pretrain.models.config import MAEConfig, ViTConfig
 from pretrain.models.encoder import LAYER_NORM_EPS
-from pretrain.models.mae import MAE, MAEConfig
-from pretrain.models.vit import ViT, ViTConfig
+from pretrain.models.mae import MAE
+from pretrain.models.vit import ViT
 from pretrain.weights.backbone import Backbone, load_objective
 
 CANNOT = "This model cannot become a transformers ViT"

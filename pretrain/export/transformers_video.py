@@ -29,9 +29,11 @@ from pretrain.export.transformers import (
 from pretrain.export.transformers_arguments import CANNOT, transformers_arguments, transformers_encoder_arguments
 from pretrain.export.transformers_video_card import video_card
 from pretrain.losses.clips import tubelets
-from pretrain.models.normalise import IMAGENET_MEAN, IMAGENET_STD, Normalise
+from pretrain.models.normalise import Normalise
+from pretrain.models.statistics import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.models.video_config import VideoViTConfig
 from pretrain.models.video_masking import tube_masks
-from pretrain.models.video_vit import VideoViT, VideoViTConfig
+from pretrain.models.video_vit import VideoViT
 from pretrain.objectives.clip_mae import ClipMAEObjective
 from pretrain.objectives.clip_target import channel_target, normalise_clips
 from pretrain.weights.backbone import Backbone, load_objective

@@ -6,9 +6,6 @@ Legend: B batch, C channels, H/W pixels, h/w patches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,60 +14,6 @@ from pretrain.losses.reconstruction import at_least_float32
 
 GRADIENT_EPS = 1e-8
 """Added to the norm of the adversarial gradient, which is 0 where a hinge is flat."""
-
-
-@dataclass(frozen=True)
-class AdversarialConfig:
-    """When and how the discriminator plays. The generator's loss counts `weight * generator_share(step)`."""
-
-    weight: float = 0.0
-    """Weight of the generator's loss, beside a reconstruction loss that is a mean over values; 0 = no discriminator."""
-    kind: Literal["hinge", "non_saturating"] = "hinge"
-    """Loss of both players: hinge as in VQGAN (arXiv 2012.09841), non_saturating as in the first GAN (1406.2661)."""
-    adaptive: bool = False
-    """Scale each sample's adversarial gradient at its pixels to its reconstruction gradient there, then by `weight`."""
-    adaptive_max: float = 1e4
-    """Largest factor that `adaptive` may give."""
-    start_step: int = 0
-    """Optimizer step of the run at which the discriminator starts to learn."""
-    warmup_steps: int = 0
-    """Optimizer steps that it learns alone, before its loss counts for the autoencoder."""
-    ramp_steps: int = 0
-    """Optimizer steps over which the weight then rises linearly from 0."""
-    r1_weight: float = 0.0
-    """Gamma of the penalty gamma / 2 * |gradient at images|**2 (R1, arXiv 1801.04406); 0 = none."""
-    r1_every: int = 16
-    """Optimizer steps between R1 penalties, each counted that many times (StyleGAN2's lazy regularisation)."""
-    lecam_weight: float = 0.0
-    """Weight of LeCam's penalty (arXiv 2104.03310); 0 = none. Published: 0.001 to 0.3."""
-    lecam_decay: float = 0.999
-    """Decay of LeCam's averages of the logits, per optimizer step."""
-
-    def __post_init__(self) -> None:
-        for name in ("weight", "start_step", "warmup_steps", "ramp_steps", "r1_weight", "lecam_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more.")
-        if self.r1_every < 1 or self.adaptive_max <= 0.0 or not 0.0 <= self.lecam_decay < 1.0:
-            raise ValueError(
-                f"r1_every is {self.r1_every}, adaptive_max {self.adaptive_max} and lecam_decay {self.lecam_decay}; "
-                "expected at least 1, more than 0, and a decay in [0, 1)."
-            )
-
-    def discriminator_learns(self, step: int) -> bool:
-        """Whether the discriminator moves in this optimizer step."""
-        return self.weight > 0.0 and step >= self.start_step
-
-    def generator_share(self, step: int) -> float:
-        """How much of `weight` counts in this optimizer step: 0 while the discriminator warms up, then a ramp to 1."""
-        done = step - self.start_step - self.warmup_steps
-        if self.weight == 0.0 or done < 0:
-            return 0.0
-        return min(1.0, (done + 1) / (self.ramp_steps + 1))
-
-    def r1_factor(self, step: int) -> float:
-        """What R1's squared gradient is multiplied with in this optimizer step; 0 in steps without the penalty."""
-        due = self.r1_weight > 0.0 and (step - self.start_step) % self.r1_every == 0
-        return 0.5 * self.r1_weight * self.r1_every if due else 0.0
 
 
 def generator_loss(fake: Tensor, kind: str) -> Tensor:

@@ -16,20 +16,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 
+from pretrain.losses.config import PerceptualConfig
 from pretrain.losses.reconstruction import at_least_float32
 
 FEATURE_EPS = 1e-8
 """Added to the squared norm of a pixel's features."""
-SMALLEST_SIDE = {"vgg": 16, "alex": 31}
-"""Smallest height and width in pixels that a network's poolings allow."""
 INPUT_SHIFT = (-0.030, -0.088, -0.188)
 """Subtracted from red, green and blue in [-1, 1]: ImageNet's mean on that scale."""
 INPUT_SCALE = (0.458, 0.448, 0.450)
@@ -47,33 +44,6 @@ _LINEAR_SHA256 = {"vgg": "a78928a0af1e5f0f", "alex": "df73285e35b22355"}
 
 class PerceptualWeightsError(ValueError):
     """Weights of LPIPS that cannot be had, or are not the expected ones; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class PerceptualConfig:
-    """Which LPIPS, and where its weights are."""
-
-    weight: float = 0.0
-    """Weight of the distance, beside a reconstruction loss that is a mean over values; 0 = none. DC-AE has 0.25."""
-    network: Literal["vgg", "alex"] = "vgg"
-    """VGG-16 is usual as a loss, AlexNet as a metric."""
-    backbone_path: str | None = None
-    """torchvision's weights of the network (.pth or .safetensors); null: torchvision's cache or download."""
-    backbone_sha256: str | None = None
-    """SHA-256 of that file or its first digits; null: that of torchvision's published file."""
-    linear_path: str | None = None
-    """The weightings of the layers (lin0 to lin4) of LPIPS 0.1; null: those that torchmetrics ships."""
-    linear_sha256: str | None = None
-    """SHA-256 of that file or its first digits; null: that of the published file."""
-    channels: tuple[int, ...] = ()
-    """The 3 channels of the images that are shown as red, green and blue; empty: the first 3, or 1 three times."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "channels", tuple(self.channels))
-        if self.weight < 0.0 or len(self.channels) not in (0, 3):
-            raise ValueError(
-                f"weight is {self.weight} and channels is {list(self.channels)}; expected 0 or more, and 3 or none."
-            )
 
 
 class LPIPS(nn.Module):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.models.positions import sinusoid_table
-from pretrain.models.video_vit import VideoViTConfig
+from pretrain.models.video_config import VideoViTConfig
 
 Inflation = Literal["average", "centre"]
 """How a patch's projection becomes a tubelet's; see `inflate_encoder`."""

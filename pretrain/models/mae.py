@@ -7,52 +7,17 @@ patch's height/width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.losses.pixels import masked_patch_loss, normalise_patches, patchify
+from pretrain.models.config import MAEConfig, ViTConfig
 from pretrain.models.encoder import LAYER_NORM_EPS, TOKEN_STD, init_layer, transformer_blocks
-from pretrain.models.masking import num_kept, random_masking
+from pretrain.models.masking import random_masking
 from pretrain.models.positions import sincos_position_embedding
-from pretrain.models.vit import ViT, ViTConfig, check_width
-
-
-@dataclass(frozen=True)
-class MAEConfig:
-    """A masked autoencoder. The defaults are those of the paper's ViT-B/16 at 224 x 224."""
-
-    encoder: ViTConfig = field(default_factory=ViTConfig)
-    """Shape of the encoder, and of the images."""
-    decoder_width: int = 512
-    """Features per decoder token; divisible by decoder_heads and by 4."""
-    decoder_depth: int = 8
-    """Number of decoder blocks (their MLPs have the encoder's mlp_ratio)."""
-    decoder_heads: int = 16
-    """Attention heads per decoder block."""
-    mask_ratio: float = 0.75
-    """Share of the patches that is hidden; int(N * (1 - mask_ratio)) are kept."""
-    norm_pixels: bool = True
-    """Predict each patch's values normalised by its own mean and variance; False predicts the pixels themselves."""
-
-    def __post_init__(self) -> None:
-        check_width("decoder_width", self.decoder_width, "decoder_heads", self.decoder_heads)
-        if self.decoder_depth < 1:
-            raise ValueError(f"decoder_depth is {self.decoder_depth}; expected at least 1 block.")
-        if self.num_kept == self.encoder.num_patches:
-            raise ValueError(
-                f"mask_ratio {self.mask_ratio} hides none of the {self.encoder.num_patches} patches, "
-                "so there is nothing to predict; expected a ratio that hides at least one. Raise mask_ratio."
-            )
-        if self.norm_pixels and self.encoder.patch_values < 2:
-            raise ValueError("norm_pixels needs at least 2 values per patch; enlarge patch_size or set it to false.")
-
-    @property
-    def num_kept(self) -> int:
-        """Patches of an image that the encoder sees, K."""
-        return num_kept(self.encoder.num_patches, self.mask_ratio)
+from pretrain.models.vit import ViT
 
 
 class MAEOutput(NamedTuple):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data_pipes.order.hashing import WEYL_INCREMENT, finalise64
+from pretrain.models.mask_sizes import num_kept
 
 
 class Masking(NamedTuple):
@@ -43,23 +44,6 @@ def position_noise(positions: Tensor, num_tokens: int, seed: int) -> Tensor:
     counter = torch.arange(1, num_tokens + 1, dtype=torch.int64, device=positions.device)
     bits = _finalise(sample_key + counter * _signed(WEYL_INCREMENT))  # [B, N]
     return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
-
-
-def num_kept(num_tokens: int, mask_ratio: float) -> int:
-    """How many tokens the encoder sees: `int(num_tokens * (1 - mask_ratio))`, as in He et al. (arXiv 2111.06377).
-
-    Raises:
-        ValueError: `mask_ratio` is outside [0, 1), or leaves no token.
-    """
-    if not 0.0 <= mask_ratio < 1.0:
-        raise ValueError(f"mask_ratio is {mask_ratio}; expected a share of hidden tokens in [0, 1).")
-    kept = int(num_tokens * (1.0 - mask_ratio))
-    if kept < 1:
-        raise ValueError(
-            f"mask_ratio {mask_ratio} leaves int({num_tokens} * (1 - {mask_ratio})) = 0 tokens to the encoder; "
-            f"expected at least 1. Lower mask_ratio, or use larger images or smaller patches."
-        )
-    return kept
 
 
 def random_masking(noise: Tensor, mask_ratio: float) -> Masking:

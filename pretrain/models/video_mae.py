@@ -9,8 +9,7 @@ token, C channels, T frames, H/W pixels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,104 +18,9 @@ from pretrain.losses.clips import clip_loss
 from pretrain.models.encoder import LAYER_NORM_EPS, TOKEN_STD, init_layer, transformer_blocks
 from pretrain.models.mae import blocks_flops
 from pretrain.models.positions import SeparablePositions
+from pretrain.models.video_config import VideoMAEConfig
 from pretrain.models.video_masking import ClipMask
-from pretrain.models.video_vit import VIDEO_VIT_SIZES, VideoViT, VideoViTConfig, check_width, make_positions
-
-Method = Literal["mae_st", "video_mae", "video_mae_v2"]
-"""The paper whose decoder and settings a model has."""
-
-DECODERS: dict[Method, dict[str, tuple[int, int, int]]] = {
-    "mae_st": dict.fromkeys(("base", "large", "huge"), (512, 4, 16)),
-    "video_mae": {"small": (192, 4, 3), "base": (384, 4, 6), "large": (512, 12, 8), "huge": (640, 12, 8)},
-    "video_mae_v2": {
-        "small": (192, 4, 3),
-        "base": (384, 4, 6),
-        **dict.fromkeys(("large", "huge", "giant"), (512, 4, 8)),
-    },
-}
-"""Width, depth and heads of the papers' decoders by method and size of the encoder."""
-
-
-@dataclass(frozen=True)
-class VideoMAEConfig:
-    """A masked autoencoder for clips. The defaults are those of VideoMAE's ViT-B/16 on 16 frames of 224 x 224."""
-
-    encoder: VideoViTConfig = field(default_factory=VideoViTConfig)
-    """Shape of the encoder, and of the clips."""
-    decoder_width: int = 384
-    """Features per decoder token; even, divisible by decoder_heads."""
-    decoder_depth: int = 4
-    """Number of decoder blocks (their MLPs have the encoder's mlp_ratio)."""
-    decoder_heads: int = 6
-    """Attention heads per decoder block."""
-    predicted_frames: int | None = None
-    """Frames of a clip that are predicted, evenly spread: a multiple of the encoder's steps in time; null: all."""
-
-    def __post_init__(self) -> None:
-        check_width("decoder_width", self.decoder_width, "decoder_heads", self.decoder_heads)
-        if self.decoder_depth < 1:
-            raise ValueError(f"decoder_depth is {self.decoder_depth}; expected at least 1 block.")
-        frames, steps = self.num_predicted_frames, self.encoder.grid_size[0]
-        if not 1 <= frames <= self.encoder.num_frames or frames % steps:
-            raise ValueError(
-                f"predicted_frames is {frames} for clips of {self.encoder.num_frames} frames; expected a multiple of "
-                f"their {steps} steps in time, at most {self.encoder.num_frames}."
-            )
-
-    @property
-    def num_predicted_frames(self) -> int:
-        """Frames of a clip that are predicted."""
-        return self.encoder.num_frames if self.predicted_frames is None else self.predicted_frames
-
-    @property
-    def target_size(self) -> tuple[int, int, int]:
-        """Predicted frames, height and width of a token."""
-        return (self.num_predicted_frames // self.encoder.grid_size[0], *self.encoder.patch_size)
-
-    @property
-    def target_values(self) -> int:
-        """Predicted values of a token, V."""
-        frames, height, width = self.target_size
-        return frames * height * width * self.encoder.in_channels
-
-
-def video_mae_config(
-    method: Method,
-    size: str,
-    num_frames: int = 16,
-    image_size: int | tuple[int, int] = 224,
-    in_channels: int = 3,
-) -> VideoMAEConfig:
-    """The paper's model of a method and a size.
-
-    Args:
-        method: a key of `DECODERS`.
-        size: a key of `DECODERS[method]`.
-        num_frames: of a clip.
-        image_size: a side or (height, width) of a frame, in pixels.
-        in_channels: channels of a frame.
-
-    Raises:
-        ValueError: the method's paper has no model of that size.
-    """
-    if method not in DECODERS or size not in DECODERS[method]:
-        known = ", ".join(f"{name} {'/'.join(sizes)}" for name, sizes in DECODERS.items())
-        raise ValueError(f"There is no {method!r} of size {size!r}; expected one of {known}.")
-    width, depth, heads, mlp_ratio = VIDEO_VIT_SIZES[size]
-    patch = 14 if size == "giant" or (method, size) == ("mae_st", "huge") else 16
-    encoder = VideoViTConfig(
-        num_frames=num_frames,
-        image_size=(image_size, image_size) if isinstance(image_size, int) else image_size,
-        patch_size=(patch, patch),
-        in_channels=in_channels,
-        width=width,
-        depth=depth,
-        heads=heads,
-        mlp_ratio=mlp_ratio,
-        family="mae_st" if method == "mae_st" else "video_mae",
-    )
-    predicted = num_frames // 2 if method == "mae_st" else None
-    return VideoMAEConfig(encoder, *DECODERS[method][size], predicted_frames=predicted)
+from pretrain.models.video_vit import VideoViT, make_positions
 
 
 class VideoMAEOutput(NamedTuple):

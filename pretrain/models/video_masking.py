@@ -13,10 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain.models.masking import num_kept, position_noise
+from pretrain.models.mask_sizes import (
+    CELL_TOKENS,
+    check_running_cells,
+    num_decoded,
+    num_kept,
+    num_tube_kept,
+)
+from pretrain.models.masking import position_noise
 
-CELL_TOKENS = 4
-"""Tokens of a running cell, 2 x 2."""
 _PHASE_SEED = 0x5EED_CE11
 """Added to the seed for the phases of running cells, which must not follow from the noise of the tubes."""
 
@@ -141,56 +146,13 @@ def running_cells(
         ValueError: another ratio, or a grid that 2 x 2 cells do not fill.
     """
     steps, rows, columns = grid_size
-    masked = num_masked_of_cell(decoder_mask_ratio)
-    if rows % 2 or columns % 2:
-        raise ValueError(
-            f"The grid has {rows} x {columns} tokens; running cells are 2 x 2 and need even numbers. Choose an image "
-            "size that is an even multiple of the patch size, or decoder_mask_ratio 0 by way of video_mae."
-        )
+    masked = check_running_cells(grid_size, decoder_mask_ratio)
     phase, step, row, column = torch.meshgrid(
         *(torch.arange(count, device=device) for count in (CELL_TOKENS, steps, rows, columns)), indexing="ij"
     )
     number = row % 2 * 2 + column % 2
     mask: Tensor = (number + phase + step + 1) % CELL_TOKENS < masked
     return mask.flatten(1)
-
-
-def num_masked_of_cell(decoder_mask_ratio: float) -> int:
-    """Masked tokens of a running cell: `int(4 * ratio)`, 1 to 3.
-
-    Raises:
-        ValueError: another ratio than 0.25, 0.5 and 0.75.
-    """
-    masked = CELL_TOKENS * decoder_mask_ratio
-    if masked not in (1, 2, 3):
-        raise ValueError(
-            f"decoder_mask_ratio is {decoder_mask_ratio}; expected 0.25, 0.5 or 0.75: a cell has {CELL_TOKENS} tokens."
-        )
-    return int(masked)
-
-
-def num_decoded(grid_size: tuple[int, int, int], decoder_mask_ratio: float) -> int:
-    """M of dual masks: the tokens that running cells leave."""
-    steps, rows, columns = grid_size
-    return steps * rows * columns // CELL_TOKENS * (CELL_TOKENS - num_masked_of_cell(decoder_mask_ratio))
-
-
-def num_tube_kept(tokens_per_step: int, mask_ratio: float) -> int:
-    """Places that a tube mask keeps: S - int(S * mask_ratio), as in VideoMAE (20 of 196 at 0.9, where MAE's rule for
-    images, int(S * 0.1), would keep 19).
-
-    Raises:
-        ValueError: `mask_ratio` is outside [0, 1).
-    """
-    if not 0.0 <= mask_ratio < 1.0:
-        raise ValueError(f"mask_ratio is {mask_ratio}; expected a share of hidden tokens in [0, 1).")
-    return tokens_per_step - int(tokens_per_step * mask_ratio)
-
-
-def num_tube_tokens_kept(grid_size: tuple[int, int, int], mask_ratio: float) -> int:
-    """K of tube masks: the places of `num_tube_kept` at all times."""
-    steps, rows, columns = grid_size
-    return steps * num_tube_kept(rows * columns, mask_ratio)
 
 
 def repeat_noise(positions: Tensor, repeats: int, num_tokens: int, seed: int) -> Tensor:

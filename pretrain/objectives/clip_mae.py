@@ -9,19 +9,20 @@ C channels, T frames, H/W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pretrain.losses.clips import from_tubelets, predicted_frames, tubelets
-from pretrain.models.normalise import Normalise, default_mean, default_std, fill_statistics, shown_channels
-from pretrain.models.video_mae import VideoMAE, VideoMAEConfig, VideoMAEOutput, video_mae_flops
+from pretrain.models.normalise import Normalise
+from pretrain.models.statistics import shown_channels
+from pretrain.models.video_mae import VideoMAE, VideoMAEOutput, video_mae_flops
 from pretrain.models.video_masking import ClipMask
 from pretrain.models.video_vit import VideoViT
 from pretrain.objectives.base import Turn
 from pretrain.objectives.clip_target import ClipTarget, normalise_clips
+from pretrain.objectives.mae_config import ClipMAEConfig
 from pretrain.objectives.masked_autoencoder import VALIDATION_SEED, MaskedAutoencoderObjective
 
 if TYPE_CHECKING:
@@ -34,58 +35,6 @@ SHOWN_FRAMES = 4
 
 MakeMasks = Callable[[Tensor, int, int], ClipMask]
 """Makes the masks of [B * R] clips of (positions int64 [B], repeats R, seed)."""
-
-
-@dataclass(frozen=True)
-class ClipMAEConfig:
-    """A masked autoencoder for clips, its masks, and the statistics of its videos."""
-
-    model: VideoMAEConfig = field(default_factory=VideoMAEConfig)
-    """The autoencoder; its encoder's num_frames, image_size and in_channels are those of the data."""
-    mask_ratio: float = 0.9
-    """Share of the tokens that is hidden from the encoder."""
-    norm_pixels: bool = True
-    """Predict normalised tokens; False predicts the pixels themselves."""
-    repeats: int = 1
-    """Clips of each video in a batch (data.video.repeats). Batches, learning rates and epochs count videos."""
-    mean: tuple[float, ...] = ()
-    """Per channel, on the scale where the stored range is [0, 1]; empty: the method's for 3 channels, else 0.5."""
-    std: tuple[float, ...] = ()
-    """Per channel, on the same scale, > 0; empty: the method's for 3 channels, else 0.5."""
-    init_from: str | None = None
-    """Weights to start from: a run, a checkpoint, or a weights file (an image MAE's is inflated); null: the seed's."""
-
-    def __post_init__(self) -> None:
-        channels = self.model.encoder.in_channels
-        fill_statistics(self, default_mean(channels), default_std(channels))
-        if self.repeats < 1:
-            raise ValueError(f"repeats is {self.repeats}; expected at least 1 clip of each video.")
-        if self.norm_pixels and self.model.target_values < 2 * channels:
-            raise ValueError("norm_pixels needs at least 2 values per token; enlarge patch_size or set it to false.")
-
-
-def check_family(config: VideoMAEConfig, family: str, method: str) -> None:
-    """Checks a method's encoder.
-
-    Raises:
-        ValueError: the encoder is of another family than the method's.
-    """
-    if config.encoder.family != family:
-        raise ValueError(
-            f"{method} has an encoder of the family {family!r}; model.encoder.family is {config.encoder.family!r}."
-        )
-
-
-def check_some_hidden(num_kept: int, num_tokens: int, mask_ratio: float) -> None:
-    """Checks a method's mask.
-
-    Raises:
-        ValueError: it hides no token, so that there would be nothing to predict.
-    """
-    if num_kept == num_tokens:
-        raise ValueError(
-            f"mask_ratio {mask_ratio} hides none of {num_tokens} tokens, so there is nothing to predict. Raise it."
-        )
 
 
 class ClipMAEObjective(MaskedAutoencoderObjective):

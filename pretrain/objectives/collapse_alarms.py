@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pretrain.losses.adversarial import AdversarialConfig
+from pretrain.losses.config import AdversarialConfig
 
 MIN_LOGIT_GAP = 0.01
 """Smallest difference of the mean logits of images and reconstructions that counts as telling them apart."""

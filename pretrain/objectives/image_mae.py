@@ -7,40 +7,22 @@ Legend: B batch, N patches, C channels, H/W pixels, p/q patch height/width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pretrain.losses.pixels import patch_statistics, patchify, unpatchify
-from pretrain.models.mae import MAE, MAEConfig, MAEOutput, mae_flops
+from pretrain.models.mae import MAE, MAEOutput, mae_flops
 from pretrain.models.masking import position_noise
-from pretrain.models.normalise import Normalise, default_mean, default_std, fill_statistics
+from pretrain.models.normalise import Normalise
 from pretrain.models.vit import ViT
 from pretrain.objectives.base import Turn
+from pretrain.objectives.mae_config import ImageMAEConfig
 from pretrain.objectives.masked_autoencoder import VALIDATION_SEED, MaskedAutoencoderObjective
 
 if TYPE_CHECKING:
     from data_pipes.batch import Batch
-
-
-@dataclass(frozen=True)
-class ImageMAEConfig:
-    """A masked autoencoder and the statistics of its images."""
-
-    model: MAEConfig = field(default_factory=MAEConfig)
-    """The autoencoder; its encoder's image_size and in_channels are those of the data."""
-    mean: tuple[float, ...] = ()
-    """Per channel, on the scale where the stored range is [0, 1]; empty: ImageNet's for 3 channels, else 0.5."""
-    std: tuple[float, ...] = ()
-    """Per channel, on the same scale, > 0; empty: ImageNet's for 3 channels, else 0.5."""
-    init_from: str | None = None
-    """Weights to start from: a run, a checkpoint, or a weights file; null: the paper's initialisation."""
-
-    def __post_init__(self) -> None:
-        channels = self.model.encoder.in_channels
-        fill_statistics(self, default_mean(channels), default_std(channels))
 
 
 class ImageMAEObjective(MaskedAutoencoderObjective):

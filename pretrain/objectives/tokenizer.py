@@ -36,6 +36,7 @@ from pretrain.models.tokenizers.latent_view import LatentView
 from pretrain.models.tokenizers.quantisers import code_metrics
 from pretrain.objectives.base import Objective, Turn
 from pretrain.objectives.collapse_alarms import collapse_alarms
+from pretrain.objectives.latent_views import draw_prefix, draw_transform
 from pretrain.objectives.tokenizer_config import TokenizerConfig
 
 if TYPE_CHECKING:
@@ -249,8 +250,8 @@ class TokenizerObjective(Objective):
     def _view(self, positions: Tensor, images: Tensor, step: int) -> LatentView:
         """What of the latent the decoder sees in this training step."""
         model = self.config.model
-        view = self.config.equivariance.draw(step, latent_size(images, model.factor), self.seed)
-        return replace(view, channels=self.config.prefix.draw(positions, model.latent_channels, self.seed))
+        view = draw_transform(self.config.equivariance, step, latent_size(images, model.factor), self.seed)
+        return replace(view, channels=draw_prefix(self.config.prefix, positions, model.latent_channels, self.seed))
 
     def _noise(self, positions: Tensor, images: Tensor) -> Tensor | None:
         """Standard normal [B, L, h, w] for a gaussian latent."""

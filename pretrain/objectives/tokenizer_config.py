@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
-from pretrain.losses.adversarial import AdversarialConfig
-from pretrain.losses.perceptual import SMALLEST_SIDE, PerceptualConfig
-from pretrain.models.normalise import fill_statistics
+from pretrain.losses.config import SMALLEST_SIDE, AdversarialConfig, PerceptualConfig
+from pretrain.models.config import check_pixels
+from pretrain.models.statistics import fill_statistics
+from pretrain.models.tokenizers.config import (
+    DiscriminatorConfig,
+    LiteVAEConfig,
+    QuantisedDCAEConfig,
+    ViTAutoencoderConfig,
+)
 from pretrain.models.tokenizers.dc_ae_config import DCAEConfig
-from pretrain.models.tokenizers.discriminator import DiscriminatorConfig
-from pretrain.models.vit import check_pixels
-from pretrain.objectives.latent_views import ChannelPrefixConfig, EquivarianceConfig
 
 TRAINED_PARTS: dict[str, tuple[str, ...]] = {
     "all": (r".*",),
@@ -25,6 +29,81 @@ TRAINED_PARTS: dict[str, tuple[str, ...]] = {
     "head+stage": (r"decoder\.(project_out|{decoder_finest})\..*",),
 }
 """Names for what a phase trains: phase 1 "all", phase 2 "latent", phase 3 "head"; "+stage" adds the stage beside it."""
+
+
+@dataclass(frozen=True)
+class ChannelPrefixConfig:
+    """DC-AE 1.5's structured latent (arXiv 2508.00413, section 3.2): decoding from the first channels alone is trained.
+
+    Each sample draws its own count, where the paper draws one per step: a step then holds a mixture of counts, the
+    expected gradient is the same, and it does not depend on how a batch is cut into ranks and micro-batches.
+    """
+
+    step: int = 0
+    """Latent channels from one count to the next: step, 2 step, ..., and all; 0 = always all. The paper: 16."""
+    always_min_max: bool = False
+    """Of every four consecutive samples, one keeps the fewest channels and one keeps all; so both are in each step
+    of at least 4 samples. false: all samples draw."""
+    validated: tuple[int, ...] = ()
+    """Counts whose PSNR validation reports, each for one forward pass; empty: all of them."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "validated", tuple(self.validated))
+        if self.step < 0:
+            raise ValueError(f"prefix.step is {self.step}; expected 0 or more.")
+
+    def check(self, latent_channels: int) -> None:
+        """Checks the settings against a latent.
+
+        Raises:
+            ValueError: a latent with so many channels has no such prefixes, or settings are given that nothing reads.
+        """
+        if self.step == 0 and (self.always_min_max or self.validated):
+            raise ValueError(
+                "prefix.always_min_max or prefix.validated is set and prefix.step is 0, which keeps all channels. Set "
+                "prefix.step, to 16 for example."
+            )
+        if self.step >= latent_channels:
+            raise ValueError(
+                f"prefix.step is {self.step} and the latent has {latent_channels} channels; expected less than that, "
+                "or there is only one count."
+            )
+        unknown = [count for count in self.validated if count not in self.counts(latent_channels)]
+        if unknown:
+            raise ValueError(
+                f"prefix.validated holds {unknown}, which are not trained; expected some of "
+                f"{self.counts(latent_channels)}."
+            )
+
+    def counts(self, latent_channels: int) -> list[int]:
+        """The counts that are trained, ascending; the last one is all channels. Empty where all are always kept."""
+        return [*range(self.step, latent_channels, self.step), latent_channels] if self.step else []
+
+
+@dataclass(frozen=True)
+class EquivarianceConfig:
+    """EQ-VAE (arXiv 2502.09509): in some steps the latent is scaled and turned, and should decode to the image scaled
+    and turned alike; all losses compare with that. One transform per step, for all ranks: its samples share one shape.
+    """
+
+    probability: float = 0.0
+    """Share of the steps in which the latent is transformed; 0 = never. The paper: 0.5."""
+    min_scale: float = 0.25
+    """Smallest factor by which a latent's sides shrink, in (0, 1]. Sides are whole latent pixels, evenly drawn from
+    this to 1, and images follow them: at a factor of 32 and more, few other scales exist."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.probability <= 1.0 or not 0.0 < self.min_scale <= 1.0:
+            raise ValueError(
+                f"equivariance.probability is {self.probability} and min_scale {self.min_scale}; expected numbers in "
+                "[0, 1] and (0, 1]."
+            )
+
+    def sizes(self, latent_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """All sizes h, w to which a latent of `latent_size` may shrink, ascending; the last one is its own."""
+        height, width = latent_size
+        smallest = max(1, math.ceil(self.min_scale * height - 1e-9))
+        return [(rows, max(1, round(rows * width / height))) for rows in range(smallest, height + 1)]
 
 
 @dataclass(frozen=True)
@@ -122,3 +201,35 @@ class TokenizerConfig:
         for place, stage in self.model.stage_names.items():
             patterns = [pattern.replace(f"{{{place}}}", re.escape(stage)) for pattern in patterns]
         return patterns
+
+
+@dataclass(frozen=True)
+class QuantisedTokenizerConfig(TokenizerConfig):
+    """As `TokenizerConfig`, with a codebook. What phase 3 freezes keeps its codes: train "head" or "decoder" there."""
+
+    model: QuantisedDCAEConfig = field(default_factory=QuantisedDCAEConfig)  # type: ignore[assignment]
+    """The autoencoder and its codebook."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prefix.step or self.equivariance.probability:
+            raise ValueError(
+                f"prefix.step is {self.prefix.step} and equivariance.probability {self.equivariance.probability}; "
+                "expected 0 for both, as neither a part of a code nor a mixture of codes is one."
+            )
+
+
+@dataclass(frozen=True)
+class ViTTokenizerConfig(TokenizerConfig):
+    """As `TokenizerConfig`; the paper's second stage trains "decoder", with a discriminator."""
+
+    model: ViTAutoencoderConfig = field(default_factory=ViTAutoencoderConfig)  # type: ignore[assignment]
+    """The autoencoder."""
+
+
+@dataclass(frozen=True)
+class WaveletTokenizerConfig(TokenizerConfig):
+    """As `TokenizerConfig`, with a wavelet encoder."""
+
+    model: LiteVAEConfig = field(default_factory=LiteVAEConfig)  # type: ignore[assignment]
+    """The autoencoder."""

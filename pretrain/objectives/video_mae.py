@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from pretrain.models.video_masking import ClipMask, num_tube_tokens_kept, tube_masks
-from pretrain.objectives.clip_mae import ClipMAEConfig, ClipMAEObjective, check_family, check_some_hidden
+from pretrain.models.video_masking import ClipMask, tube_masks
+from pretrain.objectives.clip_mae import ClipMAEObjective
 from pretrain.objectives.clip_target import channel_target
-
-
-@dataclass(frozen=True)
-class VideoMAEObjectiveConfig(ClipMAEConfig):
-    """VideoMAE; the defaults are those of the paper's ViT-B/16 on 16 frames of 224 x 224."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_family(self.model, "video_mae", "video_mae")
-        check_some_hidden(self.num_kept, self.model.encoder.num_tokens, self.mask_ratio)
-
-    @property
-    def num_kept(self) -> int:
-        """Tokens of a clip that the encoder sees."""
-        return num_tube_tokens_kept(self.model.encoder.grid_size, self.mask_ratio)
+from pretrain.objectives.mae_config import VideoMAEObjectiveConfig
 
 
 def video_mae_objective(config: VideoMAEObjectiveConfig, seed: int) -> ClipMAEObjective:

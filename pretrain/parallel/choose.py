@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch.distributed as dist
 
-from pretrain.optim import OptimConfig
+from pretrain.optim_config import OptimConfig
 from pretrain.parallel.config import ZERO_STAGES, DeepSpeedConfig, ParallelConfig
 from pretrain.parallel.deepspeed_config import check_ds_config, require_deepspeed
 from pretrain.parallel.strategy import Strategy

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.objectives.base import Objective
-from pretrain.optim import OptimConfig, build_adamw, start_adamw, update_ema
+from pretrain.optim import build_adamw, start_adamw, update_ema
+from pretrain.optim_config import OptimConfig
 from pretrain.parallel.blocks import checkpoint_blocks
 from pretrain.parallel.config import ZERO_STAGES, ParallelConfig
 from pretrain.parallel.deepspeed_config import check_ds_config, require_deepspeed

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pretrain.parallel.config import ZERO_STAGES
 
 if TYPE_CHECKING:
-    from pretrain.optim import OptimConfig
+    from pretrain.optim_config import OptimConfig
     from pretrain.parallel.config import ParallelConfig
 
 

@@ -27,7 +27,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.objectives.base import Objective
-from pretrain.optim import AdamW, OptimConfig, build_adamw, start_adamw, update_ema
+from pretrain.optim import AdamW, build_adamw, start_adamw, update_ema
+from pretrain.optim_config import OptimConfig
 from pretrain.parallel import fsdp2
 from pretrain.parallel.blocks import checkpoint_blocks
 from pretrain.parallel.config import ParallelConfig

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain.report.curves import format_value
-from pretrain.report.picture_strips import film_uri, picture_uri
+from pretrain.report.embedded import film_uri, picture_uri
 
 MAX_PICTURES = 8
 """Strips of one report."""

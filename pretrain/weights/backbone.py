@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from data_pipes.store.urls import local_path
-from data_pipes.transforms.clips import ClipSampling
+from data_pipes.transforms.clip_sampling import ClipSampling
 from pretrain.checkpoint.folder import Folder
 from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import find_damage, load_weights, read_complete
 from pretrain.config import load_run_config
-from pretrain.models.normalise import default_mean, default_std
+from pretrain.models.config import ViTConfig
+from pretrain.models.statistics import default_mean, default_std
 from pretrain.models.video_vit import VideoViT
-from pretrain.models.vit import ViT, ViTConfig
+from pretrain.models.vit import ViT
 from pretrain.weights.files import EXPORT_WEIGHTS
 from pretrain.weights.finding import EXPORT_CONFIG, find_checkpoint, named_file, run_dir_of
 from pretrain.weights.image import describe_encoder, load_encoder, parse_architecture, read_canonical

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.models.tokenizers.dc_ae_config import DCAEConfig
-from pretrain.models.tokenizers.linear_attention import HEAD_WIDTH
+from pretrain.models.tokenizers.dc_ae_config import HEAD_WIDTH, DCAEConfig
 from pretrain.weights.files import State
 
 _LAYERS = (

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import load_weights
+from pretrain.models.config import VIT_SIZES, ViTConfig, vit_config
 from pretrain.models.mae import MAE
 from pretrain.models.positions import sincos_position_embedding
-from pretrain.models.vit import VIT_SIZES, ViT, ViTConfig, vit_config
+from pretrain.models.vit import ViT
 from pretrain.weights.files import EXPORT_WEIGHTS, State, WeightsError, check_fit, floats, read_state, shapes_of
 from pretrain.weights.finding import checkpoint_in
 from pretrain.weights.image_names import canonical_names

@@ -30,11 +30,11 @@ from pretrain.checkpoint.dcp import read_tensors
 from pretrain.checkpoint.folder import Folder
 from pretrain.checkpoint.open_folder import open_folder
 from pretrain.config import load_run_config
+from pretrain.models.config import MAEConfig
 from pretrain.models.inflate import Inflation, inflate_encoder
-from pretrain.models.mae import MAEConfig
 from pretrain.models.positions import sincos_position_embedding, sinusoid_table
-from pretrain.models.video_mae import VideoMAE, VideoMAEConfig
-from pretrain.models.video_vit import Family
+from pretrain.models.video_config import Family, VideoMAEConfig
+from pretrain.models.video_mae import VideoMAE
 from pretrain.weights.files import EXPORT_WEIGHTS, State, WeightsError, check_fit, floats, read_state, shapes_of
 from pretrain.weights.finding import EXPORT_CONFIG, checkpoint_in
 from pretrain.weights.image import is_fixed_position_embedding

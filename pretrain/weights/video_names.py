@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pretrain.models.positions import sinusoid_table
-from pretrain.models.video_mae import VideoMAEConfig
+from pretrain.models.video_config import VideoMAEConfig
 from pretrain.weights.files import State
 
 LEARNED_POSITIONS = (

@@ -26,7 +26,7 @@ from data_pipes.index.index import index_shards
 from data_pipes.loader import Loader
 from data_pipes.open import open_dataset
 from data_pipes.order.order import OrderConfig
-from data_pipes.transforms.clips import ClipSampling
+from data_pipes.transforms.clip_sampling import ClipSampling
 from tests.data_pipes.tiny_videos import encode, pictures, rotated, sound, video
 
 ORDER = OrderConfig(seed=3, streams=2, run=2, window=8, chunk_bytes=60_000)

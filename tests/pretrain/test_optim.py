@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.optim import LearningRate, OptimConfig, build_adamw, parameter_groups, scheduled_lr, update_ema
+from pretrain.optim import LearningRate, build_adamw, parameter_groups, scheduled_lr, update_ema
+from pretrain.optim_config import OptimConfig
 
 
 def _mae_reference(epoch: float, lr: float, min_lr: float, warmup: float, epochs: float) -> float:

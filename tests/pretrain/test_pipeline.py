@@ -16,7 +16,8 @@ import torch
 from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import find_damage, load_weights, newest_complete
 from pretrain.config import ConfigError
-from pretrain.pipeline import is_pipeline, load_pipeline, run_pipeline
+from pretrain.phases import is_pipeline, load_pipeline
+from pretrain.pipeline import run_pipeline
 from tests.faults.harness import JournalTail
 from tests.faults.zygote import Zygote
 from tests.pretrain.runs import ROOT, losses
@@ -118,7 +119,7 @@ def test_three_phases_killed_in_each_end_as_uninterrupted_ones(
     # Once more: everything is done, even without what the phases started from.
     shutil.rmtree(tmp_path / "killed-phase2")
     shutil.copytree(tmp_path / "whole-phase2", tmp_path / "killed-phase2")
-    again = run_pipeline(PIPELINE, overrides_of(tiny_dataset, tmp_path, "killed"))
+    again = run_pipeline(load_pipeline(PIPELINE, overrides_of(tiny_dataset, tmp_path, "killed")))
     assert [phase["steps_this_start"] for phase in again["phases"]] == [0, 0, 0]
     assert again["status"] == "finished"
 
@@ -160,9 +161,15 @@ def test_overrides_reach_one_phase_or_all(tmp_path: Path) -> None:
 
 def test_every_phase_is_checked_before_the_first_begins(tiny_dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names 'generator'"):
-        run_pipeline(PIPELINE, overrides_of(tiny_dataset, tmp_path, "run", "phase3.optim.players.generator.lr=1e-3"))
+        run_pipeline(
+            load_pipeline(
+                PIPELINE, overrides_of(tiny_dataset, tmp_path, "run", "phase3.optim.players.generator.lr=1e-3")
+            )
+        )
     with pytest.raises(ValueError, match="'trainde'"):
-        run_pipeline(PIPELINE, overrides_of(tiny_dataset, tmp_path, "run", "phase2.objective.trained=[trainde]"))
+        run_pipeline(
+            load_pipeline(PIPELINE, overrides_of(tiny_dataset, tmp_path, "run", "phase2.objective.trained=[trainde]"))
+        )
     assert not list(tmp_path.glob("run-*"))
 
 

@@ -17,7 +17,8 @@ from data_pipes.transforms.image import EvalTransform
 from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import newest_complete
 from pretrain.config import load_config
-from pretrain.optim import OptimConfig, parameter_groups, scheduled_lr
+from pretrain.optim import parameter_groups, scheduled_lr
+from pretrain.optim_config import OptimConfig
 from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.native import NativeStrategy
 from pretrain.parallel.world import World

@@ -24,7 +24,7 @@ from data_pipes.store.storage import Storage
 from data_pipes.store.transport import StorageConfig
 from data_pipes.transforms.image import EvalTransform
 from pretrain.evaluation.encoder.views import VideoConfig, view_ratio
-from pretrain.models.video_vit import VideoViTConfig
+from pretrain.models.video_config import VideoViTConfig
 from pretrain.weights.backbone import Backbone
 
 

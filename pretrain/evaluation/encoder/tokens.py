@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from pretrain.evaluation.encoder.datasets import loading_config, read_labels
 from pretrain.evaluation.encoder.features import FeatureModel, num_views
 from pretrain.evaluation.encoder.subject import Subject
-from pretrain.models.video_vit import VideoViTConfig
+from pretrain.models.video_config import VideoViTConfig
 
 
 class Tokens:

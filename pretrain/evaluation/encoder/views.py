@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from data_pipes.transforms.clips import ClipSampling
+from data_pipes.transforms.clip_sampling import ClipSampling
 from pretrain.models.normalise import Normalise
 from pretrain.models.video_vit import VideoViT
 from pretrain.objectives.clip_target import normalise_clips

@@ -21,7 +21,8 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
-from pretrain.losses.perceptual import SMALLEST_SIDE, PerceptualConfig, load_lpips
+from pretrain.losses.config import SMALLEST_SIDE, PerceptualConfig
+from pretrain.losses.perceptual import load_lpips
 from pretrain.losses.reconstruction import psnr
 
 SSIM_WINDOW = 11

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pretrain.models.tokenizers.linear_attention import HEAD_WIDTH
-
+HEAD_WIDTH = 32
+"""Channels of a head, d."""
 BLOCKS = ("res", "attention", "multiscale")
 """Kinds of blocks; see `DCAEConfig.blocks`."""
 NORMS = ("rms", "batch")

@@ -6,9 +6,8 @@ Legend: B batch, C channels, H/W pixels, h/w patches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from pretrain.losses.adversarial import LeCam
 from pretrain.models.norms import NORM_EPS
 from pretrain.models.precision import without_autocast
+from pretrain.models.tokenizers.config import DiscriminatorConfig
 
 SLOPE = 0.2
 """Of the leaky ReLUs where the input is negative."""
@@ -24,23 +24,6 @@ WEIGHT_STD = 0.02
 """Standard deviation of the weights' starting values, as in pix2pix."""
 MAX_WIDENING = 8
 """Most channels of a layer / those of the first."""
-
-
-@dataclass(frozen=True)
-class DiscriminatorConfig:
-    """Shape of a patch discriminator. The defaults see patches of 70 x 70 pixels."""
-
-    width: int = 64
-    """Channels after the first layer; doubled by each further layer, to at most 8 times."""
-    layers: int = 3
-    """Layers that halve the resolution; two that do not follow. 1, 2, 3, 4 see 16, 34, 70, 142 pixels."""
-    norm: Literal["spectral", "batch", "none"] = "spectral"
-    """spectral: of the weights, so that samples stay independent (arXiv 1802.05957); batch: by the statistics of the
-    rank's micro-batch, as in VQGAN; none."""
-
-    def __post_init__(self) -> None:
-        if self.width < 1 or self.layers < 1:
-            raise ValueError(f"width is {self.width} and layers {self.layers}; expected at least 1 of each.")
 
 
 class Logits(NamedTuple):

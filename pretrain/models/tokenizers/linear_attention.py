@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from pretrain.losses.reconstruction import at_least_float32
 from pretrain.models.norms import RMSNorm
 from pretrain.models.precision import without_autocast
+from pretrain.models.tokenizers.dc_ae_config import HEAD_WIDTH
 
-HEAD_WIDTH = 32
-"""Channels of a head, d."""
 ATTENTION_EPS = 1e-15
 """Added to the sum of a query's weights, which is 0 where no key agrees with it."""
 

@@ -9,8 +9,6 @@ Legend: B batch, C image channels, L latent channels, H/W pixels, h/w latent pix
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,81 +16,9 @@ from torch import Tensor, nn
 from pretrain.models.norms import RMSNorm
 from pretrain.models.tokenizers.autoencoder import Autoencoder, EncoderOrDecoder
 from pretrain.models.tokenizers.bottlenecks import direct_or_gaussian
+from pretrain.models.tokenizers.config import LiteVAEConfig
 from pretrain.models.tokenizers.dc_ae import Decoder
 from pretrain.models.tokenizers.dc_ae_blocks import ResBlock, init_module
-from pretrain.models.tokenizers.dc_ae_config import DCAEConfig
-
-
-@dataclass(frozen=True)
-class LiteVAEConfig:
-    """A wavelet encoder and DC-AE's decoder. The defaults are f8, 12 channels and an encoder of 0.9M parameters."""
-
-    in_channels: int = 3
-    """Channels of the images."""
-    latent_channels: int = 12
-    """Channels of the latent."""
-    gaussian: bool = False
-    """The encoder predicts a mean and a log-variance per latent value (the paper's); false: the latent itself."""
-    level_width: int = 32
-    """Channels of the network of each wavelet level."""
-    level_depth: int = 3
-    """Residual blocks of the network of each wavelet level."""
-    width: int = 96
-    """Channels of the network that joins the levels."""
-    depth: int = 4
-    """Residual blocks of the network that joins the levels."""
-    decoder_widths: tuple[int, ...] = (128, 256, 512, 512)
-    """Channels per stage of the decoder, from full resolution; each but the first halves it: 4 stages for 3 levels."""
-    decoder_depths: tuple[int, ...] = (2, 2, 2, 2)
-    """Blocks per stage of the decoder; the first may be 0 as in DC-AE."""
-    decoder_blocks: tuple[str, ...] = ("res", "res", "res", "res")
-    """Per stage of the decoder: "res", "attention", "multiscale", as in DC-AE."""
-    decoder_norms: tuple[str, ...] = ("rms", "rms", "rms", "rms")
-    """Per stage of the decoder: "rms" or, for "res" blocks, "batch"."""
-
-    def __post_init__(self) -> None:
-        for name in ("decoder_widths", "decoder_depths", "decoder_blocks", "decoder_norms"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("in_channels", "latent_channels", "level_width", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
-        if self.level_depth < 1 or self.depth < 1:
-            raise ValueError(f"level_depth is {self.level_depth} and depth {self.depth}; expected at least 1 of each.")
-        try:
-            self.decoder_shape()
-        except ValueError as error:
-            raise ValueError(f"The decoder of this LiteVAE cannot be built: {error}") from error
-
-    @property
-    def levels(self) -> int:
-        """How often the Haar transform halves the picture."""
-        return len(self.decoder_widths) - 1
-
-    @property
-    def factor(self) -> int:
-        """Pixels of the image per pixel of the latent, in each direction."""
-        return 1 << self.levels
-
-    @property
-    def stage_names(self) -> dict[str, str]:
-        """Prefixes of parameter names by place; see `AutoencoderConfig`."""
-        return {"encoder_deepest": f"joined.{self.depth - 1}", **self._decoder_stages()}
-
-    def decoder_shape(self) -> DCAEConfig:
-        """A DC-AE with this decoder."""
-        return DCAEConfig(
-            in_channels=self.in_channels,
-            latent_channels=self.latent_channels,
-            widths=self.decoder_widths,
-            encoder_depths=self.decoder_depths[:1] + (1,) * self.levels,
-            decoder_depths=self.decoder_depths,
-            blocks=self.decoder_blocks,
-            decoder_norms=self.decoder_norms,
-            latent_shortcuts=False,
-        )
-
-    def _decoder_stages(self) -> dict[str, str]:
-        return {name: stage for name, stage in self.decoder_shape().stage_names.items() if name.startswith("decoder")}
 
 
 class LiteVAE(Autoencoder):

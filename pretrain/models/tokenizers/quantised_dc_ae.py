@@ -6,54 +6,12 @@ Legend: B batch, C image channels, L latent channels, H/W pixels, h/w latent pix
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from torch import Tensor
 
 from pretrain.models.tokenizers.autoencoder import Autoencoder, pad_to_multiple
+from pretrain.models.tokenizers.config import QuantisedDCAEConfig
 from pretrain.models.tokenizers.dc_ae import Decoder, Encoder
-from pretrain.models.tokenizers.dc_ae_config import DCAEConfig
-from pretrain.models.tokenizers.quantisers import Quantiser, QuantiserConfig, build_quantiser
-
-
-@dataclass(frozen=True)
-class QuantisedDCAEConfig:
-    """A DC-AE and the codebook between its halves."""
-
-    autoencoder: DCAEConfig = field(default_factory=DCAEConfig)
-    """Encoder and decoder; its latent is not gaussian."""
-    quantiser: QuantiserConfig = field(default_factory=QuantiserConfig)
-    """The codebook."""
-
-    def __post_init__(self) -> None:
-        if self.autoencoder.gaussian:
-            raise ValueError("autoencoder.gaussian is true; expected false, as the codes take the gaussian's place.")
-        self.quantiser.check(self.autoencoder.latent_channels)
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the images."""
-        return self.autoencoder.in_channels
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the latent."""
-        return self.autoencoder.latent_channels
-
-    @property
-    def factor(self) -> int:
-        """Pixels of the image per pixel of the latent, in each direction."""
-        return self.autoencoder.factor
-
-    @property
-    def gaussian(self) -> bool:
-        """False: the latent is made of codes."""
-        return False
-
-    @property
-    def stage_names(self) -> dict[str, str]:
-        """Prefixes of parameter names by place; see `AutoencoderConfig`."""
-        return self.autoencoder.stage_names
+from pretrain.models.tokenizers.quantisers import Quantiser, build_quantiser
 
 
 class QuantisedDCAE(Autoencoder):

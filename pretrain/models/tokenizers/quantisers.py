@@ -7,10 +7,8 @@ Legend: B batch, L latent channels, h/w latent pixels, K codes, G groups of chan
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,52 +17,7 @@ from torch import Tensor, nn
 from pretrain.losses.reconstruction import at_least_float32
 from pretrain.models.precision import without_autocast
 from pretrain.models.tokenizers.bottlenecks import Bottleneck, Latent
-
-
-@dataclass(frozen=True)
-class QuantiserConfig:
-    """A codebook."""
-
-    kind: Literal["sim_vq", "fsq"] = "sim_vq"
-    """sim_vq: a frozen gaussian codebook times a trained matrix; fsq: rounding to a grid, nothing to train."""
-    num_codes: int = 16384
-    """sim_vq's number of codes, K."""
-    commitment_weight: float = 1.0
-    """Weight of sim_vq's loss (mean squared distance of codes and features, per value) beside the reconstruction's."""
-    commitment_share: float = 0.25
-    """Within that loss, how much the encoder is pulled to the codes; the codes are pulled to the encoder by 1."""
-    rotation_trick: bool = False
-    """Whether sim_vq's gradient to the encoder is rotated with the code (arXiv 2410.06424); false copies it, as in the
-    paper."""
-    levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
-    """fsq's values per channel, each at least 3; a code spans as many channels as there are levels."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple(self.levels))
-        if self.num_codes < 2 or self.commitment_weight < 0.0 or self.commitment_share < 0.0:
-            raise ValueError(
-                f"num_codes is {self.num_codes}, commitment_weight {self.commitment_weight} and commitment_share "
-                f"{self.commitment_share}; expected at least 2 codes, and 0 or more."
-            )
-        if not self.levels or min(self.levels) < 3:
-            raise ValueError(f"levels is {list(self.levels)}; expected at least 3 per channel.")
-
-    def check(self, latent_channels: int) -> None:
-        """Checks whether a latent falls into whole codes.
-
-        Raises:
-            ValueError: fsq's levels do not divide the channels.
-        """
-        if self.kind == "fsq" and latent_channels % len(self.levels):
-            raise ValueError(
-                f"The latent has {latent_channels} channels and levels has {len(self.levels)} values; expected a "
-                "number of channels that is a multiple of it, as each code spans one channel per level."
-            )
-
-    @property
-    def codebook_size(self) -> int:
-        """Number of codes, K."""
-        return self.num_codes if self.kind == "sim_vq" else math.prod(self.levels)
+from pretrain.models.tokenizers.config import QuantiserConfig
 
 
 class Quantiser(Bottleneck):

@@ -9,8 +9,6 @@ side, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -19,60 +17,7 @@ from pretrain.models.encoder import LAYER_NORM_EPS, PatchProjection, init_layer,
 from pretrain.models.positions import sincos_position_embedding
 from pretrain.models.tokenizers.autoencoder import Autoencoder, EncoderOrDecoder
 from pretrain.models.tokenizers.bottlenecks import direct_or_gaussian
-from pretrain.models.vit import check_width
-
-
-@dataclass(frozen=True)
-class ViTAutoencoderConfig:
-    """Shape of both transformers. The defaults are the paper's S-B/16 with 16 channels: 4,096 latent values at 256."""
-
-    in_channels: int = 3
-    """Channels of the images."""
-    patch_size: int = 16
-    """Side of a patch, in pixels; also the latent's factor."""
-    latent_channels: int = 16
-    """Latent values per patch."""
-    gaussian: bool = False
-    """The encoder predicts a mean and a log-variance per latent value (the paper's); false: the latent itself."""
-    encoder_width: int = 768
-    """Features per token; divisible by encoder_heads and by 4."""
-    encoder_depth: int = 6
-    """Transformer blocks."""
-    encoder_heads: int = 12
-    """Attention heads per block."""
-    decoder_width: int = 768
-    """Features per token; divisible by decoder_heads and by 4."""
-    decoder_depth: int = 12
-    """Transformer blocks."""
-    decoder_heads: int = 12
-    """Attention heads per block."""
-    mlp_ratio: float = 4.0
-    """Hidden features of a block's MLP / width."""
-
-    def __post_init__(self) -> None:
-        numbers = {
-            name: getattr(self, name)
-            for name in ("in_channels", "patch_size", "latent_channels", "encoder_depth", "decoder_depth")
-        }
-        if min(numbers.values()) < 1:
-            found = ", ".join(f"{name} {number}" for name, number in numbers.items())
-            raise ValueError(f"The ViT autoencoder has {found}; expected at least 1 of each.")
-        check_width("encoder_width", self.encoder_width, "encoder_heads", self.encoder_heads)
-        check_width("decoder_width", self.decoder_width, "decoder_heads", self.decoder_heads)
-
-    @property
-    def factor(self) -> int:
-        """Pixels of the image per pixel of the latent, in each direction."""
-        return self.patch_size
-
-    @property
-    def stage_names(self) -> dict[str, str]:
-        """Prefixes of parameter names by place; see `AutoencoderConfig`."""
-        return {
-            "encoder_deepest": f"layers.{self.encoder_depth - 1}",
-            "decoder_deepest": "layers.0",
-            "decoder_finest": f"layers.{self.decoder_depth - 1}",
-        }
+from pretrain.models.tokenizers.config import ViTAutoencoderConfig
 
 
 class ViTAutoencoder(Autoencoder):

@@ -22,7 +22,7 @@ from data_pipes.pack.plan import PackOptions
 from data_pipes.pack.reencode_picture import PictureOptions, UnreadableFile
 from data_pipes.pack.reencode_video import VideoOptions, prepare_video
 from data_pipes.shards.manifest import Manifest
-from data_pipes.transforms.clips import ClipSampling
+from data_pipes.transforms.clip_sampling import ClipSampling
 from launchers.cli import main
 from tests.data_pipes.pack.test_pack import content, samples
 from tests.data_pipes.tiny_shards import picture

@@ -15,7 +15,7 @@ from data_pipes.decode.video import Video
 from data_pipes.errors import SampleError
 from data_pipes.index.index import index_shards
 from data_pipes.sequential.clips import SequentialClips, clip_windows, crop_places, resized_size
-from data_pipes.transforms.clips import ClipSampling
+from data_pipes.transforms.clip_sampling import ClipSampling
 from tests.data_pipes.tiny_videos import SIZE, decode_all, video
 
 

@@ -12,7 +12,8 @@ from torchvision.transforms.v2 import functional as reference
 
 from data_pipes.decode.video import Video
 from data_pipes.order.hashing import hash_uniform
-from data_pipes.transforms.clips import ClipSampling, ClipTransform, multi_scale_box
+from data_pipes.transforms.clip_sampling import ClipSampling
+from data_pipes.transforms.clips import ClipTransform, multi_scale_box
 from data_pipes.transforms.image import TrainTransform
 from tests.data_pipes.tiny_videos import decode_all, encode, pictures, video
 

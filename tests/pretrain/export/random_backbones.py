@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
-from pretrain.models.video_vit import VideoViT, VideoViTConfig
-from pretrain.models.vit import ViT, ViTConfig
+from pretrain.models.config import ViTConfig
+from pretrain.models.video_config import VideoViTConfig
+from pretrain.models.video_vit import VideoViT
+from pretrain.models.vit import ViT
 from pretrain.weights.backbone import Backbone, weights_digest
 
 

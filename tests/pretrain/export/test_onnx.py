@@ -17,9 +17,12 @@ from pretrain.export import onnx as onnx_export
 from pretrain.export.onnx import OnnxExport, export_onnx
 from pretrain.export.onnx_models import export_backbone_onnx, export_tokenizer_onnx
 from pretrain.export.publish import ExportError
-from pretrain.models.tokenizers.vit_autoencoder import ViTAutoencoder, ViTAutoencoderConfig
-from pretrain.models.video_vit import VideoViT, VideoViTConfig
-from pretrain.models.vit import ViT, ViTConfig
+from pretrain.models.config import ViTConfig
+from pretrain.models.tokenizers.config import ViTAutoencoderConfig
+from pretrain.models.tokenizers.vit_autoencoder import ViTAutoencoder
+from pretrain.models.video_config import VideoViTConfig
+from pretrain.models.video_vit import VideoViT
+from pretrain.models.vit import ViT
 from pretrain.weights.backbone import Backbone, weights_digest
 from pretrain.weights.tokenizer import LoadedTokenizer
 from tests.pretrain.weights.tiny_dc_ae import make_tokenizer, tiny

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from pretrain.export import original as original_export
 from pretrain.export.original import ENTRIES, export_original, outputs, read_back, why_not
 from pretrain.export.publish import ExportError
-from pretrain.models.mae import MAE, MAEConfig
+from pretrain.models.config import MAEConfig, ViTConfig
+from pretrain.models.mae import MAE
 from pretrain.models.tokenizers.dc_ae import DCAE
-from pretrain.models.video_mae import VideoMAE, VideoMAEConfig
-from pretrain.models.video_vit import VideoViTConfig
-from pretrain.models.vit import ViT, ViTConfig
+from pretrain.models.video_config import VideoMAEConfig, VideoViTConfig
+from pretrain.models.video_mae import VideoMAE
+from pretrain.models.vit import ViT
 from pretrain.weights.backbone import load_backbone
 from pretrain.weights.starting import initialize
 from tests.pretrain.export.tiny_runs import train_on_clips, train_on_images

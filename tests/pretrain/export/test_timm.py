@@ -15,7 +15,8 @@ from torch import nn
 from pretrain.export import timm as timm_export
 from pretrain.export.publish import ExportError
 from pretrain.export.timm import Pool, architecture_of, export_timm, reference_features
-from pretrain.models.vit import VIT_SIZES, ViT, ViTConfig, vit_config
+from pretrain.models.config import VIT_SIZES, ViTConfig, vit_config
+from pretrain.models.vit import ViT
 from pretrain.weights.backbone import load_backbone
 from tests.pretrain.exact import EXACT, relative_error
 from tests.pretrain.export.random_backbones import backbone_of

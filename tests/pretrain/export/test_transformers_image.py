@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from pretrain.export import transformers_image as export
 from pretrain.export.publish import ExportError
 from pretrain.export.transformers_image import export_vit, why_not
+from pretrain.models.config import ViTConfig
 from pretrain.models.mae import MAE
-from pretrain.models.video_vit import VideoViT, VideoViTConfig
-from pretrain.models.vit import ViT, ViTConfig
+from pretrain.models.video_config import VideoViTConfig
+from pretrain.models.video_vit import VideoViT
+from pretrain.models.vit import ViT
 from pretrain.weights.backbone import load_backbone
 from tests.pretrain.exact import EXACT, StaysDouble, relative_error
 from tests.pretrain.export.random_backbones import backbone_of

@@ -18,10 +18,12 @@ from pretrain.config import load_run_config
 from pretrain.export import transformers_video as export
 from pretrain.export.publish import ExportError
 from pretrain.export.transformers_video import export_videomae, why_not
-from pretrain.models.video_mae import VideoMAE, VideoMAEConfig
+from pretrain.models.config import ViTConfig
+from pretrain.models.video_config import VideoMAEConfig, VideoViTConfig
+from pretrain.models.video_mae import VideoMAE
 from pretrain.models.video_masking import tube_masks
-from pretrain.models.video_vit import VideoViT, VideoViTConfig
-from pretrain.models.vit import ViT, ViTConfig
+from pretrain.models.video_vit import VideoViT
+from pretrain.models.vit import ViT
 from pretrain.objectives.clip_mae import ClipMAEObjective
 from pretrain.weights.backbone import Backbone, Weights, weights_digest
 from pretrain.weights.video import load_video_weights
@@ -282,7 +284,8 @@ def test_the_loss_is_theirs_on_their_scale_of_pixels(norm_pixels: bool) -> None:
 
 
 def clip_objective(config: VideoMAEConfig, norm_pixels: bool) -> ClipMAEObjective:
-    from pretrain.objectives.video_mae import VideoMAEObjectiveConfig, video_mae_objective
+    from pretrain.objectives.mae_config import VideoMAEObjectiveConfig
+    from pretrain.objectives.video_mae import video_mae_objective
 
     objective = video_mae_objective(VideoMAEObjectiveConfig(config, mask_ratio=0.5, norm_pixels=norm_pixels), 0)
     objective.model.eval()

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.losses.adversarial import (
-    AdversarialConfig,
     LeCam,
     adaptive_factors,
     discriminator_loss,
@@ -18,7 +17,9 @@ from pretrain.losses.adversarial import (
     squared_gradient,
     with_gradient,
 )
-from pretrain.models.tokenizers.discriminator import Discriminator, DiscriminatorConfig
+from pretrain.losses.config import AdversarialConfig
+from pretrain.models.tokenizers.config import DiscriminatorConfig
+from pretrain.models.tokenizers.discriminator import Discriminator
 
 NORMS = ("spectral", "batch", "none")
 

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pretrain.losses import perceptual
-from pretrain.losses.perceptual import LPIPS, PerceptualConfig, PerceptualWeightsError, load_lpips
+from pretrain.losses.config import PerceptualConfig
+from pretrain.losses.perceptual import LPIPS, PerceptualWeightsError, load_lpips
 
 CHANNELS = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from pretrain.models.config import ViTConfig
 from pretrain.models.inflate import inflate_encoder
-from pretrain.models.video_vit import VideoViT, VideoViTConfig
-from pretrain.models.vit import ViT, ViTConfig
+from pretrain.models.video_config import VideoViTConfig
+from pretrain.models.video_vit import VideoViT
+from pretrain.models.vit import ViT
 
 IMAGE = ViTConfig((16, 24), (8, 4), 2, 24, 2, 2)
 

@@ -10,10 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.losses.pixels import masked_patch_loss, normalise_patches, patchify, unpatchify
-from pretrain.models.mae import MAE, MAEConfig, mae_flops
+from pretrain.models.config import MAEConfig, ViTConfig, vit_config
+from pretrain.models.mae import MAE, mae_flops
 from pretrain.models.masking import position_noise, random_masking
 from pretrain.models.positions import sincos_position_embedding
-from pretrain.models.vit import ViTConfig, vit_config
 
 ENCODER = ViTConfig(image_size=(24, 40), patch_size=(8, 4), in_channels=2, width=48, depth=2, heads=4)
 CONFIG = MAEConfig(ENCODER, decoder_width=32, decoder_depth=2, decoder_heads=4)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain.models.mae import MAE, MAEConfig
+from pretrain.models.config import MAEConfig, ViTConfig
+from pretrain.models.mae import MAE
 from pretrain.models.positions import sincos_position_embedding
-from pretrain.models.vit import ViTConfig
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 

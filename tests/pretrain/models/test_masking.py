@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.models.masking import num_kept, position_noise, random_masking
+from pretrain.models.mask_sizes import num_kept
+from pretrain.models.masking import position_noise, random_masking
 
 
 def splitmix_finaliser(bits: int) -> int:

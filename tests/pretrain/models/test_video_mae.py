@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.losses.clips import channel_statistics, clip_loss, from_tubelets, predicted_frames, tubelets
 from pretrain.models.positions import sincos_position_embedding, sinusoid_table
-from pretrain.models.video_mae import DECODERS, VideoMAE, VideoMAEConfig, video_mae_config, video_mae_flops
+from pretrain.models.video_config import DECODERS, VideoMAEConfig, VideoViTConfig, video_mae_config
+from pretrain.models.video_mae import VideoMAE, video_mae_flops
 from pretrain.models.video_masking import ClipMask, dual_masks, running_cells, spacetime_masks, tube_masks
-from pretrain.models.video_vit import VideoViTConfig
 from pretrain.weights.video_names import to_mae_st
 
 VIDEO_MAE = VideoMAEConfig(VideoViTConfig(6, (16, 24), 3, (8, 4), 2, 24, 2, 2), 16, 2, 2)

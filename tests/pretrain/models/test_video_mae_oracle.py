@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from pretrain.export.transformers_arguments import transformers_arguments
 from pretrain.losses.clips import tubelets
-from pretrain.models.normalise import IMAGENET_MEAN, IMAGENET_STD, Normalise
+from pretrain.models.normalise import Normalise
 from pretrain.models.positions import sinusoid_table
-from pretrain.models.video_mae import VideoMAE, VideoMAEConfig, video_mae_config
+from pretrain.models.statistics import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.models.video_config import VideoMAEConfig, VideoViTConfig, video_mae_config
+from pretrain.models.video_mae import VideoMAE
 from pretrain.models.video_masking import ClipMask, tube_masks
-from pretrain.models.video_vit import VideoViTConfig
 from pretrain.objectives.clip_target import channel_target, normalise_clips
 from pretrain.weights.video_names import from_transformers, to_transformers
 

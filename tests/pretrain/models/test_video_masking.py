@@ -5,17 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pretrain.models.mask_sizes import num_decoded, num_tube_kept
 from pretrain.models.masking import position_noise
-from pretrain.models.video_masking import (
-    ClipMask,
-    dual_masks,
-    num_decoded,
-    num_tube_kept,
-    repeat_noise,
-    running_cells,
-    spacetime_masks,
-    tube_masks,
-)
+from pretrain.models.video_masking import ClipMask, dual_masks, repeat_noise, running_cells, spacetime_masks, tube_masks
 
 GRID = (8, 14, 14)
 POSITIONS = torch.tensor([3, 0, 2**40, 17])

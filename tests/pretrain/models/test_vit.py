@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.models.attention import SelfAttention, attend
+from pretrain.models.config import VIT_SIZES, ViTConfig, vit_config
 from pretrain.models.positions import sincos_position_embedding
-from pretrain.models.vit import VIT_SIZES, ViT, ViTConfig, vit_config
+from pretrain.models.vit import ViT
 from tests.pretrain.exact import relative_error
 
 SMALL = ViTConfig(image_size=(24, 40), patch_size=(8, 4), in_channels=2, width=48, depth=3, heads=4)

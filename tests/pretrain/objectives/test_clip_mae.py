@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from data_pipes.batch import Batch
 from pretrain.losses.clips import predicted_frames, tubelets
 from pretrain.losses.pixels import normalise_patches
-from pretrain.models.normalise import IMAGENET_MEAN, Normalise
-from pretrain.models.video_mae import VideoMAEConfig, video_mae_flops
+from pretrain.models.normalise import Normalise
+from pretrain.models.statistics import IMAGENET_MEAN
+from pretrain.models.video_config import VideoMAEConfig, VideoViTConfig
+from pretrain.models.video_mae import video_mae_flops
 from pretrain.models.video_masking import ClipMask, dual_masks, spacetime_masks, tube_masks
-from pretrain.models.video_vit import VideoViTConfig
-from pretrain.objectives.clip_mae import ClipMAEConfig, ClipMAEObjective
+from pretrain.objectives.clip_mae import ClipMAEObjective
 from pretrain.objectives.clip_target import normalise_clips
-from pretrain.objectives.mae_st import MAESTConfig, mae_st_objective
+from pretrain.objectives.mae_config import ClipMAEConfig, MAESTConfig, VideoMAEObjectiveConfig, VideoMAEv2Config
+from pretrain.objectives.mae_st import mae_st_objective
 from pretrain.objectives.masked_autoencoder import VALIDATION_SEED
-from pretrain.objectives.video_mae import VideoMAEObjectiveConfig, video_mae_objective
-from pretrain.objectives.video_mae_v2 import VideoMAEv2Config, video_mae_v2_objective
+from pretrain.objectives.video_mae import video_mae_objective
+from pretrain.objectives.video_mae_v2 import video_mae_v2_objective
 
 METHODS = {
     "mae_st": (MAESTConfig, mae_st_objective),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.losses.adversarial import AdversarialConfig
+from pretrain.losses.config import AdversarialConfig
 from pretrain.models.tokenizers import discriminator
 from pretrain.objectives.collapse_alarms import collapse_alarms
 from pretrain.tracking.journal import read_journal

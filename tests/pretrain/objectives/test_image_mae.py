@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from data_pipes.batch import Batch
 from pretrain.losses.pixels import patchify
-from pretrain.models.mae import MAEConfig, mae_flops
+from pretrain.models.config import MAEConfig, ViTConfig
+from pretrain.models.mae import mae_flops
 from pretrain.models.masking import position_noise
-from pretrain.models.normalise import IMAGENET_MEAN, IMAGENET_STD, Normalise
-from pretrain.models.vit import ViTConfig
-from pretrain.objectives.image_mae import ImageMAEConfig, ImageMAEObjective
+from pretrain.models.normalise import Normalise
+from pretrain.models.statistics import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.objectives.image_mae import ImageMAEObjective
+from pretrain.objectives.mae_config import ImageMAEConfig
 from pretrain.objectives.masked_autoencoder import VALIDATION_SEED
 from pretrain.objectives.table import OBJECTIVES
 

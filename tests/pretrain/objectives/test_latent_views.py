@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.losses.adversarial import AdversarialConfig
-from pretrain.losses.perceptual import PerceptualConfig
+from pretrain.losses.config import AdversarialConfig, PerceptualConfig
+from pretrain.models.tokenizers.config import DiscriminatorConfig
 from pretrain.models.tokenizers.dc_ae_config import dc_ae_config
-from pretrain.models.tokenizers.discriminator import Discriminator, DiscriminatorConfig
+from pretrain.models.tokenizers.discriminator import Discriminator
 from pretrain.models.tokenizers.latent_view import LatentView
-from pretrain.objectives.latent_views import ChannelPrefixConfig, EquivarianceConfig
+from pretrain.objectives.latent_views import draw_prefix, draw_transform
 from pretrain.objectives.tokenizer import TokenizerObjective
-from pretrain.objectives.tokenizer_config import TokenizerConfig
+from pretrain.objectives.tokenizer_config import ChannelPrefixConfig, EquivarianceConfig, TokenizerConfig
 from tests.pretrain.tokenizer_steps import batch, gradients, play
 
 PREFIX = ChannelPrefixConfig(step=3)
@@ -41,25 +41,25 @@ def test_counts_are_even_steps_and_all() -> None:
     assert PREFIX.counts(8) == [3, 6, 8]
     assert ChannelPrefixConfig(step=16).counts(64) == [16, 32, 48, 64]
     assert ChannelPrefixConfig().counts(64) == []
-    assert ChannelPrefixConfig().draw(torch.arange(4), 64, 0) is None
-    drawn = PREFIX.draw(torch.arange(3000), 8, 1)
+    assert draw_prefix(ChannelPrefixConfig(), torch.arange(4), 64, 0) is None
+    drawn = draw_prefix(PREFIX, torch.arange(3000), 8, 1)
     assert drawn.dtype == torch.int64
     shares = drawn.bincount(minlength=9)[[3, 6, 8]] / 3000
     assert (shares - 1 / 3).abs().max() < 0.03
 
 
 def test_a_sample_draws_by_its_position_and_the_seed() -> None:
-    drawn = PREFIX.draw(torch.arange(64), 8, 1)
-    assert torch.equal(PREFIX.draw(torch.tensor([40, 7]), 8, 1), drawn[[40, 7]])
-    assert not torch.equal(PREFIX.draw(torch.arange(64), 8, 2), drawn)
+    drawn = draw_prefix(PREFIX, torch.arange(64), 8, 1)
+    assert torch.equal(draw_prefix(PREFIX, torch.tensor([40, 7]), 8, 1), drawn[[40, 7]])
+    assert not torch.equal(draw_prefix(PREFIX, torch.arange(64), 8, 2), drawn)
 
 
 @pytest.mark.parametrize("first", [0, 1, 2, 3, 1001])
 def test_fewest_and_all_are_in_every_four_samples(first: int) -> None:
     prefix = ChannelPrefixConfig(step=1, always_min_max=True)
-    drawn = prefix.draw(torch.arange(first, first + 4), 64, 0)
+    drawn = draw_prefix(prefix, torch.arange(first, first + 4), 64, 0)
     assert {1, 64} <= set(drawn.tolist())
-    several = prefix.draw(torch.arange(4000), 64, 0)
+    several = draw_prefix(prefix, torch.arange(4000), 64, 0)
     assert several.unique().numel() == 64
 
 
@@ -67,7 +67,7 @@ def test_the_loss_is_that_of_the_drawn_prefixes() -> None:
     objective, data = make(prefix=PREFIX, seed=5), batch()
     images = data.images / 255.0 * 2.0 - 1.0
     latent, losses = objective.autoencoder.encode(images), []
-    counts = PREFIX.draw(data.positions, 8, 5).tolist()
+    counts = draw_prefix(PREFIX, data.positions, 8, 5).tolist()
     assert len(set(counts)) > 1
     for sample, count in enumerate(counts):
         shown = latent[sample : sample + 1].clone()
@@ -113,14 +113,14 @@ def test_sides_of_the_latent_are_whole() -> None:
 
 def test_transforms_follow_the_step_and_the_seed() -> None:
     equivariance = EquivarianceConfig(probability=0.5)
-    views = [equivariance.draw(step, (8, 8), 0) for step in range(2000)]
-    assert views == [equivariance.draw(step, (8, 8), 0) for step in range(2000)]
-    assert views != [equivariance.draw(step, (8, 8), 1) for step in range(2000)]
+    views = [draw_transform(equivariance, step, (8, 8), 0) for step in range(2000)]
+    assert views == [draw_transform(equivariance, step, (8, 8), 0) for step in range(2000)]
+    assert views != [draw_transform(equivariance, step, (8, 8), 1) for step in range(2000)]
     moved = [view for view in views if not view.keeps_geometry]
     assert abs(len(moved) / 2000 - 0.5 * (1 - 1 / 28)) < 0.04  # 7 sizes and 4 turns, one of them as it was
     assert {view.size for view in moved} == {None, *((n, n) for n in range(2, 8))}
     assert {view.quarter_turns for view in moved} == {0, 1, 2, 3}
-    assert all(EquivarianceConfig().draw(step, (8, 8), 0) == LatentView() for step in range(50))
+    assert all(draw_transform(EquivarianceConfig(), step, (8, 8), 0) == LatentView() for step in range(50))
 
 
 @pytest.mark.parametrize("size", [(24, 32), (22, 29)])

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.losses import adversarial
-from pretrain.losses.adversarial import AdversarialConfig
-from pretrain.losses.perceptual import LPIPS, PerceptualConfig, PerceptualWeightsError
+from pretrain.losses.config import AdversarialConfig, PerceptualConfig
+from pretrain.losses.perceptual import LPIPS, PerceptualWeightsError
+from pretrain.models.tokenizers.config import DiscriminatorConfig
 from pretrain.models.tokenizers.dc_ae_config import dc_ae_config
-from pretrain.models.tokenizers.discriminator import DiscriminatorConfig
 from pretrain.objectives.tokenizer import TokenizerObjective, position_normal
 from pretrain.objectives.tokenizer_config import TokenizerConfig
 from tests.pretrain.exact import StaysDouble

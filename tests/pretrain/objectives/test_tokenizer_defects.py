@@ -33,15 +33,17 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.losses.adversarial import AdversarialConfig, LeCam
+from pretrain.losses.adversarial import LeCam
+from pretrain.losses.config import AdversarialConfig
 from pretrain.losses.perceptual import LPIPS
 from pretrain.models.tokenizers.autoencoder import Autoencoder, pad_to_multiple
+from pretrain.models.tokenizers.config import QuantiserConfig
 from pretrain.models.tokenizers.dc_ae import DCAE, Decoder, Encoder
 from pretrain.models.tokenizers.dc_ae_config import dc_ae_config
 from pretrain.models.tokenizers.dc_ae_tiling import decode_tiled, encode_tiled
 from pretrain.models.tokenizers.discriminator import Discriminator, PatchConv
 from pretrain.models.tokenizers.linear_attention import LiteMLA, attend, quadratic_attention
-from pretrain.models.tokenizers.quantisers import QuantiserConfig, SimVQ
+from pretrain.models.tokenizers.quantisers import SimVQ
 from pretrain.objectives.tokenizer import TokenizerObjective
 
 TESTS = Path(__file__).resolve().parents[1]

@@ -9,21 +9,26 @@ import pytest
 import torch
 
 from pretrain.config import load_config
-from pretrain.losses.adversarial import AdversarialConfig
+from pretrain.losses.config import AdversarialConfig
+from pretrain.models.tokenizers.config import (
+    DiscriminatorConfig,
+    LiteVAEConfig,
+    QuantisedDCAEConfig,
+    QuantiserConfig,
+    ViTAutoencoderConfig,
+)
 from pretrain.models.tokenizers.dc_ae_config import dc_ae_config
-from pretrain.models.tokenizers.discriminator import DiscriminatorConfig
-from pretrain.models.tokenizers.lite_vae import LiteVAEConfig
-from pretrain.models.tokenizers.quantised_dc_ae import QuantisedDCAEConfig
-from pretrain.models.tokenizers.quantisers import QuantiserConfig
-from pretrain.models.tokenizers.vit_autoencoder import ViTAutoencoderConfig
-from pretrain.objectives.latent_views import ChannelPrefixConfig, EquivarianceConfig
 from pretrain.objectives.table import OBJECTIVES
 from pretrain.objectives.tokenizer import TokenizerObjective
-from pretrain.objectives.tokenizer_config import TokenizerConfig
-from pretrain.objectives.tokenizer_variants import (
+from pretrain.objectives.tokenizer_config import (
+    ChannelPrefixConfig,
+    EquivarianceConfig,
     QuantisedTokenizerConfig,
+    TokenizerConfig,
     ViTTokenizerConfig,
     WaveletTokenizerConfig,
+)
+from pretrain.objectives.tokenizer_variants import (
     quantised_tokenizer_objective,
     vit_tokenizer_objective,
     wavelet_tokenizer_objective,

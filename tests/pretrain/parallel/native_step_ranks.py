@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.optim import OptimConfig
+from pretrain.optim_config import OptimConfig
 from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.native import NativeStrategy
 from pretrain.parallel.world import World, join_world, leave_world

@@ -12,9 +12,9 @@ from torch import nn
 from data_pipes.batch import Batch
 from pretrain.config import ConfigError, load_config
 from pretrain.memory.simulate import LiveBytes
-from pretrain.models.mae import MAEConfig
-from pretrain.models.vit import ViTConfig
-from pretrain.objectives.image_mae import ImageMAEConfig, ImageMAEObjective
+from pretrain.models.config import MAEConfig, ViTConfig
+from pretrain.objectives.image_mae import ImageMAEObjective
+from pretrain.objectives.mae_config import ImageMAEConfig
 from pretrain.parallel.blocks import checkpoint_blocks
 from pretrain.parallel.config import ParallelConfig
 from tests.pretrain.runs import CONFIG

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.optim import OptimConfig
+from pretrain.optim_config import OptimConfig
 from pretrain.parallel.choose import make_strategy
 from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.world import World, pick_device

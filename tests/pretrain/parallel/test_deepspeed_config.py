@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.optim import OptimConfig
+from pretrain.optim_config import OptimConfig
 from pretrain.parallel.choose import check_strategy
 from pretrain.parallel.config import DeepSpeedConfig, ParallelConfig
 from pretrain.parallel.deepspeed_config import check_ds_config

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.objectives.base import Objective
-from pretrain.optim import OptimConfig, update_ema
+from pretrain.optim import update_ema
+from pretrain.optim_config import OptimConfig
 from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.native import NativeStrategy
 from pretrain.parallel.world import World, pick_device

@@ -52,7 +52,7 @@ def _world(size: int) -> World:
     [("single", 2, "2 processes were started"), ("ddp", 1, "torchrun"), ("fsdp2", 1, "torchrun")],
 )
 def test_what_cannot_be_done_is_said(strategy: str, size: int, words: str) -> None:
-    from pretrain.optim import OptimConfig
+    from pretrain.optim_config import OptimConfig
 
     with pytest.raises(ValueError, match=words):
         make_strategy(ParallelConfig(strategy=strategy), OptimConfig(), _world(size))  # type: ignore[arg-type]

@@ -22,11 +22,12 @@ from data_pipes.batch import Batch
 from pretrain.checkpoint.checkpoints import Checkpoints
 from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.checkpoint.saver import Saver
-from pretrain.models.mae import MAEConfig
-from pretrain.models.vit import ViT, ViTConfig
+from pretrain.models.config import MAEConfig, ViTConfig
+from pretrain.models.vit import ViT
 from pretrain.objectives.base import Objective, Turn
-from pretrain.objectives.image_mae import ImageMAEConfig, ImageMAEObjective
-from pretrain.optim import OptimConfig
+from pretrain.objectives.image_mae import ImageMAEObjective
+from pretrain.objectives.mae_config import ImageMAEConfig
+from pretrain.optim_config import OptimConfig
 from pretrain.parallel.choose import make_strategy
 from pretrain.parallel.config import DeepSpeedConfig, ParallelConfig
 from pretrain.parallel.world import World, join_world, leave_world

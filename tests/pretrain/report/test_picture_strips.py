@@ -10,19 +10,15 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipes.batch import Batch
-from pretrain.models.video_mae import VideoMAEConfig
-from pretrain.models.video_vit import VideoViTConfig
-from pretrain.objectives.mae_st import MAESTConfig, mae_st_objective
-from pretrain.report import picture_strips as module
+from pretrain.models.video_config import VideoMAEConfig, VideoViTConfig
+from pretrain.objectives.mae_config import MAESTConfig
+from pretrain.objectives.mae_st import mae_st_objective
+from pretrain.report.embedded import EMBEDDED_FILM_WIDTHS, FRAME_MS, MAX_EMBEDDED_WIDTH, film_uri, picture_uri
 from pretrain.report.picture_strips import (
-    FRAME_MS,
     LABEL_PIXELS,
     LABELS,
-    MAX_EMBEDDED_WIDTH,
     PADDING_PIXELS,
-    film_uri,
     picture_strip,
-    picture_uri,
     save_films,
     save_pictures,
 )
@@ -169,14 +165,14 @@ def test_films_for_pages_are_of_modest_size(tmp_path: Path, monkeypatch: pytest.
     noise = torch.randint(0, 256, (4, 4, 3, 96, 96), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     large = save_films({"input": noise}, tmp_path / "large.gif")
     most = large.stat().st_size // 3
-    monkeypatch.setattr(module, "MAX_EMBEDDED_FILM_BYTES", most)
+    monkeypatch.setattr("pretrain.report.embedded.MAX_EMBEDDED_FILM_BYTES", most)
     content = base64.b64decode(film_uri(large).removeprefix("data:image/webp;base64,"))
     assert len(content) <= most
     with Image.open(io.BytesIO(content)) as opened:
         assert (opened.format, getattr(opened, "n_frames", 1)) == ("WEBP", 4)
-        assert opened.width in module.EMBEDDED_FILM_WIDTHS
+        assert opened.width in EMBEDDED_FILM_WIDTHS
         assert _durations(opened)[1:] == [FRAME_MS] * 3
-    monkeypatch.setattr(module, "MAX_EMBEDDED_FILM_BYTES", 100)
+    monkeypatch.setattr("pretrain.report.embedded.MAX_EMBEDDED_FILM_BYTES", 100)
     assert film_uri(large) == ""
 
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pretrain.models.mae import MAE, MAEConfig
+from pretrain.models.config import MAEConfig, ViTConfig
+from pretrain.models.mae import MAE
 from pretrain.models.positions import sincos_position_embedding
-from pretrain.models.vit import ViTConfig
 from pretrain.weights.files import WeightsError, read_state, read_tensor_file
 from pretrain.weights.image import (
     is_fixed_position_embedding,

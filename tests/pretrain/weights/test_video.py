@@ -18,13 +18,13 @@ from torch import Tensor
 from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import load_weights, newest_complete
 from pretrain.export.transformers_arguments import transformers_arguments
+from pretrain.models.config import MAEConfig, ViTConfig
 from pretrain.models.inflate import Inflation
-from pretrain.models.mae import MAE, MAEConfig
+from pretrain.models.mae import MAE
 from pretrain.models.positions import sincos_position_embedding, sinusoid_table
-from pretrain.models.video_mae import VideoMAE, VideoMAEConfig
+from pretrain.models.video_config import VideoMAEConfig, VideoViTConfig
+from pretrain.models.video_mae import VideoMAE
 from pretrain.models.video_masking import spacetime_masks
-from pretrain.models.video_vit import VideoViTConfig
-from pretrain.models.vit import ViTConfig
 from pretrain.weights.files import WeightsError
 from pretrain.weights.video import load_video_weights
 from pretrain.weights.video_names import to_mae_st, to_original_video_mae, to_transformers

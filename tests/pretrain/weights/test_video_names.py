@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from pretrain.export.transformers_arguments import transformers_arguments
-from pretrain.models.video_mae import VideoMAE, VideoMAEConfig
+from pretrain.models.video_config import VideoMAEConfig, VideoViTConfig
+from pretrain.models.video_mae import VideoMAE
 from pretrain.models.video_masking import spacetime_masks, tube_masks
-from pretrain.models.video_vit import VideoViT, VideoViTConfig
+from pretrain.models.video_vit import VideoViT
 from pretrain.weights.video_names import (
     from_mae_st,
     from_original_video_mae,

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pretrain.evaluation.encoder.features import extract, make_accelerator
-from pretrain.models.vit import ViT, ViTConfig
+from pretrain.models.config import ViTConfig
+from pretrain.models.vit import ViT
 
 CONFIG = ViTConfig(image_size=(8, 8), patch_size=(4, 4), width=16, depth=3, heads=2)
 

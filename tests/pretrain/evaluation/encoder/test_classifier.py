@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from pretrain.evaluation.encoder.augment import Mix, RandAugment, seed_of
 from pretrain.evaluation.encoder.classifier import Classifier, layer_decay_groups
-from pretrain.models.video_vit import VideoViT, VideoViTConfig
-from pretrain.models.vit import ViT, ViTConfig
+from pretrain.models.config import ViTConfig
+from pretrain.models.video_config import VideoViTConfig
+from pretrain.models.video_vit import VideoViT
+from pretrain.models.vit import ViT
 
 CLIPS = VideoViTConfig(num_frames=4, image_size=(8, 8), patch_size=(4, 4), width=16, depth=3, heads=2)
 ST_CLIPS = VideoViTConfig(

@@ -20,7 +20,8 @@ from pretrain.config import load_typed
 from pretrain.evaluation.encoder.datasets import open_evaluation_data
 from pretrain.evaluation.encoder.suite import SuiteConfig
 from pretrain.evaluation.encoder.views import view_ratio
-from pretrain.models.vit import ViT, ViTConfig
+from pretrain.models.config import ViTConfig
+from pretrain.models.vit import ViT
 from pretrain.tracking.journal import read_metrics
 from pretrain.weights.backbone import load_backbone, weights_digest
 from pretrain.weights.starting import initialize

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from data_pipes.sequential.clips import SequentialClips
-from data_pipes.transforms.clips import ClipSampling
+from data_pipes.transforms.clip_sampling import ClipSampling
 from launchers.cli import main
 from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import load_weights, newest_complete

@@ -24,7 +24,8 @@ from pretrain.evaluation.encoder.features import make_accelerator
 from pretrain.evaluation.tokenizer import suite as tokenizer_suite
 from pretrain.evaluation.tokenizer.reconstruction_metrics import FrechetMeter, LPIPSConfig, RFIDConfig, load_inception
 from pretrain.evaluation.tokenizer.suite import TokenizerSuiteConfig, evaluate_tokenizer
-from pretrain.losses.perceptual import PerceptualConfig, load_lpips
+from pretrain.losses.config import PerceptualConfig
+from pretrain.losses.perceptual import load_lpips
 from pretrain.weights.tokenizer import LoadedTokenizer
 from tests.pretrain.losses.test_perceptual import save as save_random_lpips
 from tests.pretrain.runs import ENVIRONMENT, ROOT, torchrun

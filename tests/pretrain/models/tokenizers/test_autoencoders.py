@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.models.tokenizers.autoencoder import Autoencoder
 from pretrain.models.tokenizers.autoencoder_flops import training_flops
-from pretrain.models.tokenizers.lite_vae import LiteVAE, LiteVAEConfig
-from pretrain.models.tokenizers.vit_autoencoder import ViTAutoencoder, ViTAutoencoderConfig
+from pretrain.models.tokenizers.config import LiteVAEConfig, ViTAutoencoderConfig
+from pretrain.models.tokenizers.lite_vae import LiteVAE
+from pretrain.models.tokenizers.vit_autoencoder import ViTAutoencoder
 from tests.pretrain.models.tokenizers.test_lite_vae import TINY as TINY_LITE_VAE
 from tests.pretrain.models.tokenizers.test_vit_autoencoder import TINY as TINY_VITOK
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.models.tokenizers.lite_vae import LiteVAE, LiteVAEConfig, haar
+from pretrain.models.tokenizers.config import LiteVAEConfig
+from pretrain.models.tokenizers.lite_vae import LiteVAE, haar
 
 TINY = {
     "latent_channels": 4,

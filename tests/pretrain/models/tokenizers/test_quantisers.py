@@ -7,16 +7,10 @@ import math
 import pytest
 import torch
 
+from pretrain.models.tokenizers.config import QuantisedDCAEConfig, QuantiserConfig
 from pretrain.models.tokenizers.dc_ae_config import dc_ae_config
-from pretrain.models.tokenizers.quantised_dc_ae import QuantisedDCAE, QuantisedDCAEConfig
-from pretrain.models.tokenizers.quantisers import (
-    FSQ,
-    QuantiserConfig,
-    SimVQ,
-    build_quantiser,
-    code_metrics,
-    count_codes,
-)
+from pretrain.models.tokenizers.quantised_dc_ae import QuantisedDCAE
+from pretrain.models.tokenizers.quantisers import FSQ, SimVQ, build_quantiser, code_metrics, count_codes
 
 SIM_VQ = QuantiserConfig(kind="sim_vq", num_codes=40, commitment_weight=0.5, commitment_share=0.25)
 GRID = QuantiserConfig(kind="fsq", levels=(5, 4, 3, 3))

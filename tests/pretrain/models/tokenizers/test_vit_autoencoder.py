@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pretrain.models.positions import sincos_position_embedding
-from pretrain.models.tokenizers.vit_autoencoder import ViTAutoencoder, ViTAutoencoderConfig
+from pretrain.models.tokenizers.config import ViTAutoencoderConfig
+from pretrain.models.tokenizers.vit_autoencoder import ViTAutoencoder
 
 SIZES = {"encoder_width": 16, "encoder_depth": 1, "encoder_heads": 2}
 TINY = {**SIZES, "patch_size": 4, "latent_channels": 6, "decoder_width": 24, "decoder_depth": 2, "decoder_heads": 2}
