@@ -1,6 +1,7 @@
 """What starts cost: processor time of imports in fresh interpreters, as ratios to `import torch`.
 
-`python tools/bench_imports.py [ROUNDS]`: each round runs every line once, so that other work on the machine meets all alike.
+`python tools/bench_imports.py [ROUNDS]`: each round runs every line once, so that other work on the machine meets all
+alike.
 """
 
 from __future__ import annotations
