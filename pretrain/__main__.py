@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=100 optim.clip_norm=1.0")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print memory per rank, start nothing")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="of the run that --dry-run plans")
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # DeepSpeed's launcher gives it
     parser.add_argument("--processes-per-node", type=int, metavar="N", help="with --dry-run; default: all of them")
 
 
@@ -31,11 +34,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         ValueError: a mistake of the user's.
     """
     from pretrain.config import load_config
+    from pretrain.parallel.launch import Launch
     from pretrain.phases import is_pipeline, load_pipeline
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if not arguments.dry_run and (arguments.processes != 1 or arguments.processes_per_node is not None):
         raise ValueError("--processes belongs to --dry-run; processes are started by torchrun --nproc-per-node N")
+    if not arguments.dry_run:
+        Launch.from_environment()
     # All of the configuration is read, and its mistakes are found, before torch is imported.
     if is_pipeline(arguments.config):
         phases = load_pipeline(arguments.config, arguments.overrides)
@@ -61,13 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
     arguments = parser.parse_args(argv)
-    rank = int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "0")
     try:
         summary = run(arguments)
     except ValueError as error:
         print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         return 2
-    if rank != 0:
+    if rank != "0":
         return 0
     if arguments.json:
         print(json.dumps(summary), flush=True)

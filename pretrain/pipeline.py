@@ -16,7 +16,8 @@ from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import newest_complete
 from pretrain.config import RunConfig
 from pretrain.memory.dry_run import dry_run
-from pretrain.parallel.world import Launch, World, join_world, leave_world
+from pretrain.parallel.launch import Launch
+from pretrain.parallel.world import World, join_world, leave_world
 from pretrain.phases import Phase
 from pretrain.preflight import check, total_samples
 from pretrain.run_state import RunState

@@ -21,7 +21,8 @@ from pretrain.checkpoint.read import newest_complete
 from pretrain.config import ConfigError, RunConfig, TrainConfig
 from pretrain.parallel.batches import fit_micro_batch
 from pretrain.parallel.choose import check_strategy
-from pretrain.parallel.world import Launch, pick_device
+from pretrain.parallel.launch import Launch
+from pretrain.parallel.world import pick_device
 from pretrain.weights.starting import checkpoint_at
 
 

@@ -26,8 +26,9 @@ from pretrain.metrics import StepResult
 from pretrain.objectives.base import Objective, Turn
 from pretrain.optim import LearningRate
 from pretrain.parallel.choose import make_strategy
+from pretrain.parallel.launch import Launch
 from pretrain.parallel.strategy import Strategy
-from pretrain.parallel.world import Launch, World, change_timeout, join_world, leave_world
+from pretrain.parallel.world import World, change_timeout, join_world, leave_world
 from pretrain.preflight import TrainingData, check, total_samples
 from pretrain.recovery import Recovery, Verdict
 from pretrain.run_folder import enter_run_folder

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pretrain.config import ConfigError, RunConfig
 from pretrain.memory.estimate import MemoryEstimate, estimate
-from pretrain.parallel.world import Launch
+from pretrain.parallel.launch import Launch
 from pretrain.preflight import check, total_samples
 
 

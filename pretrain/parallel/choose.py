@@ -9,8 +9,9 @@ import torch.distributed as dist
 from pretrain.optim_config import OptimConfig
 from pretrain.parallel.config import ZERO_STAGES, DeepSpeedConfig, ParallelConfig
 from pretrain.parallel.deepspeed_config import check_ds_config, require_deepspeed
+from pretrain.parallel.launch import Launch
 from pretrain.parallel.strategy import Strategy
-from pretrain.parallel.world import Launch, World
+from pretrain.parallel.world import World
 
 
 def check_strategy(

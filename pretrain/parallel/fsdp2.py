@@ -7,7 +7,6 @@ against communication, and both the engine and the memory estimate must know it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from pretrain.parallel.config import ParallelConfig
+from pretrain.parallel.launch import Launch
 from pretrain.parallel.world import World
 
 SMALL_BYTES = 2**30
@@ -29,14 +29,14 @@ def device_mesh(kind: str, config: ParallelConfig, world: World) -> DeviceMesh:
     Args:
         kind: "fsdp2" or "hsdp".
         config: with the number of shards.
-        world: all processes. Under hsdp torchrun's LOCAL_WORLD_SIZE gives the processes of a node.
+        world: all processes. Under hsdp the launcher's LOCAL_WORLD_SIZE gives the processes of a node.
 
     Raises:
         ValueError: the shards do not divide the world size.
     """
     if kind == "fsdp2":
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    shards = num_shards(kind, config, world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
+    shards = num_shards(kind, config, world.size, Launch.from_environment().ranks_per_node)
     return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 

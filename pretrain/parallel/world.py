@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pretrain.parallel.launch import Launch, LaunchError
+
 
 @dataclass(frozen=True)
 class World:
@@ -74,33 +76,6 @@ class World:
             dist.barrier(group=self.control)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher told this process."""
-
-    rank: int = 0
-    """Number of this process over all nodes, from 0."""
-    size: int = 1
-    """Number of processes over all nodes."""
-    local_rank: int = 0
-    """Number of this process on its node, from 0."""
-    ranks_per_node: int = 1
-    """Number of processes on this node."""
-    by_torchrun: bool = False
-    """Whether there was a launcher: then there is a process group, even of one process."""
-
-    @staticmethod
-    def from_environment() -> Launch:
-        """torchrun's variables; without them one process alone."""
-        return Launch(
-            rank=int(os.environ.get("RANK", "0")),
-            size=int(os.environ.get("WORLD_SIZE", "1")),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            by_torchrun="RANK" in os.environ,
-        )
-
-
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device of a rank.
 
@@ -134,7 +109,8 @@ def join_world(device: str, timeout_s: float) -> World:
         timeout_s: seconds that a collective may take, in each group.
 
     Raises:
-        ValueError: the device is not there.
+        ValueError: the device is not there, the launcher's variables do not fit together, or the port where the
+            processes should meet belongs to another program.
     """
     launch = Launch.from_environment()
     picked = pick_device(device, launch.local_rank)
@@ -144,7 +120,10 @@ def join_world(device: str, timeout_s: float) -> World:
         return World(0, 1, 0, picked, None, None)
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "cpu:gloo"
-    dist.init_process_group(backend, timeout=timeout)
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise LaunchError(_no_meeting(str(error))) from error
     if launch.size == 1:
         return World(0, 1, launch.local_rank, picked, None, None)
     control = dist.new_group(backend="gloo", timeout=timeout)
@@ -152,6 +131,14 @@ def join_world(device: str, timeout_s: float) -> World:
     assert isinstance(control, dist.ProcessGroup)
     assert isinstance(saving, dist.ProcessGroup)
     return World(launch.rank, launch.size, launch.local_rank, picked, control, saving)
+
+
+def _no_meeting(reason: str) -> str:
+    """Why the processes did not meet, for people; `reason` is torch's."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} (MASTER_ADDR:MASTER_PORT)"
+    if "EADDRINUSE" in reason or "address already in use" in reason.lower():
+        return f"{where} is in use by another program; set another --master-port (torchrun) or MASTER_PORT"
+    return f"the processes did not meet at {where}: {reason.splitlines()[0]}. Check that rank 0 runs there"
 
 
 def change_timeout(world: World, timeout_s: float) -> None:

@@ -11,7 +11,6 @@ patch tokens, D width, L number of last blocks.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipes.sequential.clips import SequentialClips
+from pretrain.parallel.launch import Launch
 
 Precision = Literal["fp32", "bf16"]
 """Of a forward pass."""
@@ -127,7 +127,7 @@ def make_accelerator(*, cpu: bool, precision: Precision = "fp32") -> Any:
         mixed_precision="no" if precision == "fp32" else "bf16",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = Launch.from_environment().size
     if accelerator.num_processes != started:
         raise RuntimeError(f"{started} processes were started and accelerate joined {accelerator.num_processes}")
     return accelerator

@@ -14,7 +14,7 @@ from pretrain.optim_config import OptimConfig
 from pretrain.parallel.choose import check_strategy
 from pretrain.parallel.config import DeepSpeedConfig, ParallelConfig
 from pretrain.parallel.deepspeed_config import check_ds_config
-from pretrain.parallel.world import Launch
+from pretrain.parallel.launch import Launch
 
 OPTIM = OptimConfig(clip_norm=1.0)
 BATCH = {"train_batch_size": 256, "train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 2}
