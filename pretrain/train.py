@@ -33,6 +33,7 @@ from pretrain.preflight import TrainingData, check, total_samples
 from pretrain.recovery import Recovery, Verdict
 from pretrain.run_folder import enter_run_folder
 from pretrain.run_log import RunLog
+from pretrain.run_owner import own_run
 from pretrain.run_state import Due, RunState
 from pretrain.signals import StopRequest
 from pretrain.snapshots import Snapshots, restore
@@ -64,7 +65,7 @@ def train(
     with StopRequest() as stop:
         plan, data = check(config, Launch.from_environment())
         joined = world or join_world(config.device, config.parallel.timeout_s)
-        with Watchdog(config.run_dir, joined, config.watchdog, stop) as watchdog:
+        with own_run(config, joined), Watchdog(config.run_dir, joined, config.watchdog, stop) as watchdog:
             identity = enter_run_folder(config, config_path=config_path, overrides=overrides, world=joined)
             summary = _train(config, plan, data, joined, stop, watchdog, identity)
             if world is None:
