@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 COMMANDS = (
     *("pack", "index", "data", "cache", "train", "eval", "export"),
-    *("encode", "decode", "reconstruct", "report", "sync"),
+    *("encode", "decode", "reconstruct", "report", "sync", "fork"),
 )
 """Each is a module of `launchers/commands` with HELP, EXAMPLES, add_arguments and run."""
 

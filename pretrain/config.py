@@ -126,7 +126,17 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: an unknown key (the message has the nearest known one), a value of another type, a missing one.
     """
     path = Path(path)
-    return _run_config(_read(path, overrides), path)
+    given = _read(path, overrides)
+    if path.name == "config.yaml" and (path.parent / "run.json").is_file():
+        _name_after_folder(given, path.parent, overrides)
+    return _run_config(given, path)
+
+
+def _name_after_folder(given: DictConfig, folder: Path, overrides: Sequence[str]) -> None:
+    """A run's own config.yaml means the run that it lies with, also when that folder was moved or copied."""
+    if not any(override.split("=")[0] in ("name", "output_dir") for override in overrides):
+        OmegaConf.update(given, "name", folder.resolve().name)
+        OmegaConf.update(given, "output_dir", str(folder.parent))
 
 
 def load_run_config(folder: Folder) -> RunConfig:
@@ -141,6 +151,25 @@ def load_run_config(folder: Folder) -> RunConfig:
     except FileNotFoundError as error:
         raise ConfigError(f"no configuration file at {where}: that is no folder of a run or a checkpoint") from error
     return _run_config(_parse_yaml(content, where), where)
+
+
+def read_saved_config(text: str, where: Path | str) -> RunConfig:
+    """A run's resolved configuration as an earlier version may have saved it: what it lacks has its default.
+
+    Args:
+        text: the YAML.
+        where: its file, for messages.
+
+    Raises:
+        ConfigError: it has keys or values that this version does not know.
+    """
+    try:
+        return _run_config(_parse_yaml(text.encode(), where), where)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}. The run was begun by another version of Tessera (run.json: environment); continue it with that "
+            "one, or choose another name"
+        ) from error
 
 
 def _run_config(given: DictConfig, path: Path | str) -> RunConfig:

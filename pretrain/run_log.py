@@ -84,6 +84,8 @@ class RunLog:
             self._tracker = Tracker(config.run_dir, config.tracking, config.name, identity["run_uid"], resume)
             self._tracker.start(config.as_dict(), identity, step=state.step)
         self._progress.total_steps = state.step + state.steps_left(self.total, plan.global_batch)
+        for notice in identity.get("notices", ()):
+            self.say(notice)
         if resumed_from is not None:
             self.say(f"resumed from {resumed_from} at sample {state.position:,} of {self.total:,}")
         if self.data.collection is None:

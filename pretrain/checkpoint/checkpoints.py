@@ -15,6 +15,8 @@ event, `checkpoint/failed`; what was written is removed; older checkpoints are u
 | a save does not end in `hung_after_s` | it counts as failed; none is begun until it returns (one copy in memory) |
 | killed while saving | the folder has no `COMPLETE`: never loaded or counted, set aside when its step is saved again |
 | the newest checkpoint is damaged | the one before is used: log, event; the damaged one stays where it is |
+| all are damaged, or they are gone | the run does not start, until `checkpoint.restart` says that it may begin anew |
+| one cannot be read (EIO) | the run does not start: that says nothing of what it holds |
 """
 
 from __future__ import annotations
@@ -33,10 +35,21 @@ from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.checkpoint.dcp import read_into, tensor_shapes
 from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.folder import Folder
-from pretrain.checkpoint.read import find_damage, folder_of_run, list_folder, step_of
+from pretrain.checkpoint.open_folder import open_folder
+from pretrain.checkpoint.read import (
+    checkpoints_of,
+    find_damage,
+    folder_of_run,
+    is_torn,
+    list_folder,
+    place_of,
+    read_identity,
+    step_of,
+)
 from pretrain.checkpoint.retention import set_aside
 from pretrain.checkpoint.staging import flatten
 from pretrain.parallel.world import World
+from pretrain.tracking.journal import JOURNAL_NAME, read_journal
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +62,8 @@ class Checkpoints:
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, world: World) -> None:
+        self.run = open_folder(run_dir)
+        """The run's own folder."""
         self.folder = folder_of_run(run_dir, config.folder)
         """Where this start saves."""
         self.config = config
@@ -59,36 +74,41 @@ class Checkpoints:
         """Steps that this start saved or resumed from; a folder of another step that is in the way is set aside."""
         self.damaged: set[str] = set()
         """Names of folders that do not count as kept, on rank 0."""
-        default = folder_of_run(run_dir, None)
-        self._folders = [self.folder] if self.folder == default else [default, self.folder]
-        """Where checkpoints may lie: `checkpoint.folder` may have changed between two starts."""
+        self._folders = [folder_of_run(run_dir, None), self.folder]
+        """Where checkpoints may lie, beside what `run.json` says: `checkpoint.folder` may have changed."""
         self._events: list[dict[str, Any]] = []
 
     def find(self, *, up_to_step: int | None = None) -> Folder | None:
-        """The newest complete and verified checkpoint, as rank 0 sees it, on every rank; None: there is none.
+        """The newest complete and verified checkpoint, as rank 0 sees it, on every rank; None: there never was one.
 
-        Where `checkpoint.folder` was changed between two starts, the run's default folder is looked at too.
+        The run finds its checkpoints by what its `run.json` says, also where its name or `checkpoint.folder` has
+        changed since.
 
         Args:
             up_to_step: newer ones are not looked at (for a rollback).
         Raises:
-            CheckpointError: the folder cannot be read, which is no reason to begin anew.
+            CheckpointError: there were checkpoints and none can be used, or a folder cannot be read, which is no
+                reason to begin anew.
         """
-        found: tuple[str, str | None] = ("", None)
+        name, failure = "", None
         if self.world.is_main:
             try:
-                found = (str(self._newest_verified(up_to_step) or ""), None)
+                name = str(self._newest_verified(up_to_step) or "")
+            except CheckpointError as error:
+                failure = str(error)
             except (OSError, ValueError) as error:
-                found = ("", f"{type(error).__name__}: {error}")
-        name, failure = self.world.broadcast(found)
+                failure = (
+                    f"the checkpoints in {self.folder} cannot be listed or read ({type(error).__name__}: {error}), so "
+                    "nobody knows whether there are any; nothing was started anew. Repair the access, or choose "
+                    "another name for a new run"
+                )
+        name, failure = self.world.broadcast((name, failure))
         if failure is not None:
-            raise CheckpointError(
-                f"the checkpoints in {self.folder} cannot be listed ({failure}), so nobody knows whether there are "
-                "any; nothing was started anew. Repair the access, or choose another name for a new run"
-            )
-        candidates = [folder / str(name).rpartition("/")[2] for folder in self._folders]
-        checkpoint = next((candidate for candidate in candidates if str(candidate) == name), None)
-        if checkpoint is not None and checkpoint.parent == self.folder:
+            raise CheckpointError(failure)
+        if not name:
+            return None
+        checkpoint = open_folder(name)
+        if place_of(checkpoint.parent) == place_of(self.folder):
             self.trusted.add(step_of(checkpoint))
         return checkpoint
 
@@ -164,7 +184,8 @@ class Checkpoints:
         return events
 
     def _newest_verified(self, up_to_step: int | None) -> Folder | None:
-        listed = sorted((checkpoint for folder in self._folders for checkpoint in list_folder(folder)), key=step_of)
+        listed = checkpoints_of(read_identity(self.run), self._folders)
+        unusable = []
         for checkpoint in reversed(listed):
             if up_to_step is not None and step_of(checkpoint) > up_to_step:
                 continue
@@ -174,7 +195,48 @@ class Checkpoints:
             self.damaged.add(checkpoint.name)
             self.note("damaged", step_of(checkpoint), reason=problem)
             logger.warning("Checkpoint %s is not used: %s; it stays where it is", checkpoint, problem)
+            if not is_torn(checkpoint):
+                unusable.append(f"{checkpoint}: {problem}")
+        if up_to_step is None:
+            self._begin_anew(listed, unusable)
         return None
+
+    def _begin_anew(self, listed: list[Folder], unusable: list[str]) -> None:
+        """Lets a run begin at step 0 that never had a checkpoint, or that `checkpoint.restart` allows it.
+
+        Raises:
+            CheckpointError: it had one.
+        """
+        saved = last_saved_step(self.run)
+        if not unusable and saved is None:
+            return
+        if not unusable:
+            unusable = [f"the journal says that step {saved} was saved, and no checkpoint is there"]
+        if not self.config.restart:
+            reasons = "\n  ".join(unusable)
+            raise CheckpointError(
+                f"{self.run} had checkpoints and none can be used, so nothing was started anew:\n  {reasons}\n"
+                f"Looked at: {', '.join(place_of(folder) for folder in self._folders)}, and what run.json names. "
+                "Restore one of them, choose another name for a new run, or begin this one at step 0 on purpose: "
+                "checkpoint.restart=true"
+            )
+        for checkpoint in listed:
+            set_aside(checkpoint, "dropped")
+            self.note("dropped", step_of(checkpoint), reason="checkpoint.restart")
+
+
+def last_saved_step(run: Folder) -> int | None:
+    """The step of the newest checkpoint that a run's journal says was saved; None: none was, or there is no journal."""
+    path = run.local_path
+    if path is None or not (path / JOURNAL_NAME).is_file():
+        return None
+    saved = None
+    for record in read_journal(path):
+        if record["type"] == "event" and record.get("name") == "checkpoint_saved":
+            saved = int(record["step"])
+        elif record["type"] == "event" and record.get("reason") == "checkpoint.restart":
+            saved = None
+    return saved
 
 
 def rng_state(world: World) -> dict[str, Tensor]:

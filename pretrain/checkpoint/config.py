@@ -30,6 +30,9 @@ class CheckpointConfig:
     the disk then needs room for `keep_last` checkpoints, not for one more."""
     resume: Literal["auto", "never"] = "auto"
     """auto = continue from the newest complete, verified checkpoint of this run's folder."""
+    restart: bool = False
+    """true = a run whose checkpoints are all damaged or gone may begin again at step 0; they are set aside. It changes
+    nothing for a run with a usable checkpoint, so that the same command continues after the next crash."""
     verify: bool = True
     """Check every file's sha256 before resuming; false = sizes only."""
     busy_wait_s: float = 10.0

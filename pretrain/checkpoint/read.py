@@ -1,7 +1,8 @@
 """Reading checkpoints from outside of a run: which there are, which can be trusted, and what they hold.
 
 Enters: a run's folder, or a checkpoint's. Leaves: `COMPLETE` records, reasons for distrust, weights. A folder without
-`COMPLETE` is torn: never loaded, never counted. Nothing here needs a process group.
+`COMPLETE` is torn: never loaded, never counted. A run knows its checkpoints by what its `run.json` says (who it is, and
+where it has saved), not by its name, which may change. Nothing here needs a process group.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.folder import Folder
 from pretrain.checkpoint.open_folder import open_folder
 
+RUN_FILE = "run.json"
+"""Who a run is, in its folder."""
 _BLOCK_BYTES = 1 << 22
 """Bytes per read while a file is hashed."""
 
@@ -54,7 +58,80 @@ def list_checkpoints(run: Folder) -> list[Folder]:
     if listed:
         return listed
     elsewhere = _configured_folder(run)
-    return list_folder(run / "checkpoints" if elsewhere is None else open_folder(join_url(elsewhere, run.name)))
+    folders = [run / "checkpoints"] if elsewhere is None else [open_folder(join_url(elsewhere, run.name))]
+    return checkpoints_of(read_identity(run), folders)
+
+
+def read_identity(run: Folder) -> dict[str, Any]:
+    """What a run's `run.json` says; empty where there is none.
+
+    Raises:
+        CheckpointError: it is not readable.
+    """
+    try:
+        identity = json.loads(run.read(RUN_FILE))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError as error:
+        raise CheckpointError(
+            f"{run}/{RUN_FILE} is not readable ({error}); restore it or choose another name"
+        ) from error
+    if not isinstance(identity, dict):
+        raise CheckpointError(f"{run}/{RUN_FILE} holds {type(identity).__name__}; expected the run's identity")
+    return identity
+
+
+def checkpoints_of(identity: Mapping[str, Any], folders: Iterable[Folder]) -> list[Folder]:
+    """The checkpoints of one run, complete or not, oldest first, wherever the run has saved.
+
+    Args:
+        identity: of `read_identity`: the run's uid, that of the run that it was copied from, and where it has saved.
+        folders: where to look beside that.
+
+    Returns:
+        Those that the run wrote, and those of a run that it was copied from, up to the step of the copy. Checkpoints
+        that do not say whose they are belong to the run.
+
+    Raises:
+        OSError: a folder cannot be read, so nobody knows what it holds.
+    """
+    by_place = {place_of(folder): folder for folder in folders}
+    for where in identity.get("checkpoint_folders", ()):
+        by_place.setdefault(place_of(open_folder(where)), open_folder(where))
+    listed = [checkpoint for folder in by_place.values() for checkpoint in list_folder(folder)]
+    parent = identity.get("parent_run") or {}
+    uids = {identity.get("run_uid"), *identity.get("ancestors", ())}
+
+    def belongs(checkpoint: Folder) -> bool:
+        uid = _uid_of(checkpoint)
+        if uid is None or identity.get("run_uid") in (None, uid):
+            return True
+        return uid in uids and step_of(checkpoint) <= parent.get("step", 0)
+
+    return sorted((checkpoint for checkpoint in listed if belongs(checkpoint)), key=step_of)
+
+
+def place_of(folder: Folder) -> str:
+    """A folder's absolute path or URL, by which it is found from everywhere."""
+    return str(folder) if folder.local_path is None else str(folder.local_path.resolve())
+
+
+def is_torn(checkpoint: Folder) -> bool:
+    """Whether a checkpoint was never completed: it has no `COMPLETE`.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    return "COMPLETE" not in checkpoint.files()
+
+
+def _uid_of(checkpoint: Folder) -> str | None:
+    """The run that wrote a checkpoint; None: it does not say."""
+    try:
+        uid = read_complete(checkpoint).get("run_uid")
+    except CheckpointError:
+        return None
+    return None if uid is None else str(uid)
 
 
 def list_folder(folder: Folder) -> list[Folder]:
@@ -90,6 +167,9 @@ def find_damage(checkpoint: Folder, *, hashes: bool = True) -> str | None:
     Args:
         checkpoint: the checkpoint's folder.
         hashes: whether to read every file and to compare its sha256 too.
+
+    Raises:
+        OSError: it cannot be read, which says nothing of what it holds.
     """
     try:
         complete = read_complete(checkpoint)
@@ -101,16 +181,30 @@ def find_damage(checkpoint: Folder, *, hashes: bool = True) -> str | None:
                 return f"{name} has {sizes[name]} bytes, COMPLETE says {size}"
             if hashes and sha256_of(checkpoint, name) != digest:
                 return f"{name} has another sha256 than COMPLETE says"
-    except (CheckpointError, OSError) as error:  # a disk that cannot be read is as bad as one that lies
+    except CheckpointError as error:
         return str(error)
+    except (FileNotFoundError, NotADirectoryError) as error:  # between listing and reading
+        return f"{error.filename or error} is missing"
     return None
 
 
 def newest_complete(run: Folder) -> Folder | None:
-    """The newest checkpoint of a run (see `list_checkpoints`) whose files are all there with the right sizes."""
+    """The newest checkpoint of a run (see `list_checkpoints`) whose files are all there with the right sizes.
+
+    Raises:
+        CheckpointError: the run has complete checkpoints, and all of them are damaged.
+        OSError: one cannot be read, so nobody knows whether it is the newest.
+    """
+    damaged = []
     for checkpoint in reversed(list_checkpoints(run)):
-        if find_damage(checkpoint, hashes=False) is None:
+        damage = find_damage(checkpoint, hashes=False)
+        if damage is None:
             return checkpoint
+        if not is_torn(checkpoint):
+            damaged.append(f"{checkpoint}: {damage}")
+    if damaged:
+        listed = "\n  ".join(damaged)
+        raise CheckpointError(f"{run} has checkpoints, and none of them can be used:\n  {listed}\nRestore one of them")
     return None
 
 

@@ -29,7 +29,7 @@ def main(run_dir: Path, fault: str) -> None:
     saving = dist.new_group(backend="gloo")
     world = World(rank, 2, rank, torch.device("cpu"), control, saving)  # type: ignore[arg-type]
     saver = Saver(Checkpoints(run_dir, CheckpointConfig(busy_wait_s=30), world))
-    write_pieces, write_checkpoint = write_module._write_pieces, saver_module.write_checkpoint
+    write_pieces, write_checkpoint = write_module._write_pieces, write_module.write_checkpoint
     gave_up = run_dir / "gave-up"
 
     def broken(job: write_module.SaveJob, rank: int) -> Any:
@@ -48,7 +48,7 @@ def main(run_dir: Path, fault: str) -> None:
             raise
 
     write_module._write_pieces = broken
-    saver_module.write_checkpoint = watched
+    write_module.write_checkpoint = watched
     weights = {f"layer{index}.weight": torch.full((1000,), float(index)) for index in range(20)}
     for step in (1, 2, 3):
         if step == 2 and fault == "peer":  # the group that follows the lost one has the long time-out again
