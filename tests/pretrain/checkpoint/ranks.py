@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import pretrain.checkpoint.saver as saver_module
 import pretrain.checkpoint.write as write_module
 from pretrain.checkpoint.checkpoints import Checkpoints
 from pretrain.checkpoint.config import CheckpointConfig
