@@ -41,6 +41,7 @@ def test_an_objective_of_one_s_own_is_short() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # eight processes that import torch
 def test_the_examples_run_from_an_installed_wheel(tmp_path: Path) -> None:
     """A clean environment, with the packages of the running one beside ours; nothing of the checkout is on its path."""
     source = tmp_path / "source"
