@@ -110,6 +110,12 @@ def why_not(source: Backbone, *, pretraining: bool = False) -> str | None:
     config = None if source.config is None else getattr(source.config.objective, "model", None)
     if source.checkpoint is None or source.weights == "untrained" or not isinstance(config, MAEConfig):
         return f"{source.label} ({source.weights}) has no decoder beside it; only a checkpoint of image_mae does"
+    assert source.config is not None
+    with torch.device("meta"):
+        objective = source.config.build_objective()
+    player = objective.players[objective.backbone_player]
+    if not isinstance(player, MAE):  # somebody's own objective with this package's encoder
+        return f"its decoder is that of a {type(player).__name__}, and only MAE's has a counterpart"
     sides = (*model.config.image_size, *model.config.patch_size)
     if sides[0] != sides[1] or sides[2] != sides[3]:
         return (

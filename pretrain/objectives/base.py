@@ -133,10 +133,10 @@ class Objective(ABC):
         - a tokenizer, a subclass of `Autoencoder`: the suites and exports of tokenizers.
         - any other module with a method `features(inputs, num_blocks)`, which gives for each of its last `num_blocks`
           stages, the last at the end, a pair (summary [B, D], tokens [B, N, D]) of normalised inputs [B, C, H, W], or
-          [B, C, T, H, W] where `num_frames` is a number; with one stage, it is asked for one alone unless a suite says
-          otherwise. Such an encoder has all protocols on frozen features and tokens (k-NN, linear and attentive
-          probes), the export to ONNX, and whatever protocols and export targets others write for it; fine-tuning and
-          the layouts of other libraries are refused.
+          [B, C, T, H, W] where `num_frames` is a number. It is asked for one stage, unless a suite's linear probe joins
+          several. Such an encoder has all protocols on frozen features and tokens (k-NN, linear and attentive probes),
+          the export to ONNX, and whatever protocols and export targets others write for it; fine-tuning and the
+          layouts of other libraries are refused.
         """
 
     @property

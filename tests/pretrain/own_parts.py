@@ -26,6 +26,7 @@ from pretrain.evaluation.tokenizer.protocols import TokenizerProtocol
 from pretrain.evaluation.tokenizer.reconstruction_metrics import ReconstructionMeter
 from pretrain.models.normalise import Normalise
 from pretrain.objectives.base import Objective, Turn
+from pretrain.objectives.image_mae import ImageMAEConfig, ImageMAEObjective
 from pretrain.weights.backbone import Backbone
 
 SIDE = 8
@@ -164,6 +165,26 @@ def export(model: Backbone, folder: Path, half: bool = False) -> Mapping[str, ob
 
 def write_nothing(model: Backbone, folder: Path) -> None:
     """A target that forgets its files."""
+
+
+class Wrapped(nn.Module):
+    """This package's model within one of one's own."""
+
+    def __init__(self, mae: nn.Module) -> None:
+        super().__init__()
+        self.mae = mae
+
+    def forward(self, images: Tensor, noise: Tensor) -> Any:
+        return self.mae(images, noise)
+
+
+class WrappedMAE(ImageMAEObjective):
+    config_class = ImageMAEConfig
+    backbone_prefix = "mae.encoder."
+
+    def __init__(self, config: ImageMAEConfig, seed: int) -> None:
+        super().__init__(config, seed)
+        self.players = {"model": Wrapped(self.model)}
 
 
 NUMBER = 3

@@ -21,7 +21,8 @@ from pretrain.config import ConfigError, load_config, load_run_config
 from pretrain.export.targets import export_model
 from pretrain.extensions import ExtensionError, find_extension
 from pretrain.weights.backbone import load_backbone
-from tests.pretrain.runs import ENVIRONMENT, losses, torchrun
+from tests.pretrain.runs import CONFIG as DIGITS
+from tests.pretrain.runs import ENVIRONMENT, losses, overrides_of, torchrun
 from tests.pretrain.tiny_tokenizer import train_tokenizer, write_photos
 from tests.processes import run_to_end
 
@@ -180,6 +181,17 @@ def test_what_such_an_encoder_cannot_do_is_refused(
     assert "fine-tuning knows the layers of this package's encoders, and this is a Rows" in capsys.readouterr().err
     onnx = export_model("runs/own", project / "onnx", "onnx")
     assert max(onnx.summary["errors"].values()) < 1e-5  # type: ignore[attr-defined]
+
+
+def test_an_encoder_of_this_package_goes_where_it_always_goes(
+    project: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = overrides_of(tiny_dataset, project / "runs", "own", "train.steps=1", "objective.name=mine.parts:WrappedMAE")
+    assert main(["train", str(DIGITS), *given]) == 0, capsys.readouterr().err
+    assert load_backbone("runs/own").interface.depth == 2
+    assert main(["export", "runs/own", "timm", "--to", "timm"]) == 0, capsys.readouterr().err
+    assert main(["export", "runs/own", "whole", "--to", "transformers", "--pretraining"]) == 2
+    assert "its decoder is that of a Wrapped, and only MAE's has a counterpart" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
