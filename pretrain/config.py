@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,8 +20,9 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 from data_pipes.config import DataConfig
 from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.checkpoint.folder import Folder
+from pretrain.extensions import ExtensionError
 from pretrain.guard.guard import GuardConfig
-from pretrain.objectives.table import OBJECTIVES
+from pretrain.objectives.named import find_objective, known_objectives
 from pretrain.optim_config import OptimConfig
 from pretrain.parallel.config import ParallelConfig
 from pretrain.tracking.tracker import TrackingConfig
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from pretrain.objectives.base import Objective
 
 T = TypeVar("T")
+Given = Mapping[str, Any]
+"""A configuration's content, as a YAML file would hold it."""
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Changes to a configuration: `key.path=value` each, or values by `key.path`."""
 
 
 class ConfigError(ValueError):
@@ -80,7 +85,10 @@ class RunConfig:
     """auto, cpu or cuda."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     objective: Any = None
-    """`name` selects the class in `pretrain/objectives/table.py`; the other keys are that class's own."""
+    """`name` selects the class: one of `pretrain/objectives/table.py`, an entry point, or an import path; the other
+    keys are that class's own."""
+    objective_name: str = dataclasses.field(default="", metadata={"omegaconf_ignore": True})
+    """The YAML's `objective.name`; no key of its own."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
@@ -94,20 +102,19 @@ class RunConfig:
         return Path(self.output_dir) / self.name
 
     @property
-    def objective_name(self) -> str:
-        for name, (config_class, _) in OBJECTIVES.items():
-            if type(self.objective) is config_class:
-                return name
-        raise AssertionError(f"no objective has the configuration {type(self.objective).__name__}")
+    def init_from(self) -> str | None:
+        """The weights to start from, where the objective has this key."""
+        where: str | None = getattr(self.objective, "init_from", None)
+        return where
 
     def build_objective(self) -> Objective:
         """The objective on the current default device; `objective.start` gives it its first weights."""
-        return OBJECTIVES[self.objective_name][1](self.objective, self.seed)
+        return find_objective(self.objective_name)[1](self.objective, self.seed)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers, with `objective.name` put back; what `load_config` reads."""
         plain: dict[str, Any] = _plain(dataclasses.asdict(self))
-        plain["objective"] = {"name": self.objective_name, **plain["objective"]}
+        plain["objective"] = {"name": plain.pop("objective_name"), **plain["objective"]}
         return plain
 
     def to_yaml(self) -> str:
@@ -119,22 +126,28 @@ class RunConfig:
         return hashlib.sha256(self.to_yaml().encode()).hexdigest()
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path | str | Given, overrides: Overrides = ()) -> RunConfig:
     """Reads a run's YAML file and applies `key.path=value` overrides.
+
+    Args:
+        path: the file, or its content.
+        overrides: `key.path=value` each, or values by `key.path`.
 
     Raises:
         ConfigError: an unknown key (the message has the nearest known one), a value of another type, a missing one.
     """
-    path = Path(path)
     given = _read(path, overrides)
-    if path.name == "config.yaml" and (path.parent / "run.json").is_file():
-        _name_after_folder(given, path.parent, overrides)
-    return _run_config(given, path)
+    if not isinstance(path, Mapping):
+        path = Path(path)
+        if path.name == "config.yaml" and (path.parent / "run.json").is_file():
+            _name_after_folder(given, path.parent, overrides)
+    return _run_config(given, _place(path))
 
 
-def _name_after_folder(given: DictConfig, folder: Path, overrides: Sequence[str]) -> None:
+def _name_after_folder(given: DictConfig, folder: Path, overrides: Overrides) -> None:
     """A run's own config.yaml means the run that it lies with, also when that folder was moved or copied."""
-    if not any(override.split("=")[0] in ("name", "output_dir") for override in overrides):
+    keys = overrides if isinstance(overrides, Mapping) else [override.split("=")[0] for override in overrides]
+    if not {"name", "output_dir"} & set(keys):
         OmegaConf.update(given, "name", folder.resolve().name)
         OmegaConf.update(given, "output_dir", str(folder.parent))
 
@@ -150,7 +163,7 @@ def load_run_config(folder: Folder) -> RunConfig:
         content = folder.read("config.yaml")
     except FileNotFoundError as error:
         raise ConfigError(f"no configuration file at {where}: that is no folder of a run or a checkpoint") from error
-    return _run_config(_parse_yaml(content, where), where)
+    return _run_config(_parse_yaml(content, where), where, apart_from=_whole_run(folder))
 
 
 def read_saved_config(text: str, where: Path | str) -> RunConfig:
@@ -172,37 +185,58 @@ def read_saved_config(text: str, where: Path | str) -> RunConfig:
         ) from error
 
 
-def _run_config(given: DictConfig, path: Path | str) -> RunConfig:
+def _whole_run(folder: Folder) -> Path | None:
+    """What came together with a run's or a checkpoint's folder on this machine: the whole run."""
+    path = folder.local_path
+    if path is None or not path.name.startswith("step-"):
+        return path
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+
+
+def _run_config(given: DictConfig, path: Path | str, apart_from: Path | None = None) -> RunConfig:
+    """The run that a YAML describes; no objective's code from within the folder `apart_from` is run."""
     name = OmegaConf.select(given, "objective.name")
-    if name not in OBJECTIVES:
+    schema = OmegaConf.structured(RunConfig)
+    try:
+        objective = OmegaConf.structured(find_objective(str(name), apart_from=apart_from)[0])
+    except KeyError as error:
+        known = known_objectives()
         raise ConfigError(
-            f"{path}: objective.name is {name!r}; known objectives: {', '.join(OBJECTIVES)}"
-            + nearest(str(name), list(OBJECTIVES))
-        )
+            f"{path}: objective.name is {name!r}; known objectives: {', '.join(known)}{nearest(str(name), known)}, or "
+            "an import path such as my_package.my_module:MyObjective"
+        ) from error
+    except ExtensionError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except OmegaConfBaseException as error:  # a type that no YAML can give
+        raise ConfigError(f"{path}: objective.name is {name!r}, whose config_class cannot be read: {error}") from error
     del given.objective["name"]
     if OmegaConf.select(given, "data.order.seed") is None:
         OmegaConf.update(given, "data.order.seed", "${seed}")  # one seed for everything, unless the data's is given
-    schema = OmegaConf.structured(RunConfig)
     OmegaConf.set_readonly(schema, False)
-    schema.objective = OmegaConf.structured(OBJECTIVES[name][0])
-    return _merge_typed(RunConfig, schema, given, path)
+    schema.objective = objective
+    return dataclasses.replace(_merge_typed(RunConfig, schema, given, path), objective_name=name)
 
 
-def load_typed(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
-    """Reads a YAML file into the dataclass `schema` and applies `key.path=value` overrides.
+def load_typed(schema: type[T], path: Path | str | Given, overrides: Overrides = ()) -> T:
+    """Reads a YAML file into the dataclass `schema` and applies `key.path=value` overrides; arguments as `load_config`.
 
     Raises:
         ConfigError: as `load_config`.
     """
-    path = Path(path)
     given = _read(path, overrides)
-    return _merge_typed(schema, OmegaConf.structured(schema), given, path)
+    return _merge_typed(schema, OmegaConf.structured(schema), given, _place(path))
 
 
-def _read(path: Path, overrides: Sequence[str]) -> DictConfig:
-    given = OmegaConf.merge(_read_yaml(path), _parse_overrides(overrides))
+def _read(path: Path | str | Given, overrides: Overrides) -> DictConfig:
+    content = OmegaConf.create(dict(path)) if isinstance(path, Mapping) else _read_yaml(Path(path))
+    given = OmegaConf.merge(content, _parse_overrides(overrides))
     assert isinstance(given, DictConfig)
     return given
+
+
+def _place(path: Path | str | Given) -> Path | str:
+    """Where a configuration is from, for messages."""
+    return "the configuration" if isinstance(path, Mapping) else Path(path)
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -221,7 +255,12 @@ def _parse_yaml(content: bytes, path: Path | str) -> DictConfig:
     return loaded
 
 
-def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+def _parse_overrides(overrides: Overrides) -> DictConfig:
+    if isinstance(overrides, Mapping):
+        changes = OmegaConf.create()
+        for key, value in overrides.items():
+            OmegaConf.update(changes, str(key), value, merge=True)
+        return changes
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ConfigError(f"override {override!r} has no key=value form; write for example train.steps=100")

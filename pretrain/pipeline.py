@@ -74,6 +74,8 @@ def dry_run_pipeline(phases: Sequence[Phase], processes: int, ranks_per_node: in
 
 def without_start(config: RunConfig) -> RunConfig:
     """The same without `objective.init_from`: what an earlier phase has yet to write cannot be looked at."""
+    if config.init_from is None:
+        return config
     return dataclasses.replace(config, objective=dataclasses.replace(config.objective, init_from=None))
 
 

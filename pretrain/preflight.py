@@ -19,6 +19,8 @@ from data_pipes.store.storage import Storage
 from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import newest_complete
 from pretrain.config import ConfigError, RunConfig, TrainConfig
+from pretrain.objectives.named import check_backbone
+from pretrain.objectives.table import OBJECTIVES
 from pretrain.parallel.batches import fit_micro_batch
 from pretrain.parallel.choose import check_strategy
 from pretrain.parallel.launch import Launch
@@ -137,11 +139,13 @@ def check_objective(config: RunConfig) -> None:
     Raises:
         ValueError: it cannot be built, or expects other data.
     """
-    init_from = config.objective.init_from
+    init_from = config.init_from
     if init_from is not None and newest_complete(open_folder(config.run_dir)) is None:
         checkpoint_at(init_from)  # not where a run goes on, which has its own weights
     with torch.device("meta"):
         objective = config.build_objective()
+        if config.objective_name not in OBJECTIVES:
+            check_backbone(objective, config.objective_name)
     for player in config.optim.players:
         if player not in objective.players or player == objective.backbone_player:
             others = [name for name in objective.players if name != objective.backbone_player]

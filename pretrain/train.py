@@ -43,7 +43,12 @@ from pretrain.weights.starting import initialize
 
 
 def train(
-    config: RunConfig, *, config_path: Path, overrides: Sequence[str] = (), world: World | None = None
+    config: RunConfig,
+    *,
+    config_path: Path,
+    overrides: Sequence[str] = (),
+    world: World | None = None,
+    may_exit: bool = True,
 ) -> dict[str, Any]:
     """Runs `config` on this process, or on those that torchrun started, to its end or to a stop signal.
 
@@ -55,6 +60,7 @@ def train(
         overrides: the `key=value` arguments that were given, for `run.json`.
         world: for several runs one after the other, from `join_world`, because a process group cannot be left and
             joined again safely; without it the processes join here and leave at the end.
+        may_exit: whether the watchdog may end the process when it hangs. False: it does not watch.
 
     Returns:
         A summary; rank 0's is complete.
@@ -65,7 +71,8 @@ def train(
     with StopRequest() as stop:
         plan, data = check(config, Launch.from_environment())
         joined = world or join_world(config.device, config.parallel.timeout_s)
-        with own_run(config, joined), Watchdog(config.run_dir, joined, config.watchdog, stop) as watchdog:
+        watching = replace(config.watchdog, enabled=config.watchdog.enabled and may_exit)
+        with own_run(config, joined), Watchdog(config.run_dir, joined, watching, stop) as watchdog:
             identity = enter_run_folder(config, config_path=config_path, overrides=overrides, world=joined)
             summary = _train(config, plan, data, joined, stop, watchdog, identity)
             if world is None:
@@ -85,7 +92,7 @@ def _train(
     # 1. Model, optimizer, engine. A run that goes on does not look for the weights that it once started from.
     checkpoints = Checkpoints(config.run_dir, config.checkpoint, world)
     checkpoint = checkpoints.find()
-    init_from = config.objective.init_from if checkpoint is None else None
+    init_from = config.init_from if checkpoint is None else None
     torch.manual_seed(config.seed + world.rank)
     strategy = make_strategy(config.parallel, config.optim, world)
     objective = strategy.prepare(config.build_objective, partial(initialize, seed=config.seed, init_from=init_from))

@@ -17,7 +17,7 @@ from pathlib import Path
 import grimp
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("pretrain", "data_pipes", "launchers")
+PACKAGES = ("pretrain", "data_pipes", "launchers", "tessera")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 PLANTED = {
     "data_pipes/order/planted.py": (

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("pretrain", "data_pipes", "launchers")
+PACKAGES = ("pretrain", "data_pipes", "launchers", "tessera")
 SECTIONS = ("Args", "Returns", "Yields", "Raises")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -19,6 +19,7 @@ from typing import Any
 from pretrain.config import RunConfig
 from pretrain.evaluation.encoder.protocols import PROTOCOLS
 from pretrain.evaluation.encoder.suite import SuiteConfig
+from pretrain.evaluation.tokenizer import protocols as tokenizer_protocols
 from pretrain.evaluation.tokenizer import suite as tokenizer_suite
 from pretrain.objectives.table import OBJECTIVES
 from pretrain.phases import PipelineConfig
@@ -52,9 +53,9 @@ def page() -> str:
         parts += tables("", protocol.config, known)
     parts.append("\n## A suite of tokenizers\n\nRead by `tessera eval` where the model is a tokenizer.\n")
     parts += tables("", tokenizer_suite.TokenizerSuiteConfig, known)
-    for name, config in tokenizer_suite.PROTOCOLS.items():
+    for name, entry in tokenizer_protocols.PROTOCOLS.items():
         parts.append(f"\n### Metric `{name}`\n\nThe keys under `tasks.<task>.settings` of a task of this protocol.\n")
-        parts += tables("", config, known)
+        parts += tables("", entry.config, known)
     return "".join(parts)
 
 

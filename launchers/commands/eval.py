@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,47 +40,57 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     Raises:
         ValueError: a mistake in the arguments, the suite, the model or its data.
     """
-    from launchers.commands.eval_tokenizer import evaluate_tokenizer_command
-    from pretrain.weights.tokenizer import is_tokenizer
-
-    evaluate = evaluate_tokenizer_command if is_tokenizer(arguments.model) else _evaluate_encoder
-    return evaluate(arguments)
-
-
-def _evaluate_encoder(arguments: argparse.Namespace) -> dict[str, object]:
-    """Evaluates an encoder of images or clips."""
     from rich.console import Console
 
     from launchers.progress import print_files, progress_line
-    from pretrain.config import load_typed
-    from pretrain.evaluation.encoder.features import make_accelerator
-    from pretrain.evaluation.encoder.suite import SuiteConfig, evaluate_backbone
-    from pretrain.evaluation.results import save_results
-    from pretrain.weights.backbone import load_backbone
+    from pretrain.evaluate import evaluate
 
-    suite = load_typed(SuiteConfig, arguments.suite, arguments.overrides)
-    backbones = [load_backbone(arguments.model, ema=arguments.ema, architecture=arguments.arch)]
-    if arguments.untrained:
-        backbones.append(load_backbone(arguments.model, untrained=True, architecture=arguments.arch))
-    accelerator = make_accelerator(cpu=arguments.device == "cpu", precision=suite.precision)
     console = Console(stderr=True)
-    records: list[dict[str, Any]] = []
-    files: list[Path] = []
-    with progress_line(console, visible=accelerator.is_main_process) as report:
-        for backbone in backbones:
-            results = evaluate_backbone(backbone, suite, accelerator, report=report)
-            files += save_results(backbone, results, arguments.output)
-            records += results
-    accelerator.end_training()
-    if not accelerator.is_main_process:
+    with progress_line(console, visible=int(os.environ.get("RANK", "0")) == 0) as report:
+        found = evaluate(
+            arguments.model,
+            arguments.suite,
+            arguments.overrides,
+            ema=arguments.ema,
+            untrained=arguments.untrained,
+            architecture=arguments.arch,
+            output=arguments.output,
+            cpu=arguments.device == "cpu",
+            report=report,
+        )
+    if not found.is_main:
         return {}
-    _print_table(console, records)
-    print_files(console, files)
-    summary: dict[str, object] = {"model": str(arguments.model), "label": backbones[0].label}
-    for backbone, name in zip(backbones, ("trained", "untrained"), strict=False):
-        own = [record for record in records if record["model"] == backbone.label]
-        summary[name] = {f"{record['task']}_top1": record["metrics"]["top1"] for record in own}
-    return summary | {"files": [str(path) for path in files], "results": records}
+    (_print_measures if found.of_tokenizer else _print_table)(console, found.records)
+    print_files(console, found.files)
+    summary: dict[str, object] = {"model": str(arguments.model), "label": found.labels[0]}
+    for label, name in zip(found.labels, ("trained", "untrained"), strict=False):
+        own = [record for record in found.records if record["model"] == label]
+        summary[name] = {key: value for record in own for key, value in _figures(record, found.of_tokenizer).items()}
+    return summary | {"files": [str(path) for path in found.files], "results": found.records}
+
+
+def _figures(record: dict[str, Any], everything: bool) -> dict[str, float]:
+    """The figures of a record that the summary quotes: `top1` where there is one, else all; or everything."""
+    metrics: dict[str, float] = record["metrics"]
+    quoted = metrics if everything or "top1" not in metrics else {"top1": metrics["top1"]}
+    return {f"{record['task']}_{name}": value for name, value in quoted.items()}
+
+
+def _print_measures(console: Console, records: list[dict[str, Any]]) -> None:
+    """The figures of a tokenizer, for people."""
+    from rich.table import Table
+
+    table = Table("model", "task", "protocol", "figures", "pictures")
+    for record in records:
+        table.add_row(
+            record["model"], record["task"], record["protocol"], _shown(record["metrics"]), f"{record['num_test']:,}"
+        )
+    console.print(table)
+
+
+def _shown(metrics: dict[str, float]) -> str:
+    """Figures with their names, short enough for a table."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
 def _print_table(console: Console, records: list[dict[str, Any]]) -> None:
@@ -88,10 +99,11 @@ def _print_table(console: Console, records: list[dict[str, Any]]) -> None:
 
     table = Table("model", "task", "top-1 %", "chosen", "train / test samples", "seconds")
     for record in records:
+        metrics = record["metrics"]
         table.add_row(
             record["model"],
             record["task"],
-            f"{record['metrics']['top1']:.2f}",
+            f"{metrics['top1']:.2f}" if "top1" in metrics else _shown(metrics),
             _chosen(record["selection"]),
             f"{record['num_train']:,} / {record['num_test']:,}",
             f"{record['seconds']['features']:.0f} + {record['seconds']['protocol']:.0f}",
@@ -103,8 +115,8 @@ def _chosen(selection: dict[str, Any]) -> str:
     """The k, the head or the rule behind a figure, short enough for a table."""
     if "k" in selection:
         return f"k={selection['k']}"
-    if "head" not in selection:
-        return str(selection["by"])
+    if not isinstance(selection.get("head"), dict):
+        return str(selection.get("by", ""))
     shown = {True: "yes", False: "no"}
     return " ".join(
         f"{name}={shown[value] if isinstance(value, bool) else format(value, 'g')}"

@@ -10,35 +10,43 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config import nearest
+from pretrain.extensions import PROTOCOLS_GROUP, extension_names, find_extension
 
 T = TypeVar("T")
 """A dataclass of settings."""
+P = TypeVar("P")
+"""A kind of protocol."""
 
 
-def task_settings(
-    task: str, protocol: str, settings: Mapping[str, Any], schemas: Mapping[str, type[Any]], kind: str = "protocols"
-) -> Any:
-    """The settings of one task, checked.
+def named_protocol(task: str, protocol: str, table: Mapping[str, P], kind: type[P], kinds: str = "protocols") -> P:
+    """The protocol that a task names: one of the table, or somebody's own.
 
     Args:
         task: its name in the suite.
-        protocol: what the suite names as its protocol.
-        settings: what the suite sets; other fields keep their defaults.
-        schemas: name of a protocol -> dataclass of its settings.
-        kind: what a message calls the protocols.
-
-    Returns:
-        An instance of the protocol's dataclass.
+        protocol: a key of the table, an entry point of `tessera.protocols`, or an import path.
+        table: the protocols of this package.
+        kind: class of the table's entries, and of what an import path must lead to.
+        kinds: what a message calls the protocols.
 
     Raises:
-        ValueError: an unknown protocol or key (the message has the nearest known one), or a value of another type.
+        ValueError: there is none of this name (the message has the nearest known one), or it is something else.
     """
-    if protocol not in schemas:
+    if protocol in table:
+        return table[protocol]
+    where = f"tasks.{task}.protocol"
+    found = find_extension(protocol, PROTOCOLS_GROUP, where)
+    if found is None:
+        known = [*table, *extension_names(PROTOCOLS_GROUP)]
         raise ValueError(
-            f"tasks.{task}.protocol is {protocol!r}; known {kind}: {', '.join(schemas)}"
-            + nearest(protocol, list(schemas))
+            f"{where} is {protocol!r}; known {kinds}: {', '.join(known)}{nearest(protocol, known)}, or an import path "
+            "such as my_package.my_module:PROTOCOL"
         )
-    return typed_settings(schemas[protocol], settings, f"tasks.{task}.settings")
+    if not isinstance(found, kind):
+        raise ValueError(
+            f"{where} is {protocol!r}, which is a {type(found).__name__}; {kinds} are instances of "
+            f"{kind.__module__}.{kind.__name__}"
+        )
+    return found
 
 
 def typed_settings(schema: type[T], settings: Mapping[str, Any], where: str) -> T:
@@ -52,7 +60,9 @@ def typed_settings(schema: type[T], settings: Mapping[str, Any], where: str) -> 
     Raises:
         ValueError: an unknown key (the message has the nearest known one) or a value of another type.
     """
-    known = [entry.name for entry in dataclasses.fields(schema)]  # type: ignore[arg-type]
+    if not dataclasses.is_dataclass(schema):
+        raise ValueError(f"{where}: the protocol's config is {schema!r}; expected a dataclass")
+    known = [entry.name for entry in dataclasses.fields(schema)]
     for key in settings:
         if key not in known:
             raise ValueError(f"unknown key {where}.{key}{nearest(str(key), known)}; known keys: {', '.join(known)}")

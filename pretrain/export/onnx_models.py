@@ -18,6 +18,7 @@ from torch.export import Dim
 
 from pretrain.export.card import channels_text, numbers, provenance, table
 from pretrain.export.onnx import OPSET, TOLERANCE, Graph, OnnxExport, export_graphs
+from pretrain.models.video_vit import VideoViT
 from pretrain.models.vit import ViT
 
 if TYPE_CHECKING:
@@ -97,11 +98,10 @@ def export_backbone_onnx(backbone: Backbone, out: Path, *, tolerance: float = TO
         ImportError: onnx, onnxscript or onnxruntime is not installed.
         ExportError: onnxruntime computes something else.
     """
-    model = backbone.model
-    shape = model.config.in_channels, *_size(backbone)
+    model, shape = backbone.model, backbone.interface.input_shape
     graph = Graph(
         "model",
-        BackboneFeatures(model, backbone.mean, backbone.std).eval(),
+        BackboneFeatures(model, backbone.mean, backbone.std, len(shape) - 1).eval(),
         (noise(2, *shape),),
         ("pixels",),
         feature_names(model),
@@ -156,9 +156,6 @@ class TokenizerDecoder(Normalised):
 class BackboneFeatures(Normalised):
     """Pixels in [0, 1] to the features after the final norm."""
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__(model, mean, std, 2 if isinstance(model, ViT) else 3)
-
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels, float32 [B, C, H, W] or [B, C, T, H, W], to the class token [B, D] and the tokens [B, N, D]."""
         (features,) = self.model.features((pixels - self.mean) / self.std, 1)  # type: ignore[operator]
@@ -169,18 +166,14 @@ def feature_names(model: nn.Module) -> tuple[str, str]:
     """The names of what `BackboneFeatures` gives, in that order."""
     if isinstance(model, ViT):
         return "class_token", "patch_tokens"
+    if not isinstance(model, VideoViT):
+        return "summary", "tokens"
     return "class_token" if hasattr(model, "cls_token") else "mean_token", "tokens"
 
 
 def noise(*shape: int) -> Tensor:
     """Random numbers, float32 in [0, 1), the same for the same shape."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))
-
-
-def _size(backbone: Backbone) -> tuple[int, ...]:
-    """What follows the channels: height and width, or frames, height and width."""
-    model = backbone.model
-    return model.config.image_size if isinstance(model, ViT) else model.config.clip_size
 
 
 def _tokenizer_summary(tokenizer: LoadedTokenizer, size: tuple[int, int] | None) -> str:
@@ -212,10 +205,10 @@ def _backbone_summary(backbone: Backbone) -> str:
     """The first paragraph of a backbone's card."""
     model = backbone.model
     pooled, tokens = feature_names(model)
-    num_tokens = model.config.num_patches if isinstance(model, ViT) else model.config.num_tokens
+    width, num_tokens = backbone.interface.width, backbone.interface.num_tokens
     return (
         f"The features of a {type(model).__name__} backbone as an ONNX graph (opset {OPSET}), after the final norm: "
-        f"{pooled} [batch, {model.config.width}] and {tokens} [batch, {num_tokens}, {model.config.width}]. Pixels are "
+        f"{pooled} [batch, {width}] and {tokens} [batch, {num_tokens}, {width}]. Pixels are "
         f"{_PIXELS}. The graph normalises them (mean {numbers(backbone.mean)}, std {numbers(backbone.std)})."
     )
 

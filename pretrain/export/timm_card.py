@@ -18,6 +18,7 @@ from pretrain.export.card import (
     table,
     top1_results,
 )
+from pretrain.models.vit import ViT
 from pretrain.weights.backbone import Backbone
 
 _TAGS = ("image-feature-extraction", "timm", "masked-autoencoder")
@@ -60,6 +61,7 @@ def timm_card(
 
 def _summary(backbone: Backbone, pool: str) -> str:
     """The first paragraph."""
+    assert isinstance(backbone.model, ViT)
     config = backbone.model.config
     height, width = config.image_size
     patch = " x ".join(str(side) for side in config.patch_size)

@@ -108,9 +108,15 @@ def why_not(source: Backbone, *, pretraining: bool = False) -> str | None:
         return f"it is a {type(model).__name__}, and only encoders of images have a counterpart"
     if not pretraining:
         return None
-    config = None if source.config is None else source.config.objective.model
+    config = None if source.config is None else getattr(source.config.objective, "model", None)
     if source.checkpoint is None or source.weights == "untrained" or not isinstance(config, MAEConfig):
         return f"{source.label} ({source.weights}) has no decoder beside it; only a checkpoint of image_mae does"
+    assert source.config is not None
+    with torch.device("meta"):
+        objective = source.config.build_objective()
+    player = objective.players[objective.backbone_player]
+    if not isinstance(player, MAE):  # somebody's own objective with this package's encoder
+        return f"its decoder is that of a {type(player).__name__}, and only MAE's has a counterpart"
     sides = (*model.config.image_size, *model.config.patch_size)
     if sides[0] != sides[1] or sides[2] != sides[3]:
         return (
@@ -203,7 +209,7 @@ def compare_pretraining(whole: MAE, theirs: Any) -> dict[str, float]:
 
 def preprocessor(source: Backbone) -> dict[str, Any]:
     """The contents of preprocessor_config.json: resized to the input's size, bicubic, and the statistics."""
-    height, width = source.model.config.image_size
+    height, width = source.interface.image_size
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,

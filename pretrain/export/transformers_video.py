@@ -195,7 +195,7 @@ def _encoder_state(encoder: VideoViT) -> dict[str, Tensor]:
 
 def preprocessor(source: Backbone) -> dict[str, Any]:
     """The contents of preprocessor_config.json: short side to the longer side of the crop, centre crop, statistics."""
-    height, width = source.model.config.image_size
+    height, width = source.interface.image_size
     return {
         "image_processor_type": "VideoMAEImageProcessor",
         "do_resize": True,

@@ -9,7 +9,13 @@ has a generator and a discriminator), and says what a step computes. The loop kn
             strategy.step(turn.player)
 
 Enters: batches that already lie on the device, as stored (uint8 or uint16 images). Leaves: losses, metrics, pictures.
-Legend: B batch, C channels, H/W pixels.
+
+An objective of one's own is a subclass of `Objective` in a module that Python finds: `objective.name` is then its
+import path, `my_package.my_module:MyObjective`, or the name of an entry point in the group `tessera.objectives`. It
+sets `config_class`, and what it trains is evaluated and exported by what `build_backbone` gives; nothing else has to
+know it. examples/own_objective.py has a whole one.
+
+Legend: B batch, C channels, H/W pixels, N patches, D width.
 """
 
 from __future__ import annotations
@@ -17,16 +23,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from data_pipes.batch import Batch
-    from pretrain.models.tokenizers.autoencoder import Autoencoder
-    from pretrain.models.video_vit import VideoViT
-    from pretrain.models.vit import ViT
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ class Objective(ABC):
     never from a global generator, so that ranks, the batch's composition and a resume do not change it.
     """
 
+    config_class: ClassVar[type[Any]]
+    """The frozen dataclass of the keys under `objective`, which the constructor gets as `config`. For classes that are
+    named by an import path or an entry point; those of the table have it there. A field `init_from: str | None = None`
+    lets runs start from weights."""
     players: dict[str, nn.Module]
     """Modules by name; one optimizer each."""
     backbone_player: str
@@ -116,8 +123,21 @@ class Objective(ABC):
         """Model FLOPs of forward and backward for one sample (matrix products only, nothing recomputed)."""
 
     @abstractmethod
-    def build_backbone(self) -> ViT | VideoViT | Autoencoder:
-        """A fresh, unsharded backbone on the CPU, to load `backbone_prefix` weights into."""
+    def build_backbone(self) -> nn.Module:
+        """A fresh, unsharded backbone, whose state dict has the names and shapes of `backbone_player`'s below
+        `backbone_prefix`: those weights are loaded into it.
+
+        It is one of three kinds, and what evaluates and exports it follows from that:
+
+        - an encoder of this package, `ViT` or `VideoViT`: everything.
+        - a tokenizer, a subclass of `Autoencoder`: the suites and exports of tokenizers.
+        - any other module with a method `features(inputs, num_blocks)`, which gives for each of its last `num_blocks`
+          stages, the last at the end, a pair (summary [B, D], tokens [B, N, D]) of normalised inputs [B, C, H, W], or
+          [B, C, T, H, W] where `num_frames` is a number. It is asked for one stage, unless a suite's linear probe joins
+          several. Such an encoder has all protocols on frozen features and tokens (k-NN, linear and attentive probes),
+          the export to ONNX, and whatever protocols and export targets others write for it; fine-tuning and the
+          layouts of other libraries are refused.
+        """
 
     @property
     @abstractmethod

@@ -11,11 +11,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipes.store.urls import local_path
 from data_pipes.transforms.clip_sampling import ClipSampling
@@ -30,6 +31,7 @@ from pretrain.models.vit import ViT
 from pretrain.weights.files import EXPORT_WEIGHTS
 from pretrain.weights.finding import EXPORT_CONFIG, find_checkpoint, named_file, run_dir_of
 from pretrain.weights.image import describe_encoder, load_encoder, parse_architecture, read_canonical
+from pretrain.weights.interface import Interface, encoder_interface, probed_interface
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
@@ -43,8 +45,9 @@ Weights = Literal["trained", "untrained", "ema", "imported"]
 class Backbone:
     """A frozen backbone and where it comes from."""
 
-    model: ViT | VideoViT
-    """On the CPU, fp32, in evaluation mode; a VideoViT takes clips."""
+    model: nn.Module
+    """On the CPU, fp32, in evaluation mode: a ViT, a VideoViT, or an encoder of others, see
+    `Objective.build_backbone`."""
     mean: tuple[float, ...]
     """Per channel, on the scale where the stored range is [0, 1]."""
     std: tuple[float, ...]
@@ -74,10 +77,20 @@ class Backbone:
 
         An encoder of clips without a run: every fourth frame, as the published ones.
         """
-        if not isinstance(self.model, VideoViT):
+        if self.interface.num_frames is None:
             return None
         trained = None if self.config is None else self.config.data.video
-        return trained or ClipSampling(self.model.config.num_frames)
+        return trained or ClipSampling(self.interface.num_frames)
+
+    @cached_property
+    def interface(self) -> Interface:
+        """What goes into the model, and what comes out."""
+        if isinstance(self.model, ViT | VideoViT):
+            return encoder_interface(self.model)
+        assert self.config is not None, "only a run's objective says what another encoder takes"
+        with torch.device("meta"):
+            objective = self.config.build_objective()
+        return probed_interface(self.model, objective, f"{self.source}, of objective {self.config.objective_name}")
 
 
 def load_backbone(
@@ -162,14 +175,14 @@ def _from_checkpoint(checkpoint: Folder, named: Folder, *, ema: bool, untrained:
     else:
         state = load_weights(checkpoint, player, ema=ema)
     model = objective.build_backbone()
-    if not isinstance(model, ViT | VideoViT):
+    if not hasattr(model, "features"):
         raise ValueError(
             f"{checkpoint} holds a {type(model).__name__} (objective {config.objective_name}): expected an encoder of "
-            "images or clips; tokenizers have their own suites"
+            "images or clips, with a method `features`; tokenizers have their own suites"
         )
     model.load_state_dict({name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)})
     suffix = "-ema" if ema else "-untrained" if untrained else ""
-    return Backbone(
+    backbone = Backbone(
         model=model.eval(),
         mean=tuple(objective.mean),
         std=tuple(objective.std),
@@ -183,6 +196,8 @@ def _from_checkpoint(checkpoint: Folder, named: Folder, *, ema: bool, untrained:
         complete=complete,
         run_dir=run_dir_of(checkpoint, named),
     )
+    _ = backbone.interface  # whether an encoder of others gives what it must
+    return backbone
 
 
 def _from_export(path: Path, untrained: bool) -> Backbone:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launchers.cli import parse
-from launchers.commands.eval_tokenizer import evaluate_tokenizer_command
+from launchers.commands.eval import run
 from pretrain.tracking.journal import read_metrics
 from pretrain.weights.tokenizer import is_tokenizer, load_tokenizer
 from tests.pretrain.runs import overrides_of, run_here
@@ -29,7 +29,7 @@ def test_a_run_is_evaluated_on_its_own_pictures(tmp_path: Path, capsys: pytest.C
     (tmp_path / "suite.yaml").write_text(SUITE)
     given = ["eval", str(config.run_dir), "--suite", str(tmp_path / "suite.yaml"), "--device", "cpu"]
     assert is_tokenizer(config.run_dir)
-    summary = evaluate_tokenizer_command(parse([*given, "--ema", "num_samples=3"]))
+    summary = run(parse([*given, "--ema", "num_samples=3"]))
     folder = config.run_dir / "eval" / "step-00000002-ema"
     record = json.loads((folder / "quality.json").read_text())
     assert record["num_test"] == 3
@@ -39,10 +39,10 @@ def test_a_run_is_evaluated_on_its_own_pictures(tmp_path: Path, capsys: pytest.C
     points = read_metrics(config.run_dir)["eval_ema/quality/psnr"]
     assert [(point.step, point.value) for point in points] == [(2, record["metrics"]["psnr"])]
     assert summary["files"] == [str(folder / "quality.json"), str(folder / "latents.json")]
-    evaluate_tokenizer_command(parse(given))
+    run(parse(given))
     assert "eval/latents/effective_rank" in read_metrics(config.run_dir)
     with pytest.raises(ValueError, match="is a tokenizer: leave out --untrained"):
-        evaluate_tokenizer_command(parse([*given, "--untrained"]))
+        run(parse([*given, "--untrained"]))
 
 
 def test_what_is_a_tokenizer(tiny_dataset: Path, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def check_attentive(subject: Subject, config: AttentiveConfig, where: str) -> No
     Raises:
         ValueError: a number of heads that does not fit the backbone, or several processes.
     """
-    width = subject.backbone.model.config.width
+    width = subject.backbone.interface.width
     if width % config.heads:
         raise ValueError(f"{where}.heads is {config.heads}, which does not divide the backbone's width of {width}")
     if subject.accelerator.num_processes > 1:
@@ -220,7 +220,7 @@ def fit_probes(subject: Subject, tokens: Tokens, samples: Tensor, config: Attent
     Returns:
         The probes on the device, in the order of `heads_of`.
     """
-    width = subject.backbone.model.config.width
+    width = subject.backbone.interface.width
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         probes = [

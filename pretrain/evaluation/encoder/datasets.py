@@ -24,7 +24,6 @@ from data_pipes.store.storage import Storage
 from data_pipes.store.transport import StorageConfig
 from data_pipes.transforms.image import EvalTransform
 from pretrain.evaluation.encoder.views import VideoConfig, view_ratio
-from pretrain.models.video_config import VideoViTConfig
 from pretrain.weights.backbone import Backbone
 
 
@@ -112,9 +111,9 @@ def _open_views(
     backbone: Backbone, manifests: Mapping[str, Manifest], resize_ratio: float | None, video: VideoConfig
 ) -> tuple[Mapping[str, SequentialImages | SequentialClips], dict[str, object]]:
     """The datasets by side ("train", "test"), and what their views are, for the record of a result."""
-    config, sampling = backbone.model.config, video.sampling or backbone.sampling
+    config, sampling = backbone.interface, video.sampling or backbone.sampling
     loading = loading_config(backbone)
-    if not isinstance(config, VideoViTConfig):
+    if config.num_frames is None:
         ratio = view_ratio(config.image_size) if resize_ratio is None else resize_ratio
         transform = EvalTransform(config.image_size, round(max(config.image_size) * ratio))
         images = {

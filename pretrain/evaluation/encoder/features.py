@@ -182,6 +182,8 @@ def extract(
             for inputs in normalise(images).split(batch_size):
                 with accelerator.autocast():
                     blocks = cast(FeatureModel, model).features(inputs, num_blocks)
+                if len(blocks) != num_blocks:
+                    raise ValueError(f"the encoder gives features of {len(blocks)} blocks; {num_blocks} were asked for")
                 class_tokens = torch.stack([class_token for class_token, _ in blocks], dim=1)
                 parts.append((class_tokens, blocks[-1][1].mean(dim=1)))
             by_sample = (torch.cat(part).unflatten(0, (len(labels), -1)) for part in zip(*parts, strict=True))

@@ -33,6 +33,7 @@ from pretrain.evaluation.encoder.multi_view import multi_view_accuracies
 from pretrain.evaluation.encoder.subject import Subject
 from pretrain.evaluation.outcome import Outcome
 from pretrain.models.video_vit import VideoViT
+from pretrain.models.vit import ViT
 from pretrain.optim import scheduled_lr
 
 
@@ -124,6 +125,11 @@ def check_finetune(subject: Subject, config: FinetuneConfig, where: str) -> None
         ValueError: the protocol, or one of its settings, is not for this backbone or this number of processes.
     """
     model, processes = subject.backbone.model, subject.accelerator.num_processes
+    if not isinstance(model, ViT | VideoViT):
+        raise ValueError(
+            f"{where}: fine-tuning knows the layers of this package's encoders, and this is a {type(model).__name__}; "
+            "probe it with knn_dino, linear_dinov2_cached or attentive_vjepa2, or name a protocol of your own"
+        )
     wanted = "finetune_mae" if isinstance(config, ImageFinetuneConfig) else "finetune_videomae"
     fitting = "finetune_videomae" if isinstance(model, VideoViT) else "finetune_mae"
     if wanted != fitting:
@@ -169,16 +175,18 @@ def fine_tune(subject: Subject, config: FinetuneConfig) -> nn.Module:
         ValueError: a sample has no label, or the loss is not finite.
     """
     accelerator, device, plan = subject.accelerator, subject.device, _plan(subject, config)
+    encoder = subject.backbone.model
+    assert isinstance(encoder, ViT | VideoViT)
     loader = open_loader(
         _data_config(subject, config),
         plan,
-        image_size=subject.backbone.model.config.image_size,
-        channels=subject.backbone.model.config.in_channels,
+        image_size=subject.backbone.interface.image_size,
+        channels=subject.backbone.interface.in_channels,
         state=None,
     )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        classifier = Classifier(subject.backbone.model, subject.data.num_classes, config.drop_path).to(device)
+        classifier = Classifier(encoder, subject.data.num_classes, config.drop_path).to(device)
         groups = layer_decay_groups(classifier, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
         optimizer = torch.optim.AdamW(cast(list[dict[str, Any]], groups), lr=0.0, betas=(0.9, 0.999), fused=True)
         model: nn.Module = accelerator.prepare_model(classifier).train()

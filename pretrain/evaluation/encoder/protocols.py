@@ -1,5 +1,8 @@
 """The protocols that a suite can name. Adding one: its file, a line in the table here, a YAML, a test.
 
+Outside of this package, a `Protocol` in any module does: a suite names it by its import path,
+`my_package.my_module:PROTOCOL`, or by an entry point of the group `tessera.protocols`.
+
 In: a subject and typed settings. Out: an `Outcome`. It exists so that the suite treats all protocols alike, whether
 they work on features, on tokens, or train the backbone.
 """
@@ -20,7 +23,7 @@ from pretrain.evaluation.outcome import Outcome
 
 @dataclass(frozen=True)
 class Protocol:
-    """One entry of the table."""
+    """One entry of the table, or somebody's own."""
 
     config: type[Any]
     """dataclass of its settings"""
@@ -50,8 +53,8 @@ def _check_linear(subject: Subject, config: LinearConfig, where: str) -> None:
     Raises:
         ValueError: there are such heads.
     """
-    depth = subject.backbone.model.config.depth
-    if max(config.blocks) > depth:
+    depth = subject.backbone.interface.depth
+    if depth is not None and max(config.blocks) > depth:
         raise ValueError(
             f"a linear probe joins the last {max(config.blocks)} blocks, the backbone has {depth}: set {where}.blocks "
             f"to numbers up to {depth}"

@@ -20,12 +20,12 @@ from omegaconf import MISSING
 
 from pretrain.evaluation.encoder.datasets import EvaluationData, open_evaluation_data
 from pretrain.evaluation.encoder.features import Precision
-from pretrain.evaluation.encoder.protocols import PROTOCOLS, num_blocks
+from pretrain.evaluation.encoder.protocols import PROTOCOLS, Protocol, num_blocks
 from pretrain.evaluation.encoder.subject import Loading, Report, Subject
 from pretrain.evaluation.encoder.views import Frames, TaskView, VideoConfig, Views
 from pretrain.evaluation.outcome import Outcome
 from pretrain.evaluation.results import make_record
-from pretrain.evaluation.settings import task_settings
+from pretrain.evaluation.settings import named_protocol, typed_settings
 from pretrain.weights.backbone import Backbone
 
 
@@ -34,7 +34,7 @@ class TaskConfig:
     """One task of a suite."""
 
     protocol: str = MISSING
-    """a key of PROTOCOLS"""
+    """a key of PROTOCOLS, an entry point of `tessera.protocols`, or an import path"""
     settings: dict[str, Any] = field(default_factory=dict)
     """fields of that protocol's config; the others keep their defaults"""
     frames: Frames = "all"
@@ -90,10 +90,17 @@ class SuiteConfig:
         """The settings of a task, as an instance of its protocol's dataclass.
 
         Raises:
-            ValueError: as `settings.task_settings`.
+            ValueError: as `settings.named_protocol` and `settings.typed_settings`.
         """
-        schemas = {known: protocol.config for known, protocol in PROTOCOLS.items()}
-        return task_settings(name, self.tasks[name].protocol, self.tasks[name].settings, schemas)
+        return typed_settings(self.protocol(name).config, self.tasks[name].settings, f"tasks.{name}.settings")
+
+    def protocol(self, name: str) -> Protocol:
+        """The protocol of a task.
+
+        Raises:
+            ValueError: as `settings.named_protocol`.
+        """
+        return named_protocol(name, self.tasks[name].protocol, PROTOCOLS, Protocol)
 
 
 def evaluate_backbone(
@@ -125,11 +132,11 @@ def evaluate_backbone(
         view: Subject(backbone, _open_data(backbone, suite, view), view.frames, accelerator, loading, say)
         for view in dict.fromkeys(views.values())
     }
-    for name, task in suite.tasks.items():  # what cannot work is said before anything is computed
-        PROTOCOLS[task.protocol].check(subjects[views[name]], settings[name], f"tasks.{name}.settings")
+    for name in suite.tasks:  # what cannot work is said before anything is computed
+        suite.protocol(name).check(subjects[views[name]], settings[name], f"tasks.{name}.settings")
     records = []
-    for index, (name, task) in enumerate(suite.tasks.items()):
-        subject, protocol = subjects[views[name]], PROTOCOLS[task.protocol]
+    for index, name in enumerate(suite.tasks):
+        subject, protocol = subjects[views[name]], suite.protocol(name)
         if protocol.on_features:
             subject.features()
         subject.say(name, index, len(suite.tasks))

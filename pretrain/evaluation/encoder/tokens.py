@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 from pretrain.evaluation.encoder.datasets import loading_config, read_labels
 from pretrain.evaluation.encoder.features import FeatureModel, num_views
 from pretrain.evaluation.encoder.subject import Subject
-from pretrain.models.video_config import VideoViTConfig
 
 
 class Tokens:
@@ -90,9 +89,8 @@ class Tokens:
 
 def size_bytes(subject: Subject, dataset: Dataset[tuple[Tensor, int]]) -> int:
     """Bytes of all tokens of a data set in float16."""
-    config = subject.backbone.model.config
-    num_tokens = config.num_tokens if isinstance(config, VideoViTConfig) else config.num_patches
-    return 2 * len(cast(Sized, dataset)) * num_views(dataset) * num_tokens * config.width
+    interface = subject.backbone.interface
+    return 2 * len(cast(Sized, dataset)) * num_views(dataset) * interface.num_tokens * interface.width
 
 
 def epoch_batches(

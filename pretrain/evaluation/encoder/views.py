@@ -16,7 +16,6 @@ from torch import Tensor
 
 from data_pipes.transforms.clip_sampling import ClipSampling
 from pretrain.models.normalise import Normalise
-from pretrain.models.video_vit import VideoViT
 from pretrain.objectives.clip_target import normalise_clips
 from pretrain.weights.backbone import Backbone
 
@@ -76,7 +75,7 @@ def make_prepare(backbone: Backbone, frames: Frames) -> Prepare:
         ValueError: `single` with an encoder of images.
     """
     normalise = Normalise(backbone.mean, backbone.std)
-    if not isinstance(backbone.model, VideoViT):
+    if backbone.interface.num_frames is None:
         if frames == "single":
             raise ValueError("frames=single is for encoders of clips; this one takes images: set it to all")
         return normalise

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from omegaconf import MISSING
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -26,39 +25,14 @@ from pretrain.evaluation.encoder.linear import evaluate_linear
 from pretrain.evaluation.encoder.subject import Report
 from pretrain.evaluation.outcome import Outcome
 from pretrain.evaluation.results import make_record
-from pretrain.evaluation.settings import task_settings
+from pretrain.evaluation.settings import named_protocol, typed_settings
 from pretrain.evaluation.tokenizer.data import TokenizerView, labelled_train, open_view
-from pretrain.evaluation.tokenizer.latent_metrics import (
-    LatentMeter,
-    LatentProbeConfig,
-    LatentStatisticsConfig,
-    PooledLatents,
-)
-from pretrain.evaluation.tokenizer.reconstruction_metrics import (
-    FrechetMeter,
-    LPIPSConfig,
-    PSNRConfig,
-    ReconstructionMeter,
-    RFIDConfig,
-    SSIMConfig,
-    load_inception,
-    make_lpips,
-    make_psnr,
-    make_ssim,
-)
+from pretrain.evaluation.tokenizer.latent_metrics import LatentProbeConfig, PooledLatents
+from pretrain.evaluation.tokenizer.protocols import PROTOCOLS, Measured, TokenizerProtocol
+from pretrain.evaluation.tokenizer.reconstruction_metrics import ReconstructionMeter
 from pretrain.latents.coder import PictureCoder, Precision
 from pretrain.models.normalise import Normalise
 from pretrain.weights.tokenizer import LoadedTokenizer
-
-PROTOCOLS: dict[str, type[Any]] = {
-    "psnr_uint8": PSNRConfig,
-    "ssim_uint8": SSIMConfig,
-    "lpips": LPIPSConfig,
-    "rfid_inception": RFIDConfig,
-    "latent_statistics": LatentStatisticsConfig,
-    "latent_linear": LatentProbeConfig,
-}
-"""Name in `tasks.<task>.protocol` -> dataclass of its settings."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +40,7 @@ class TokenizerTaskConfig:
     """One task of a suite."""
 
     protocol: str = MISSING
-    """a key of PROTOCOLS"""
+    """a key of PROTOCOLS, an entry point of `tessera.protocols`, or an import path"""
     settings: dict[str, Any] = field(default_factory=dict)
     """fields of that protocol's config; the others keep their defaults"""
 
@@ -116,10 +90,19 @@ class TokenizerSuiteConfig:
         """The settings of a task, as an instance of its protocol's dataclass.
 
         Raises:
-            ValueError: as `settings.task_settings`.
+            ValueError: as `settings.named_protocol` and `settings.typed_settings`.
         """
-        task = self.tasks[name]
-        return task_settings(name, task.protocol, task.settings, PROTOCOLS, "protocols of tokenizers")
+        return typed_settings(self.protocol(name).config, self.tasks[name].settings, f"tasks.{name}.settings")
+
+    def protocol(self, name: str) -> TokenizerProtocol:
+        """The protocol of a task.
+
+        Raises:
+            ValueError: as `settings.named_protocol`.
+        """
+        return named_protocol(
+            name, self.tasks[name].protocol, PROTOCOLS, TokenizerProtocol, kinds="protocols of tokenizers"
+        )
 
 
 def evaluate_tokenizer(
@@ -143,13 +126,12 @@ def evaluate_tokenizer(
     say = report or (lambda what, done, total: None)
     view = open_view(tokenizer, test=suite.test, train=suite.train, size=suite.size, short_side=suite.short_side)
     settings = {name: suite.task_settings(name) for name in suite.tasks if name not in suite.skip}
-    probes = {name: s for name, s in settings.items() if isinstance(s, LatentProbeConfig)}
+    probes = {name: settings[name] for name in settings if suite.protocol(name).make is None}
     train = labelled_train(view) if probes else None
-    meters = {
-        name: _make_meter(s, tokenizer, suite, view, accelerator.device)
-        for name, s in settings.items()
-        if name not in probes
-    }
+    show = _rgb(suite.channels, tokenizer.model.config.in_channels)
+    measured = Measured(tokenizer, view.transform.size, show, accelerator.device)
+    makers = {name: suite.protocol(name).make for name in settings}
+    meters = {name: make(settings[name], measured) for name, make in makers.items() if make is not None}
     records, started_s = {}, time.perf_counter()
     num_samples = len(view.test) if suite.num_samples is None else min(suite.num_samples, len(view.test))
     if meters:
@@ -168,24 +150,6 @@ def evaluate_tokenizer(
             details: dict[str, object] = {"train_fingerprint": train.manifest.fingerprint}
             records[name] = _record(tokenizer, suite, view, name, found, details, seconds)
     return [records[name] for name in settings] if accelerator.is_main_process else []
-
-
-def _make_meter(
-    settings: Any, tokenizer: LoadedTokenizer, suite: TokenizerSuiteConfig, view: TokenizerView, device: torch.device
-) -> ReconstructionMeter:
-    """The meter of a task with these settings, on the accelerator's device."""
-    size, channels = view.transform.size, tokenizer.model.config.in_channels
-    show = _rgb(suite.channels, channels)
-    if isinstance(settings, SSIMConfig):
-        return make_ssim(size)
-    if isinstance(settings, LPIPSConfig):
-        return make_lpips(settings, size, show, device)
-    if isinstance(settings, RFIDConfig):
-        return FrechetMeter(load_inception(settings), show, device)
-    if isinstance(settings, LatentStatisticsConfig):
-        return LatentMeter(settings, tokenizer.model.config.latent_channels, device)
-    assert isinstance(settings, PSNRConfig)
-    return make_psnr()
 
 
 def _rgb(channels: tuple[int, ...], in_channels: int) -> Callable[[Tensor], Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from data_pipes.transforms.image import EvalTransform
 from pretrain.config import load_typed
 from pretrain.evaluation.encoder.features import make_accelerator
+from pretrain.evaluation.tokenizer import protocols as tokenizer_protocols
 from pretrain.evaluation.tokenizer import suite as tokenizer_suite
 from pretrain.evaluation.tokenizer.reconstruction_metrics import FrechetMeter, LPIPSConfig, RFIDConfig, load_inception
 from pretrain.evaluation.tokenizer.suite import TokenizerSuiteConfig, evaluate_tokenizer
@@ -145,7 +146,7 @@ def test_lpips_names_its_network(
 def test_rfid_is_the_frechet_distance_to_the_same_crops(
     folders: dict[str, str], pairs: tuple[np.ndarray, np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizer_suite, "load_inception", lambda config: SmallExtractor())
+    monkeypatch.setattr(tokenizer_protocols, "load_inception", lambda config: SmallExtractor())
     record = evaluate(random_tokenizer(), suite_of(folders, tasks={"rfid": ("rfid_inception",)}))["rfid"]
     extractor = SmallExtractor()
     real, fake = (extractor(torch.from_numpy(images).permute(0, 3, 1, 2)).double().numpy() for images in pairs[:2])
@@ -230,7 +231,7 @@ def test_two_processes_count_every_picture_once(folders: dict[str, str], tmp_pat
     for name, suite in suites(*arguments[:2]).items():
         found = json.loads((tmp_path / f"{name}.json").read_text())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tokenizer_suite, "load_inception", lambda config: SmallExtractor())
+            patch.setattr(tokenizer_protocols, "load_inception", lambda config: SmallExtractor())
             alone = evaluate(random_tokenizer(), suite)
         assert [record["task"] for record in found] == list(alone)
         for record in found:
