@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-import webdataset as wds
 from hypothesis import HealthCheck, settings
-from PIL import Image
 
-from data_pipes.index.index import index_shards
+from tests.process_server import DEEPSPEED_RUNS, RUNS, ProcessServer
 
 ROOT = Path(__file__).resolve().parent.parent
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 DISTRIBUTED_TIMEOUT_S = 1800
-"""Of a test that starts several processes: each imports torch, which takes ten seconds of a core."""
+"""Of a test of several processes, which share the cores with others."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,6 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
+    import torch
+
     torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 
@@ -52,6 +52,12 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """61 grey pictures of 8 x 8 pixels in 3 shards, written by stock webdataset and indexed."""
+    import numpy as np
+    import webdataset as wds
+    from PIL import Image
+
+    from data_pipes.index.index import index_shards
+
     folder = tmp_path_factory.mktemp("tiny") / "train"
     folder.mkdir()
     generator = np.random.Generator(np.random.PCG64(0))
@@ -64,3 +70,19 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 writer.write({"__key__": f"{index:04d}", "png": file.getvalue(), "cls": str(index % 4).encode()})
     index_shards(sorted(folder.glob("*.tar")), folder, classes=("a", "b", "c", "d"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def process_server() -> Iterator[ProcessServer]:
+    """Forks the processes of all tests that have several; started by the first of them."""
+    with ProcessServer(*RUNS) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def deepspeed_server() -> Iterator[ProcessServer]:
+    """As `process_server`, with DeepSpeed imported."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs the extra deepspeed")
+    with ProcessServer(*DEEPSPEED_RUNS) as started:
+        yield started

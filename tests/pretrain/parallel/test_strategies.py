@@ -10,37 +10,52 @@ from pretrain.parallel.choose import make_strategy
 from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.world import World, pick_device
 from tests.pretrain.runs import assert_same_weights, losses, overrides_of, run_here, run_several
+from tests.process_server import ProcessServer
 
 STEPS = "train.steps=20"
+RUNS = {
+    "accumulated": (1, "train.micro_batch=2"),
+    "recomputed": (1, "parallel.activation_checkpointing=full"),
+    "ddp": (2, "parallel.strategy=ddp"),
+    "ddp_accumulated": (2, "parallel.strategy=ddp", "train.micro_batch=2"),
+    "fsdp2": (2, "parallel.strategy=fsdp2"),
+    "fsdp2_accumulated": (2, "parallel.strategy=fsdp2", "train.micro_batch=2"),
+    "fsdp2_recomputed": (2, "parallel.strategy=fsdp2", "parallel.activation_checkpointing=selective"),
+    "hsdp": (4, "parallel.strategy=hsdp", "parallel.shards=2"),
+}
+"""Number of processes, and what differs from the run on one process."""
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory, process_server: ProcessServer) -> Path:
+    """All runs, those on several ranks in one process group for each number of ranks."""
+    folder = tmp_path_factory.mktemp("strategies")
+    run_here(overrides_of(tiny_dataset, folder, "single", STEPS))
+    for size in (1, 2, 4):
+        given = [
+            overrides_of(tiny_dataset, folder, name, STEPS, *more)
+            for name, (num_ranks, *more) in RUNS.items()
+            if num_ranks == size
+        ]
+        if size == 1:
+            for overrides in given:
+                run_here(overrides)
+        else:
+            run_several(process_server, size, given)
+    return folder
+
+
+def test_one_process_learns(trained: Path) -> None:
+    found = losses(trained / "single")
+    assert len(found) == 20
+    assert found[20] < found[1]
 
 
 @pytest.mark.distributed
-def test_losses_agree_over_20_steps(tiny_dataset: Path, tmp_path: Path) -> None:
-    def run(name: str, *more: str) -> list[str]:
-        return overrides_of(tiny_dataset, tmp_path, name, STEPS, *more)
-
-    run_here(run("single"))
-    run_here(run("accumulated", "train.micro_batch=2"))
-    run_here(run("recomputed", "parallel.activation_checkpointing=full"))
-    run_several(
-        2,
-        [
-            run("ddp", "parallel.strategy=ddp"),
-            run("ddp_accumulated", "parallel.strategy=ddp", "train.micro_batch=2"),
-            run("fsdp2", "parallel.strategy=fsdp2"),
-            run("fsdp2_accumulated", "parallel.strategy=fsdp2", "train.micro_batch=2"),
-            run("fsdp2_recomputed", "parallel.strategy=fsdp2", "parallel.activation_checkpointing=selective"),
-        ],
-        tmp_path,
-    )
-    run_several(4, [run("hsdp", "parallel.strategy=hsdp", "parallel.shards=2")], tmp_path)
-
-    want = losses(tmp_path / "single")
-    assert len(want) == 20
-    assert want[20] < want[1]
-    for name in sorted(path.name for path in tmp_path.iterdir() if path.is_dir() and path.name != "single"):
-        assert losses(tmp_path / name) == pytest.approx(want, rel=2e-5), name
-        assert_same_weights(tmp_path / "single", tmp_path / name, to_the_bit=False)
+@pytest.mark.parametrize("name", RUNS)
+def test_losses_agree_over_20_steps(trained: Path, name: str) -> None:
+    assert losses(trained / name) == pytest.approx(losses(trained / "single"), rel=2e-5)
+    assert_same_weights(trained / "single", trained / name, to_the_bit=False)
 
 
 def _world(size: int) -> World:
