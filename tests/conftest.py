@@ -1,12 +1,20 @@
-"""Fixtures of the whole suite: real data where it is at hand, and one thread per process (tests run side by side)."""
+"""Fixtures of the whole suite: real data where it is at hand, and one thread per process (tests run side by side).
+
+Under pytest-xdist a file is run by one worker, so that what its tests share is made once; files with tests of several
+processes, the longest, come first. Nothing else knows of other workers: each has its own folders, servers and ports.
+"""
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib.util
 import io
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,13 +26,61 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 DISTRIBUTED_TIMEOUT_S = 1800
 """Of a test of several processes, which share the cores with others."""
+SHARE_DEEPSPEED = {
+    "tests/faults/test_kills.py",
+    "tests/pretrain/parallel/test_deepspeed.py",
+    "tests/pretrain/parallel/test_two_players.py",
+}
+"""Files that one worker runs, so that DeepSpeed is imported once."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of several processes may take longer than others."""
-    for item in items:
-        if item.get_closest_marker("distributed") and not item.get_closest_marker("timeout"):
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of several processes may take longer than others. Beside other workers, their files come first."""
+    distributed = [item for item in items if item.get_closest_marker("distributed")]
+    for item in distributed:
+        if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(DISTRIBUTED_TIMEOUT_S))
+    if hasattr(config, "workerinput"):
+        first = {item.path for item in distributed}
+        items.sort(key=lambda item: item.path not in first)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives each worker a whole file at a time, in the order of the collection."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "deepspeed" if file in SHARE_DEEPSPEED else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+_collected_before: dict[str, Path] = {}
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Takes what the suite has imported out of the garbage collections that each training makes, 0.6 s of a core each.
+
+    A training ends with everything thawed. What is garbage by then is collected once per file.
+    """
+    if gc.get_freeze_count() == 0:
+        if _collected_before.get("file") != item.path:
+            gc.collect()
+            _collected_before["file"] = item.path
+        gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,6 +88,20 @@ def _threads() -> None:
     import torch
 
     torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _peak_is_measured_once() -> Iterator[None]:
+    """Each run measures what its device can do: half a second here, half a minute in bf16 on some CPUs."""
+    if "pretrain.run_log" not in sys.modules:
+        yield
+        return
+    from pretrain import metrics, run_log
+
+    measured = functools.cache(lambda device: metrics.peak_flops(device, bf16=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_log, "peak_flops", lambda device, *, bf16: measured(device))
+        yield
 
 
 @pytest.fixture(scope="session")
