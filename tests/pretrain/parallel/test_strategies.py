@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,49 +15,71 @@ from tests.pretrain.runs import assert_same_weights, losses, overrides_of, run_h
 from tests.process_server import ProcessServer
 
 STEPS = "train.steps=20"
-RUNS = {
-    "accumulated": (1, "train.micro_batch=2"),
-    "recomputed": (1, "parallel.activation_checkpointing=full"),
-    "ddp": (2, "parallel.strategy=ddp"),
-    "ddp_accumulated": (2, "parallel.strategy=ddp", "train.micro_batch=2"),
-    "fsdp2": (2, "parallel.strategy=fsdp2"),
-    "fsdp2_accumulated": (2, "parallel.strategy=fsdp2", "train.micro_batch=2"),
-    "fsdp2_recomputed": (2, "parallel.strategy=fsdp2", "parallel.activation_checkpointing=selective"),
-    "hsdp": (4, "parallel.strategy=hsdp", "parallel.shards=2"),
+GROUPS: dict[str, tuple[int, dict[str, list[str]]]] = {
+    "one": (
+        1,
+        {"accumulated": ["train.micro_batch=2"], "recomputed": ["parallel.activation_checkpointing=full"]},
+    ),
+    "two": (2, {"ddp": ["parallel.strategy=ddp"], "fsdp2": ["parallel.strategy=fsdp2"]}),
+    "two_more": (
+        2,
+        {
+            "ddp_accumulated": ["parallel.strategy=ddp", "train.micro_batch=2"],
+            "fsdp2_accumulated": ["parallel.strategy=fsdp2", "train.micro_batch=2"],
+            "fsdp2_recomputed": ["parallel.strategy=fsdp2", "parallel.activation_checkpointing=selective"],
+        },
+    ),
+    "four": (4, {"hsdp": ["parallel.strategy=hsdp", "parallel.shards=2"]}),
 }
-"""Number of processes, and what differs from the run on one process."""
+"""Number of processes, and the runs that share them, with what differs from the run on one process."""
+SLOW = ("two_more", "four")
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory, process_server: ProcessServer) -> Path:
-    """All runs, those on several ranks in one process group for each number of ranks."""
+def single(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run on one process."""
     folder = tmp_path_factory.mktemp("strategies")
     run_here(overrides_of(tiny_dataset, folder, "single", STEPS))
-    for size in (1, 2, 4):
-        given = [
-            overrides_of(tiny_dataset, folder, name, STEPS, *more)
-            for name, (num_ranks, *more) in RUNS.items()
-            if num_ranks == size
-        ]
-        if size == 1:
+    return folder / "single"
+
+
+@pytest.fixture(scope="module")
+def train_group(tiny_dataset: Path, single: Path, process_server: ProcessServer) -> Callable[[str], Path]:
+    """Trains a group when its first case comes; where its runs are."""
+
+    @functools.cache
+    def train(group: str) -> Path:
+        num_ranks, runs = GROUPS[group]
+        given = [overrides_of(tiny_dataset, single.parent, name, STEPS, *more) for name, more in runs.items()]
+        if num_ranks == 1:
             for overrides in given:
                 run_here(overrides)
         else:
-            run_several(process_server, size, given)
-    return folder
+            run_several(process_server, num_ranks, given)
+        return single.parent
+
+    return train
 
 
-def test_one_process_learns(trained: Path) -> None:
-    found = losses(trained / "single")
+def test_one_process_learns(single: Path) -> None:
+    found = losses(single)
     assert len(found) == 20
     assert found[20] < found[1]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", RUNS)
-def test_losses_agree_over_20_steps(trained: Path, name: str) -> None:
-    assert losses(trained / name) == pytest.approx(losses(trained / "single"), rel=2e-5)
-    assert_same_weights(trained / "single", trained / name, to_the_bit=False)
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        pytest.param(group, name, id=name, marks=[pytest.mark.slow] if group in SLOW else [])
+        for group, (_, runs) in GROUPS.items()
+        for name in runs
+    ],
+)
+def test_losses_agree_over_20_steps(single: Path, train_group: Callable[[str], Path], group: str, name: str) -> None:
+    found = train_group(group) / name
+    assert losses(found) == pytest.approx(losses(single), rel=2e-5)
+    assert_same_weights(single, found, to_the_bit=False)
 
 
 def _world(size: int) -> World:
