@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tests.processes import PATIENCE_S
 
@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 """Of every process that a test starts."""
 RUNS = (
+    "pytest",
     "pretrain.train",
     "pretrain.__main__",
     "launchers.cli",
@@ -42,6 +43,8 @@ RUNS = (
 )
 """What a run imports sooner or later: imported in the server, once for all of them."""
 DEEPSPEED_RUNS = (*RUNS, "tests.pretrain.parallel.zero_runs:import_deepspeed")
+INHERITED = Path("-")
+"""In place of a file for stderr: where this process has it."""
 _POLL_S = 0.01
 
 
@@ -113,6 +116,14 @@ class ProcessServer:
             assert code is not None
             return subprocess.CompletedProcess([call], code, output.read_text(), errors.read_text())
 
+    def open(self, call: str, *arguments: Any, **environment: str) -> Forked:
+        """Runs `call` in one process, whose stdout is read while it runs; stderr goes where this process has it."""
+        with tempfile.TemporaryDirectory() as folder:
+            pipe = Path(folder) / "stdout"
+            os.mkfifo(pipe)
+            pid = self.start(call, arguments, environment, pipe, INHERITED)
+            return Forked(self, pid, pipe.open())  # waits for the other end
+
     def start(
         self,
         call: str,
@@ -177,6 +188,28 @@ class ProcessServer:
         return found
 
 
+class Forked:
+    """A process of `ProcessServer.open`, with the part of subprocess.Popen's face that the tests use."""
+
+    def __init__(self, server: ProcessServer, pid: int, stdout: TextIO) -> None:
+        self._server, self.pid, self.stdout = server, pid, stdout
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        return self._server.code(self.pid)
+
+    def wait(self) -> int | None:
+        """The exit code, when it has ended."""
+        return self._server.wait([self.pid])[0]
+
+    def kill(self) -> None:
+        """SIGKILL for this process alone; returns when it is gone."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+        self.stdout.close()
+
+
 def _kill_session(pid: int) -> None:
     for kill in (os.killpg, os.kill):  # it may not have its session yet
         with contextlib.suppress(ProcessLookupError):
@@ -238,6 +271,8 @@ def _become(request: dict[str, Any]) -> Callable[[], int | None]:
     appending = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     places = ((os.devnull, os.O_RDONLY), (request["output"], appending), (request["errors"], appending))
     for target, (path, flags) in enumerate(places):
+        if path == str(INHERITED):
+            continue
         opened = os.open(path, flags, 0o644)
         os.dup2(opened, target)
         os.close(opened)
