@@ -269,6 +269,7 @@ def test_two_runs_share_a_cache(folder: Path, tmp_path: Path, start: Callable[..
         while any(process.poll() is None for process in runs) and highest <= 4 << 20:
             highest = max(highest, bytes_in(cache))
             time.sleep(0.02)
+        highest = max(highest, bytes_in(cache))
         found = [lines(process) for process in runs]
     assert 0 < highest <= 4 << 20
     assert found[0] == summary(take(loader_for(config_for(str(folder))), EPOCH))

@@ -31,6 +31,7 @@ from data_pipes.pack.sources import FolderSource, Source, ZipSource, natural_key
 from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.manifest import Manifest
 from tests.process_server import ProcessServer
+from tests.processes import PATIENCE_S
 
 SMALL = PackOptions(shard_samples=5)
 
@@ -407,7 +408,7 @@ def test_the_failure_is_reported_and_not_the_shards_that_it_stopped(
 
     def write(writer: ShardWriter, plan: ShardPlan, source: Source) -> None:
         if plan.number == 0:
-            another_stopped.wait(10)
+            assert another_stopped.wait(PATIENCE_S)
             time.sleep(0.2)
             raise UnreadableFile("the cause")
         another_stopped.set()
