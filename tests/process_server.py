@@ -61,6 +61,8 @@ class ProcessServer:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self.pids: list[int] = []
+        """Of all processes that were started, in their order."""
         self._codes: dict[int, int] = {}
         self._ports: list[socket.socket] = []
 
@@ -134,7 +136,9 @@ class ProcessServer:
     ) -> int:
         """Runs `call` in a new process, in a session of its own; its pid. Without `errors`, stderr goes to `output`."""
         request = {"call": call, "arguments": list(arguments), "environment": dict(environment)}
-        return int(self._ask({**request, "output": str(output), "errors": str(errors or output)})["pid"])
+        pid = int(self._ask({**request, "output": str(output), "errors": str(errors or output)})["pid"])
+        self.pids.append(pid)
+        return pid
 
     def rank_environments(self, num_ranks: int) -> list[dict[str, str]]:
         """What torchrun tells each rank of one node, with a port that nobody else is given before a rank listens on it:
