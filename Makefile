@@ -1,13 +1,14 @@
-# make demo | test | lint | bench. Each does all of its set-up: Python 3.11+, make and a C++ compiler are enough.
+# make demo | test | test-all | lint | bench. Each does all of its set-up: Python 3.11+, make and a C++ compiler are enough.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults lint docs bench bench-peers constraints clean
+.PHONY: help demo test test-slow test-all test-faults lint docs bench bench-peers constraints clean
 
 help:
 	@echo "make demo   install, then pretrain, evaluate, export and report a small masked autoencoder (about 5 minutes)"
-	@echo "make test   install, then run the default test suite"
+	@echo "make test   install, then run the default test suite (under 5 minutes on two cores)"
+	@echo "make test-all   install, then the default suite and all slow tests but the fault suite's (about 30 minutes)"
 	@echo "make test-faults   install, then kill real runs at random moments (about an hour on two cores)"
 	@echo "make lint   install, then ruff, mypy and the import contracts"
 	@echo "make docs   install, then build the documentation into site/"
@@ -26,8 +27,17 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 demo: $(BIN)/.installed
 	$(BIN)/python tools/demo.py
 
+# Two workers, each with one thread; the files of the suite are compiled once, also where Python is told to write no bytecode.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS)
+WORKERS ?= 2
+
 test: $(BIN)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-slow: $(BIN)/.installed
+	$(PYTEST) -m slow --ignore=tests/faults
+
+test-all: test test-slow
 
 test-faults: $(BIN)/.installed
 	$(BIN)/python -m pytest tests/faults -m slow

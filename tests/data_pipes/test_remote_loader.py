@@ -7,11 +7,9 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -36,6 +34,7 @@ from data_pipes.transforms.image import EvalTransform
 from tests.data_pipes.store.faulty_server import FaultyServer
 from tests.data_pipes.store.s3_server import s3_server
 from tests.data_pipes.tiny_shards import write_shards
+from tests.process_server import Forked, ProcessServer
 
 SHARDS = (70, 90, 33, 47)
 NUM_SAMPLES = sum(SHARDS)
@@ -203,34 +202,34 @@ def test_validation_reads_a_batch_in_one_round_trip(folder: Path) -> None:
         assert label == local[i][1]
 
 
-READER = """
-import json, sys
-from pathlib import Path
-from tests.data_pipes.test_remote_loader import config_for, loader_for
-place, cache, rank, size, position, batches, kind = json.loads(sys.argv[1])
-config = config_for(place, Path(cache), 4 << 20, workers=2, worker_kind=kind)
-loader = loader_for(config, rank, size)
-for number, batch in enumerate(loader.batches(position)):
-    print(json.dumps([batch.keys, int(batch.images.sum())]), flush=True)
-    if number + 1 == batches:
-        loader.close()
-        break
-"""
+def read(url: str, cache: str, rank: int, size: int, position: int, batches: int, kind: str) -> None:
+    """In a process of its own: prints a line for each batch."""
+    torch.set_num_threads(1)
+    config = config_for(url, Path(cache), 4 << 20, workers=2, worker_kind=kind)
+    loader = loader_for(config, rank, size)
+    for number, batch in enumerate(loader.batches(position)):
+        print(json.dumps([batch.keys, int(batch.images.sum())]), flush=True)
+        if number + 1 == batches:
+            loader.close()
+            break
 
 
-def start(url: str, cache: Path, rank: int, size: int, position: int, batches: int, kind: str) -> subprocess.Popen[str]:
-    arguments = json.dumps([url, str(cache), rank, size, position, batches, kind])
-    return subprocess.Popen(
-        [sys.executable, "-c", READER, arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+@pytest.fixture
+def start(process_server: ProcessServer) -> Iterator[Callable[..., Forked]]:
+    """Starts `read`; ends what still runs after the test."""
+    started: list[Forked] = []
+
+    def start(url: str, cache: Path, *rest: object) -> Forked:
+        started.append(process_server.open("tests.data_pipes.test_remote_loader:read", url, str(cache), *rest))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process_server.kill(process.pid)
+        process.stdout.close()
 
 
-def lines(process: subprocess.Popen[str]) -> list[list[object]]:
-    assert process.stdout is not None
+def lines(process: Forked) -> list[list[object]]:
     found = [json.loads(line) for line in process.stdout]
     process.stdout.close()
     assert process.wait() == 0
@@ -242,19 +241,20 @@ def summary(batches: list[Batch]) -> list[list[object]]:
 
 
 @pytest.mark.parametrize("kind", ["thread", "process"])
-def test_a_node_killed_in_mid_epoch_goes_on_with_its_half_full_cache(folder: Path, tmp_path: Path, kind: str) -> None:
+def test_a_node_killed_in_mid_epoch_goes_on_with_its_half_full_cache(
+    folder: Path, tmp_path: Path, kind: str, start: Callable[..., Forked]
+) -> None:
     cache, position = tmp_path / "cache", 5 * 24
     with store("http", folder) as url:
         ranks = [start(url, cache, rank, 2, 0, 10**6, kind) for rank in range(2)]
         for process in ranks:
-            assert process.stdout is not None
             for _ in range(4):
                 process.stdout.readline()
         for process in ranks:  # rank and workers: the node
             os.killpg(process.pid, signal.SIGKILL)
         for process in ranks:
             process.wait()
-            process.stdout.close()  # type: ignore[union-attr]
+            process.stdout.close()
         assert bytes_in(cache) > 0
         [again] = [start(url, cache, 0, 1, position, EPOCH, kind)]
         found = lines(again)
@@ -262,13 +262,14 @@ def test_a_node_killed_in_mid_epoch_goes_on_with_its_half_full_cache(folder: Pat
     assert bytes_in(cache) <= 4 << 20
 
 
-def test_two_runs_share_a_cache(folder: Path, tmp_path: Path) -> None:
+def test_two_runs_share_a_cache(folder: Path, tmp_path: Path, start: Callable[..., Forked]) -> None:
     cache, highest = tmp_path / "cache", 0
     with store("http", folder) as url:
         runs = [start(url, cache, 0, 1, position, EPOCH, "thread") for position in (0, 24 * 20)]
         while any(process.poll() is None for process in runs) and highest <= 4 << 20:
             highest = max(highest, bytes_in(cache))
             time.sleep(0.02)
+        highest = max(highest, bytes_in(cache))
         found = [lines(process) for process in runs]
     assert 0 < highest <= 4 << 20
     assert found[0] == summary(take(loader_for(config_for(str(folder))), EPOCH))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.faults.harness import Run, why_not
-from tests.faults.zygote import Zygote
 from tests.pretrain.runs import TINY
+from tests.process_server import ProcessServer
 
 STEPS, SAVE_EVERY = 36, 4
 LENGTH = [f"train.steps={STEPS}", f"checkpoint.every_steps={SAVE_EVERY}", "train.val_every=1000"]
@@ -17,26 +17,28 @@ QUICK_WATCH = ["watchdog.interval_s=0.1"]
 
 
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
-    with Zygote() as started:
-        yield started
+def server_for(request: pytest.FixtureRequest) -> Callable[[str], ProcessServer]:
+    """By strategy: the server that has imported what its ranks need."""
+    return lambda strategy: request.getfixturevalue(
+        "deepspeed_server" if strategy.startswith("zero") else "process_server"
+    )
 
 
 @pytest.fixture
-def make_run(zygote: Zygote, tiny_dataset: Path, tmp_path: Path) -> Callable[..., Run]:
+def make_run(server_for: Callable[[str], ProcessServer], tiny_dataset: Path, tmp_path: Path) -> Callable[..., Run]:
     """Makes a tiny run by name, strategy and further overrides; skips where the strategy cannot be had."""
 
     def make(name: str, strategy: str, *more: str) -> Run:
         if reason := why_not(strategy):
             pytest.skip(reason)
-        return Run(zygote, tmp_path, name, overrides(tiny_dataset, tmp_path, name, strategy, *more))
+        return Run(server_for(strategy), tmp_path, name, overrides(tiny_dataset, tmp_path, name, strategy, *more))
 
     return make
 
 
 @pytest.fixture(scope="session")
 def reference(
-    zygote: Zygote, tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory
+    server_for: Callable[[str], ProcessServer], tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, int], Run]:
     """The uninterrupted run of a strategy on a number of ranks; trained once per session."""
     known: dict[tuple[str, int], Run] = {}
@@ -46,7 +48,8 @@ def reference(
             pytest.skip(reason)
         if (strategy, num_ranks) not in known:
             folder = tmp_path_factory.mktemp("reference")
-            run = Run(zygote, folder, strategy, overrides(tiny_dataset, folder, strategy, strategy, *LENGTH))
+            given = overrides(tiny_dataset, folder, strategy, strategy, *LENGTH)
+            run = Run(server_for(strategy), folder, strategy, given)
             run.finish(num_ranks)
             known[strategy, num_ranks] = run
         return known[strategy, num_ranks]

@@ -19,8 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config import load_config
 from pretrain.tracking.journal import JOURNAL_NAME, read_journal, read_lines
-from tests.faults.zygote import Zygote
 from tests.pretrain.runs import CONFIG
+from tests.process_server import ProcessServer
 from tests.processes import PATIENCE_S
 
 _POLL_S = 0.005
@@ -67,7 +67,7 @@ def is_saving(run_dir: Path) -> bool:
 class Start:
     """The ranks of one start of a run."""
 
-    zygote: Zygote
+    server: ProcessServer
     pids: list[int]
     output: Path
 
@@ -75,7 +75,7 @@ class Start:
         """Waits for something that the run does; False when all ranks have ended without it."""
         deadline = time.monotonic() + PATIENCE_S
         while not happened():
-            if all(self.zygote.code(pid) is not None for pid in self.pids):
+            if all(self.server.code(pid) is not None for pid in self.pids):
                 return happened()
             assert time.monotonic() < deadline, f"{what} did not happen\n{self.log()}"
             time.sleep(_POLL_S)
@@ -84,12 +84,12 @@ class Start:
     def send(self, number: signal.Signals, rank: int | None = None) -> None:
         """To one rank, or to all."""
         for pid in self.pids if rank is None else [self.pids[rank]]:
-            if self.zygote.code(pid) is None:
+            if self.server.code(pid) is None:
                 os.kill(pid, number)
 
     def codes(self) -> list[int | None]:
         """Waits until all ranks have ended by themselves."""
-        codes = self.zygote.wait(self.pids)
+        codes = self.server.wait(self.pids)
         assert None not in codes, f"exit codes {codes}: a rank did not leave\n{self.log()}"
         return codes
 
@@ -97,7 +97,7 @@ class Start:
         """Ends survivors of a fault as torchrun does."""
         for number, limit_s in ((signal.SIGTERM, patience_s), (signal.SIGKILL, PATIENCE_S)):
             self.send(number)
-            if None not in self.zygote.wait(self.pids, limit_s):
+            if None not in self.server.wait(self.pids, limit_s):
                 return
         raise AssertionError(f"a rank outlived SIGKILL\n{self.log()}")
 
@@ -109,7 +109,7 @@ class Start:
 class Run:
     """One run below `folder`, started as often as needed. `overrides`: as for `python -m pretrain`."""
 
-    zygote: Zygote
+    server: ProcessServer
     folder: Path
     name: str
     overrides: Sequence[str]
@@ -128,15 +128,12 @@ class Run:
         self.record_dir.mkdir(parents=True, exist_ok=True)
         output = self.folder / f"{self.name}.log"
         arguments = [str(CONFIG), *self.overrides, *more]
-        port, pids = self.zygote.reserve_port(), []
-        for rank in range(max(num_ranks, 1)):
-            variables = {"TESSERA_TEST_RECORD": str(self.record_dir), **self.environment, **environment}
-            if num_ranks:
-                variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                variables |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-                variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            pids.append(self.zygote.start("tests.faults.worker:main", arguments, variables, output))
-        return Start(self.zygote, pids, output)
+        ranks = self.server.rank_environments(num_ranks) if num_ranks else [{}]
+        variables = {"TESSERA_TEST_RECORD": str(self.record_dir), **self.environment, **environment}
+        pids = [
+            self.server.start("tests.faults.worker:main", [arguments], {**rank, **variables}, output) for rank in ranks
+        ]
+        return Start(self.server, pids, output)
 
     def finish(self, num_ranks: int, *more: str) -> None:
         """Starts the run and lets it end."""
@@ -203,6 +200,6 @@ def inflict(run: Run, num_ranks: int, kill: Kill, *more: str) -> bool:
     start.send(signal.SIGSTOP if kill.freeze else signal.SIGKILL, kill.victim)
     if kill.victim is not None and num_ranks > 1:
         survivors = [pid for rank, pid in enumerate(start.pids) if rank != kill.victim]
-        run.zygote.wait(survivors, PATIENCE_S if kill.freeze else 5)
+        run.server.wait(survivors, PATIENCE_S if kill.freeze else 5)
     start.clean_up(20)
     return hit

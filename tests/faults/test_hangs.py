@@ -44,7 +44,7 @@ def test_a_stopped_rank_is_named_and_the_run_ends(make_run: MakeRun) -> None:
     run = make_run("run", "ddp", *ENDLESS, *PATIENT)
     start = _begin(run, 6)
     start.send(signal.SIGSTOP, 1)
-    assert run.zygote.wait(start.pids[:1]) == [EXIT_NO_PROGRESS], start.log()
+    assert run.server.wait(start.pids[:1]) == [EXIT_NO_PROGRESS], start.log()
     start.clean_up(1)
     verdicts = _verdicts(_report(run))
     assert list(verdicts) == [1, 0]

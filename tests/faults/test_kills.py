@@ -48,7 +48,7 @@ def _kill_and_finish(run: Run, num_ranks: int, kills: list[Kill]) -> int:
     return hits
 
 
-IN_THE_DEFAULT_SUITE = ("fsdp2", "zero2")  # test_resume.py has single, ddp and fsdp2 under torchrun
+IN_THE_DEFAULT_SUITE = ("single", "ddp", "fsdp2", "zero2")  # test_resume.py has the first three under torchrun
 
 
 @pytest.mark.parametrize(

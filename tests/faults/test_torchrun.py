@@ -17,7 +17,8 @@ from pretrain.checkpoint.read import newest_complete, step_of
 from pretrain.watchdog.watchdog import EXIT_NO_PROGRESS
 from tests.faults.conftest import LENGTH
 from tests.faults.harness import JournalTail, Run, statuses
-from tests.pretrain.runs import CONFIG, ENVIRONMENT, assert_same_weights, losses, torchrun
+from tests.pretrain.runs import CONFIG, assert_same_weights, losses, torchrun
+from tests.process_server import ENVIRONMENT
 from tests.processes import PATIENCE_S, kill_tree
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

@@ -1,6 +1,6 @@
 """One rank of a run under test: `python -m pretrain` that also writes down which samples it trained on, and can pause.
 
-usage: python -m tests.faults.worker CONFIG [key=value ...]      (under torchrun, or forked by the zygote)
+usage: python -m tests.faults.worker CONFIG [key=value ...]      (under torchrun, or forked by the process server)
 
 TESSERA_TEST_RECORD is a folder: gets `<rank>-<pid>.jsonl` with the positions and keys of every micro-batch that the
 loop took. TESSERA_TEST_PAUSE is `phase:step:rank:seconds`, a list of them with commas: that rank makes the file

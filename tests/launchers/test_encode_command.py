@@ -25,9 +25,8 @@ from pretrain.latents import encode_dataset, encode_shard
 from pretrain.models.tokenizers.dc_ae import DCAE
 from pretrain.weights.tokenizer import load_tokenizer
 from tests.data_pipes.tiny_shards import write_shards
-from tests.pretrain.runs import ENVIRONMENT, ROOT, torchrun
 from tests.pretrain.tiny_tokenizer import photo, train_tokenizer, write_photos
-from tests.processes import run_to_end
+from tests.process_server import ProcessServer
 
 SIZES = ((20, 24), (16, 16), (33, 19))
 MEAN, STD = (0.4, 0.5, 0.6), (0.5, 0.4, 0.3)
@@ -233,13 +232,13 @@ def test_finished_shards_are_not_encoded_again(
 
 
 @pytest.mark.distributed
-def test_two_processes_write_the_same_bytes(photos: Path, run_dir: Path, tmp_path: Path) -> None:
+def test_two_processes_write_the_same_bytes(
+    photos: Path, run_dir: Path, tmp_path: Path, process_server: ProcessServer
+) -> None:
     assert encode(photos, tmp_path / "alone", run_dir, "--batch-size", "2") == 0
     arguments = ["encode", str(photos), str(tmp_path / "out"), "--model", str(run_dir), "--device", "cpu"]
-    command = torchrun(2, "-m", "launchers.cli", *arguments, "--batch-size", "2", "--json")
-    done = run_to_end(command, env=ENVIRONMENT, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["num_samples"] == 17  # one line, of rank 0
+    said = process_server.run_ranks(2, "launchers.cli:main", [*arguments, "--batch-size", "2", "--json"])
+    assert json.loads(said)["num_samples"] == 17
     assert tree(tmp_path / "out") == tree(tmp_path / "alone")
 
 

@@ -1,9 +1,7 @@
-"""Starts real runs for the tests, in this process or under torchrun, and reads what they left."""
+"""Starts real runs for the tests, in this process or on several ranks, and reads what they left."""
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +13,8 @@ from pretrain.checkpoint.read import load_weights, newest_complete
 from pretrain.config import load_config
 from pretrain.tracking.journal import read_metrics
 from pretrain.train import train
-from tests.processes import run_to_end
+from tests.process_server import ROOT, ProcessServer
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "demo" / "digits.yaml"
 TINY = [
     "objective.model.encoder.image_size=[8,8]",
@@ -35,7 +32,6 @@ TINY = [
     "tracking.ship=false",
     "device=cpu",
 ]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def overrides_of(data: Path, output: Path, name: str, *more: str) -> list[str]:
@@ -53,21 +49,9 @@ def torchrun(num_processes: int, *arguments: str) -> list[str]:
     return [*launcher, *arguments]
 
 
-def run_several(
-    num_processes: int,
-    runs: Sequence[Sequence[str]],
-    folder: Path,
-    *,
-    script: str = "several_runs.py",
-    arguments: Sequence[str] = (),
-    config: Path = CONFIG,
-) -> None:
-    """Trains configurations one after the other on several processes."""
-    listed = folder / f"runs-{len(list(folder.glob('runs-*')))}.json"
-    listed.write_text(json.dumps([list(run) for run in runs]))
-    command = torchrun(num_processes, str(Path(__file__).parent / script), str(config), str(listed), *arguments)
-    done = run_to_end(command, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-4000:]
+def run_several(server: ProcessServer, num_ranks: int, runs: Sequence[Sequence[str]], *, config: Path = CONFIG) -> None:
+    """Trains configurations one after the other on several ranks: one process group for all of them."""
+    server.run_ranks(num_ranks, "tests.pretrain.several_runs:main", str(config), [list(run) for run in runs])
 
 
 def losses(run_dir: Path) -> dict[int, float]:

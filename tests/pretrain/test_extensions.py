@@ -22,8 +22,9 @@ from pretrain.export.targets import export_model
 from pretrain.extensions import ExtensionError, find_extension
 from pretrain.weights.backbone import load_backbone
 from tests.pretrain.runs import CONFIG as DIGITS
-from tests.pretrain.runs import ENVIRONMENT, losses, overrides_of, torchrun
+from tests.pretrain.runs import losses, overrides_of, torchrun
 from tests.pretrain.tiny_tokenizer import train_tokenizer, write_photos
+from tests.process_server import ENVIRONMENT
 from tests.processes import run_to_end
 
 CONFIG = """

@@ -10,6 +10,12 @@ import pytest
 from pretrain.garbage import ScheduledGC
 
 
+@pytest.fixture(autouse=True)
+def _thawed() -> None:
+    """The suite freezes what it has imported."""
+    gc.unfreeze()
+
+
 class _Cycle:
     def __init__(self) -> None:
         self.self = self

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,8 @@ from pretrain.config import ConfigError
 from pretrain.phases import is_pipeline, load_pipeline
 from pretrain.pipeline import run_pipeline
 from tests.faults.harness import JournalTail
-from tests.faults.zygote import Zygote
 from tests.pretrain.runs import ROOT, losses
+from tests.process_server import ProcessServer
 from tests.processes import PATIENCE_S, wait_until
 
 PIPELINE = ROOT / "configs" / "dcae" / "tiny" / "pipeline.yaml"
@@ -63,14 +62,8 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with Zygote() as server:
-        yield server
-
-
 def test_three_phases_killed_in_each_end_as_uninterrupted_ones(
-    tiny_dataset: Path, tmp_path: Path, zygote: Zygote
+    tiny_dataset: Path, tmp_path: Path, process_server: ProcessServer
 ) -> None:
     seed = int(os.environ.get("KILL_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 30)
     print(f"KILL_SEED={seed}")
@@ -83,7 +76,7 @@ def test_three_phases_killed_in_each_end_as_uninterrupted_ones(
             "TESSERA_TEST_RECORD": str(tmp_path / f"{name}-record"),
             "TESSERA_TEST_PAUSE": ",".join(f"data:{STEPS - 1}:0:{seconds}" for seconds in pauses),
         }
-        return zygote.start("tests.faults.worker:main", arguments, environment, tmp_path / f"{name}.log")
+        return process_server.start("tests.faults.worker:main", [arguments], environment, tmp_path / f"{name}.log")
 
     whole = start("whole")
     for number, phase in enumerate(PHASES):
@@ -91,15 +84,15 @@ def test_three_phases_killed_in_each_end_as_uninterrupted_ones(
         killed = start("killed", *([0.0] if number else []), PATIENCE_S)  # first the end of the phase before
 
         def has_come(journal: JournalTail = journal, due: int = due, killed: int = killed) -> bool:
-            assert zygote.code(killed) is None, (tmp_path / "killed.log").read_text()[-3000:]
+            assert process_server.code(killed) is None, (tmp_path / "killed.log").read_text()[-3000:]
             return journal.look() >= due
 
         wait_until(has_come, f"step {due} of {phase}")
         os.kill(killed, signal.SIGKILL)
-        assert zygote.wait([killed]) == [-signal.SIGKILL]
+        assert process_server.wait([killed]) == [-signal.SIGKILL]
         assert journal.look() < STEPS, "killed too late to prove anything"
     killed = start("killed")
-    assert zygote.wait([whole, killed]) == [0, 0], (tmp_path / "killed.log").read_text()[-3000:]
+    assert process_server.wait([whole, killed]) == [0, 0], (tmp_path / "killed.log").read_text()[-3000:]
 
     for phase in PHASES:
         one, other = tmp_path / f"whole-{phase}", tmp_path / f"killed-{phase}"
@@ -124,15 +117,17 @@ def test_three_phases_killed_in_each_end_as_uninterrupted_ones(
     assert again["status"] == "finished"
 
 
-def test_a_signal_ends_the_pipeline_inside_its_phase(tiny_dataset: Path, tmp_path: Path, zygote: Zygote) -> None:
+def test_a_signal_ends_the_pipeline_inside_its_phase(
+    tiny_dataset: Path, tmp_path: Path, process_server: ProcessServer
+) -> None:
     arguments = [str(PIPELINE), *overrides_of(tiny_dataset, tmp_path, "run", "phase1.train.steps=5000")]
-    pid = zygote.start("pretrain.__main__:main", arguments, {}, tmp_path / "log")
+    pid = process_server.start("pretrain.__main__:main", [arguments], {}, tmp_path / "log")
     journal = JournalTail(tmp_path / "run-phase1")
     while journal.look() < 3:
-        assert zygote.code(pid) is None, (tmp_path / "log").read_text()[-3000:]
+        assert process_server.code(pid) is None, (tmp_path / "log").read_text()[-3000:]
         time.sleep(0.005)
     os.kill(pid, signal.SIGTERM)
-    assert zygote.wait([pid]) == [0]
+    assert process_server.wait([pid]) == [0]
     checkpoint = newest_complete(open_folder(tmp_path / "run-phase1"))
     assert checkpoint is not None
     assert find_damage(checkpoint) is None

@@ -23,9 +23,9 @@ from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import list_checkpoints, newest_complete, read_complete
 from pretrain.config import ConfigError
 from pretrain.tracking.journal import read_journal
+from tests.faults.harness import JournalTail, Start
 from tests.pretrain.runs import (
     CONFIG,
-    ENVIRONMENT,
     assert_same_weights,
     losses,
     overrides_of,
@@ -33,6 +33,7 @@ from tests.pretrain.runs import (
     run_several,
     torchrun,
 )
+from tests.process_server import ENVIRONMENT, ProcessServer
 from tests.processes import PATIENCE_S, kill_tree
 
 STEPS, SAVE_EVERY = 60, 6
@@ -75,8 +76,13 @@ def _rank_of(pid: int) -> int:
 
 
 @pytest.mark.distributed
-def test_killed_runs_end_as_uninterrupted_ones(tiny_dataset: Path, tmp_path: Path) -> None:
-    """Single, DDP and FSDP2 on 2 processes: equal to the bit. 2 -> 1 and 1 -> 2 processes: the same samples, to fp
+@pytest.mark.slow
+def test_killed_runs_end_as_uninterrupted_ones(
+    tiny_dataset: Path, tmp_path: Path, process_server: ProcessServer
+) -> None:
+    """Started as users start them, by torchrun and `python -m`; the default suite has the same in tests/faults.
+
+    Single, DDP and FSDP2 on 2 processes: equal to the bit. 2 -> 1 and 1 -> 2 processes: the same samples, to fp
     tolerance.
     """
     seed = int(os.environ.get("KILL_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 30)
@@ -88,7 +94,7 @@ def test_killed_runs_end_as_uninterrupted_ones(tiny_dataset: Path, tmp_path: Pat
 
     ddp, fsdp2 = "parallel.strategy=ddp", "parallel.strategy=fsdp2"
     run_here(run("single"))
-    run_several(2, [run("ddp", ddp), run("fsdp2", fsdp2)], tmp_path)
+    run_several(process_server, 2, [run("ddp", ddp), run("fsdp2", fsdp2)])
 
     # Not before the second save has begun: it waits for the first, so there is something to resume from.
     for name, strategy in (("ddp", ddp), ("fsdp2", fsdp2)):
@@ -110,9 +116,9 @@ def test_killed_runs_end_as_uninterrupted_ones(tiny_dataset: Path, tmp_path: Pat
     run_here(run("ddp_moved"))
     run_here(run("fsdp2_moved"))
     run_several(
+        process_server,
         2,
         [run("ddp_killed", ddp), run("fsdp2_killed", fsdp2), run("single_moved", fsdp2, "train.micro_batch=2")],
-        tmp_path,
     )
 
     for name in ("single", "ddp", "fsdp2"):
@@ -124,11 +130,16 @@ def test_killed_runs_end_as_uninterrupted_ones(tiny_dataset: Path, tmp_path: Pat
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_exits_cleanly(tiny_dataset: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_saves_and_exits_cleanly(
+    tiny_dataset: Path, tmp_path: Path, number: signal.Signals, process_server: ProcessServer
+) -> None:
     overrides = overrides_of(tiny_dataset, tmp_path, "run", "train.steps=4000", "train.val_every=100000")
-    command = [sys.executable, "-m", "pretrain", str(CONFIG), *overrides]
-    code = _start_and_interrupt(command, tmp_path / "run", 5, number, -1)
-    assert code == 0
+    log, journal = tmp_path / "log", JournalTail(tmp_path / "run")
+    pid = process_server.start("pretrain.__main__:main", [[str(CONFIG), *overrides]], {}, log)
+    start = Start(process_server, [pid], log)
+    assert start.wait_until(lambda: journal.look() >= 5, "step 5"), start.log()
+    start.send(number)
+    assert start.codes() == [0], start.log()
     checkpoint = newest_complete(open_folder(tmp_path / "run"))
     assert checkpoint is not None
     complete = read_complete(checkpoint)

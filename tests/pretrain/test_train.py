@@ -26,6 +26,7 @@ from pretrain.tracking.journal import read_journal, read_metrics
 from pretrain.validation import Validator
 from pretrain.weights.starting import initialize
 from tests.pretrain.runs import CONFIG, final_weights, losses, overrides_of, run_here, run_several
+from tests.process_server import ProcessServer
 
 WORLD = World(0, 1, 0, torch.device("cpu"), None, None)
 
@@ -61,11 +62,11 @@ def test_validation_counts_each_sample_once(tiny_dataset: Path, tmp_path: Path) 
 
 
 @pytest.mark.distributed
-def test_two_processes_validate_as_one(tiny_dataset: Path, tmp_path: Path) -> None:
+def test_two_processes_validate_as_one(tiny_dataset: Path, tmp_path: Path, process_server: ProcessServer) -> None:
     """13 samples over 2 ranks: 8 are split, 5 are run by both and counted once; under FSDP2 no rank waits forever."""
     more = ["train.steps=2", "train.val_samples=13", "train.micro_batch=4"]
     run_here(overrides_of(tiny_dataset, tmp_path, "one", *more))
-    run_several(2, [overrides_of(tiny_dataset, tmp_path, "two", *more, "parallel.strategy=fsdp2")], tmp_path)
+    run_several(process_server, 2, [overrides_of(tiny_dataset, tmp_path, "two", *more, "parallel.strategy=fsdp2")])
     one, two = (read_metrics(tmp_path / name)["val/loss"][-1].value for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-5)
 

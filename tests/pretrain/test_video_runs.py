@@ -72,8 +72,16 @@ def test_a_run_on_clips_resumes_to_the_bit(videos: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("names", [("ddp", "fsdp2"), pytest.param(("zero2", "zero3"), marks=pytest.mark.slow)])
-def test_clips_under_every_engine(videos: Path, tmp_path: Path, names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("names", "server"),
+    [
+        (("ddp", "fsdp2"), "process_server"),
+        pytest.param(("zero2", "zero3"), "deepspeed_server", marks=pytest.mark.slow),
+    ],
+)
+def test_clips_under_every_engine(
+    videos: Path, tmp_path: Path, names: tuple[str, ...], server: str, request: pytest.FixtureRequest
+) -> None:
     """Batches are videos, so that a rank's share is whole videos with all their clips."""
     path = tmp_path / "run.yaml"
     path.write_text(RUN)
@@ -88,7 +96,7 @@ def test_clips_under_every_engine(videos: Path, tmp_path: Path, names: tuple[str
         ]
         for name in names
     ]
-    run_several(2, runs, tmp_path, config=path)
+    run_several(request.getfixturevalue(server), 2, runs, config=path)
     for name in names:
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "single"), rel=1e-5), name
         assert_same_weights(tmp_path / "single", tmp_path / name, to_the_bit=False)

@@ -24,8 +24,9 @@ from launchers.cli import main
 from pretrain.evaluation.encoder.datasets import open_evaluation_data
 from pretrain.evaluation.encoder.features import extract, make_accelerator
 from pretrain.evaluation.encoder.views import make_prepare
-from tests.pretrain.runs import CONFIG, ENVIRONMENT, assert_same_weights, losses, overrides_of, run_here
+from tests.pretrain.runs import CONFIG, assert_same_weights, losses, overrides_of, run_here
 from tests.pretrain.tiny_tokenizer import train_tokenizer, write_photos
+from tests.process_server import ENVIRONMENT
 from tests.processes import wait_until
 
 SUITE: dict[str, Any] = {"tasks": {"knn": {"protocol": "knn_dino", "settings": {"k": [3], "primary_k": 3}}}}

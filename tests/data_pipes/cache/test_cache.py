@@ -10,7 +10,6 @@ import resource
 import signal
 import sqlite3
 import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -26,10 +25,11 @@ from data_pipes.cache import chunk_file
 from data_pipes.cache.cache import PINNED, ChunkCache, chunk_key, open_cache
 from data_pipes.cache.chunk_file import BLOCK_BYTES, file_bytes
 from data_pipes.cache.folder import CacheConfig
+from tests.process_server import Forked, ProcessServer
 
 MIB = 1 << 20
 MakeCache = Callable[..., ChunkCache]
-StartChild = Callable[..., "subprocess.Popen[str]"]
+StartChild = Callable[..., Forked]
 
 
 def key_of(number: int) -> str:
@@ -383,7 +383,6 @@ def test_mistakes_in_calls(make_cache: MakeCache) -> None:
 
 _CHILD = """
 import os, signal, sys, time
-sys.path.insert(0, {root!r})
 from data_pipes.cache import chunk_file
 from data_pipes.cache.cache import PINNED, CacheConfig, ChunkCache
 from tests.data_pipes.cache.test_cache import MIB, data_of, key_of
@@ -392,32 +391,29 @@ cache = ChunkCache(CacheConfig({folder!r}, {max_bytes}))
 
 
 @pytest.fixture
-def start(root: Path, folder: Path) -> Iterator[StartChild]:
+def start(process_server: ProcessServer, folder: Path) -> Iterator[StartChild]:
     children = []
 
-    def start(max_bytes: int, *parts: str) -> subprocess.Popen[str]:
-        script = _CHILD.format(root=str(root), folder=str(folder), max_bytes=max_bytes)
+    def start(max_bytes: int, *parts: str) -> Forked:
+        script = _CHILD.format(folder=str(folder), max_bytes=max_bytes)
         script += "\n".join(map(textwrap.dedent, parts))
-        children.append(subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True))
+        children.append(process_server.open("tests.data_pipes.cache.test_cache:run_script", script))
         return children[-1]
 
     yield start
     for child in children:
-        kill(child)
+        child.kill()
 
 
-def wait_for_line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
+def run_script(script: str) -> None:
+    """In a process of its own."""
+    exec(script, {})
+
+
+def wait_for_line(process: Forked) -> str:
     line = process.stdout.readline().strip()
     assert line, "the child ended early"
     return line
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
 
 
 PLACES = {
@@ -461,7 +457,7 @@ def test_a_killed_writer_leaves_nothing(make_cache: MakeCache, folder: Path, sta
     child = start(cap, PLACES[place], "cache.put(key_of(9), data_of(9), PINNED)\n")
     wait_for_line(child)
     assert disk_bytes(folder) <= cap
-    kill(child)
+    child.kill()
     assert disk_bytes(folder) <= cap
     for number in (5, 6, 7, 9):  # among them the chunk that the dead one was writing
         assert cache.put(key_of(number), data_of(number), 5.0)
@@ -488,7 +484,7 @@ def test_a_dead_process_pins_nothing_and_a_living_one_does(
     cache = make_cache(cap)
     assert cache.status().num_pinned == 4
     assert not cache.put(key_of(5), data_of(5), PINNED)
-    kill(child)
+    child.kill()
     assert cache.status().num_pinned == 0
     assert cache.put(key_of(5), data_of(5), 1e12)
 
@@ -510,7 +506,7 @@ def test_a_forked_child_has_a_name_of_its_own(make_cache: MakeCache, folder: Pat
     try:
         cache = make_cache(cap)
         assert {user.process_id for user in cache.status().users} == process_ids
-        kill(parent)  # the child holds copies of the parent's descriptors, had it not closed them
+        parent.kill()  # the child holds copies of the parent's descriptors, had it not closed them
         assert {user.process_id for user in cache.status().users} == {child}
         assert cache.put(key_of(2), data_of(2), 5.0)
         assert not cache.put(key_of(3), data_of(3), 4.0 if cache.contains(key_of(0)) else 6.0)
@@ -528,7 +524,7 @@ def test_two_processes_put_one_chunk_and_both_claims_count(
     first, second = make_cache(cap), make_cache(cap)
     assert first.put(key_of(0), data_of(0), 50.0), "another one is writing it"
     assert not first.contains(key_of(0))
-    kill(child)
+    child.kill()
     assert first.put(key_of(0), data_of(0), 50.0)
     assert first.contains(key_of(0))
     inode = (folder / f"{key_of(0)}.chunk").stat().st_ino
@@ -548,7 +544,7 @@ def test_processes_with_too_small_a_cap_stay_within_it_and_read_what_was_put(
     cap = 24 * MIB
     body = """
         import random, threading
-        random.seed(int(os.environ["SEED"]))
+        random.seed(SEED)
         hits = [0]
         def hammer():
             for step in range(60):
@@ -569,11 +565,7 @@ def test_processes_with_too_small_a_cap_stay_within_it_and_read_what_was_put(
         [thread.join() for thread in threads]
         print(hits[0], cache.counters.peek().get("cache_corrupt", 0), flush=True)
         """
-    children = []
-    for seed in ("1", "2"):
-        os.environ["SEED"] = seed
-        children.append(start(cap, body))
-    del os.environ["SEED"]
+    children = [start(cap, f"SEED = {seed}", body) for seed in (1, 2)]
     samples = []
     while any(child.poll() is None for child in children):
         samples.append(disk_bytes(folder) if folder.is_dir() else 0)
@@ -582,10 +574,8 @@ def test_processes_with_too_small_a_cap_stay_within_it_and_read_what_was_put(
     assert max(samples) <= cap
     assert max(samples) > cap // 2, "the cap was never near"
     for child in children:
-        assert child.stdout is not None
-        with child.stdout:
-            hits, corrupt = map(int, child.stdout.read().split())
-        assert child.returncode == 0
+        hits, corrupt = map(int, child.stdout.read().split())
+        assert child.wait() == 0
         assert hits > 0
         assert corrupt == 0
     cache = make_cache(cap)
@@ -616,7 +606,7 @@ def test_kills_at_random_moments(make_cache: MakeCache, folder: Path, start: Sta
         child = start(cap, body)
         wait_for_line(child)
         time.sleep(0.05 + attempt * 0.00137)
-        kill(child)
+        child.kill()
         assert disk_bytes(folder) <= cap
         cache = make_cache(cap)
         assert cache.status().num_writing <= 1
@@ -626,7 +616,7 @@ def test_kills_at_random_moments(make_cache: MakeCache, folder: Path, start: Sta
             assert cache.read(key_of(number), 0, MIB) in (None, data_of(number))
         assert "cache_corrupt" not in cache.counters.peek()
         cache.close()
-    kill(bystander)
+    bystander.kill()
     status = make_cache(cap).status()
     assert status.num_chunks == len(list(folder.glob("*.chunk"))) >= 4
     assert list(folder.glob("*.part")) == []
@@ -668,7 +658,7 @@ def test_a_stopped_process_delays_and_does_not_block(
         with pytest.raises(TimeoutError, match="another process has held this lock"):
             cache.status()
     finally:
-        kill(child)
+        child.kill()
     assert cache.put(key_of(1), data_of(1), 1.0)
 
 
@@ -706,7 +696,7 @@ def test_clear_frees_all_but_what_is_being_written(make_cache: MakeCache, folder
     assert 3 * MIB <= open_cache(str(folder)).clear() < 4 * MIB
     assert cache.read(key_of(0), 0, 1) is None
     assert cache.status().num_writing == 1
-    kill(child)
+    child.kill()
     assert cache.clear() > MIB
     assert disk_bytes(folder) < MIB
 

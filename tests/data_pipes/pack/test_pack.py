@@ -8,7 +8,6 @@ import io
 import json
 import os
 import shutil
-import sys
 import threading
 import time
 import zipfile
@@ -31,7 +30,8 @@ from data_pipes.pack.shard_writer import ShardPlan, ShardWriter, Stopped
 from data_pipes.pack.sources import FolderSource, Source, ZipSource, natural_key
 from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.manifest import Manifest
-from tests.processes import run_to_end
+from tests.process_server import ProcessServer
+from tests.processes import PATIENCE_S
 
 SMALL = PackOptions(shard_samples=5)
 
@@ -297,17 +297,22 @@ def test_a_killed_pack_continues_and_ends_with_the_same_bytes(
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_a_really_killed_process_continues_too(source: Path, tmp_path: Path) -> None:
+def pack_and_die(source: str, out: str) -> None:
+    """In a process of its own."""
+    left = [12]
+
+    def die(size_bytes: int) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os._exit(9)
+
+    pack(source, out, options=PackOptions(shard_samples=5), on_sample=die)
+
+
+def test_a_really_killed_process_continues_too(source: Path, tmp_path: Path, process_server: ProcessServer) -> None:
     pack(source, tmp_path / "whole", options=SMALL)
-    script = (
-        "import os, sys; from data_pipes.pack.pack import pack, PackOptions; left = [12]\n"
-        "def die(size_bytes):\n"
-        "    left[0] -= 1\n"
-        "    left[0] or os._exit(9)\n"
-        "pack(sys.argv[1], sys.argv[2], options=PackOptions(shard_samples=5), on_sample=die)\n"
-    )
-    command = [sys.executable, "-c", script, str(source), str(tmp_path / "out")]
-    assert run_to_end(command).returncode == 9
+    died = process_server.run("tests.data_pipes.pack.test_pack:pack_and_die", str(source), str(tmp_path / "out"))
+    assert died.returncode == 9
     assert list(tmp_path.glob("out/train/.*.tmp")), "nothing was left in the middle of a shard"
     (
         tmp_path / "out" / "train" / ".shard-000009.tar.idx.1.tmp"
@@ -403,7 +408,7 @@ def test_the_failure_is_reported_and_not_the_shards_that_it_stopped(
 
     def write(writer: ShardWriter, plan: ShardPlan, source: Source) -> None:
         if plan.number == 0:
-            another_stopped.wait(10)
+            assert another_stopped.wait(PATIENCE_S)
             time.sleep(0.2)
             raise UnreadableFile("the cause")
         another_stopped.set()

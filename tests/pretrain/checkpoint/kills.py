@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,11 +56,11 @@ def kill_at(point: int) -> None:
         setattr(owner, name, counted(getattr(owner, name)))
 
 
-def main(folder: Path) -> None:
+def main(folder: str) -> None:
     torch.set_num_threads(1)
     killed, point = True, 0
     while killed:
-        run_dir = folder / f"point-{point}"
+        run_dir = Path(folder) / f"point-{point}"
         child = os.fork()
         if child == 0:
             saver = Saver(Checkpoints(run_dir, CheckpointConfig(), WORLD))
@@ -84,7 +83,3 @@ def main(folder: Path) -> None:
         print(json.dumps({**record, "after": step_of(after) - 10}), flush=True)
         shutil.rmtree(run_dir)
         point += 1
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

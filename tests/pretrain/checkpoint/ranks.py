@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from pretrain.checkpoint.saver import Saver
 from pretrain.parallel.world import World, change_group_timeout
 
 
-def main(run_dir: Path, fault: str) -> None:
+def main(folder: str, fault: str) -> None:
+    run_dir = Path(folder)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -63,7 +63,3 @@ def main(run_dir: Path, fault: str) -> None:
     (run_dir / f"rank{rank}.json").write_text(json.dumps(said))
     dist.barrier()
     os._exit(0)  # the group that timed out cannot be left in order
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -16,13 +15,13 @@ from pretrain.checkpoint.saver import Saver
 from pretrain.parallel.world import join_world, leave_world
 
 
-def main(run_dir: Path) -> None:
+def main(run_dir: str) -> None:
     torch.set_num_threads(1)
     world = join_world("cpu", 60.0)
     mesh = init_device_mesh("cpu", (2,))
     sharded = distribute_tensor(torch.arange(35.0).view(7, 5), mesh, [Shard(0)])
     replica = torch.arange(100.0)
-    checkpoints = Checkpoints(run_dir, CheckpointConfig(), world)
+    checkpoints = Checkpoints(Path(run_dir), CheckpointConfig(), world)
     saver = Saver(checkpoints)
     state = {"model.m": {"sharded": sharded, "replica": replica}, "rng": rng_state(world)}
     saver.save(1, state, {"position": 8}, "name: run\n")
@@ -44,7 +43,3 @@ def main(run_dir: Path) -> None:
     saver.close()
     dist.barrier()
     leave_world()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

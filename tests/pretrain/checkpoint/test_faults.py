@@ -11,7 +11,6 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,8 +30,8 @@ from pretrain.checkpoint.open_folder import LocalFolder, open_folder
 from pretrain.checkpoint.read import find_damage, list_checkpoints, newest_complete, step_of
 from pretrain.checkpoint.saver import Saver
 from pretrain.parallel.world import World
-from tests.pretrain.runs import ENVIRONMENT, torchrun
-from tests.processes import PATIENCE_S, run_to_end
+from tests.process_server import ProcessServer
+from tests.processes import PATIENCE_S
 
 WORLD = World(0, 1, 0, torch.device("cpu"), None, None)
 CONFIG = "name: run\n"
@@ -401,11 +400,10 @@ def test_old_ones_that_cannot_be_deleted_do_not_fail_a_save(
     assert _steps(tmp_path) == [2, 3]
 
 
-def test_killed_at_every_point_of_a_save(tmp_path: Path) -> None:
+def test_killed_at_every_point_of_a_save(tmp_path: Path, process_server: ProcessServer) -> None:
     """SIGKILL before each write, fsync, rename and removal of a save: what was good before is good after, what counts
     is whole, and the next save works."""
-    script = Path(__file__).with_name("kills.py")
-    done = run_to_end([sys.executable, str(script), str(tmp_path)], env=ENVIRONMENT)
+    done = process_server.run("tests.pretrain.checkpoint.kills:main", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     points = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(points) > 20
@@ -418,13 +416,10 @@ def test_killed_at_every_point_of_a_save(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("fault", ["disk", "peer"])
-def test_one_rank_fails_and_all_agree(tmp_path: Path, fault: str) -> None:
+def test_one_rank_fails_and_all_agree(tmp_path: Path, fault: str, process_server: ProcessServer) -> None:
     """Rank 1's disk fails at step 2, or it comes too late for the others: no rank takes that save for good, no rank
     hangs, and the next save works."""
-    script = str(Path(__file__).with_name("ranks.py"))
-    command = torchrun(2, script, str(tmp_path), fault)
-    done = run_to_end(command, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-4000:]
+    process_server.run_ranks(2, "tests.pretrain.checkpoint.ranks:main", str(tmp_path), fault)
     said = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     for rank in said:
         assert rank["failed"] == 1

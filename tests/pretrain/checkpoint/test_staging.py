@@ -19,8 +19,7 @@ from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import load_weights
 from pretrain.checkpoint.saver import Saver
 from pretrain.parallel.world import World
-from tests.pretrain.runs import ENVIRONMENT, torchrun
-from tests.processes import run_to_end
+from tests.process_server import ProcessServer
 
 WORLD = World(0, 1, 0, torch.device("cpu"), None, None)
 CONFIG = "name: run\n"
@@ -134,11 +133,9 @@ def test_the_loop_is_blocked_for_the_copy_only(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.distributed
-def test_shards_of_two_ranks(tmp_path: Path) -> None:
+def test_shards_of_two_ranks(tmp_path: Path, process_server: ProcessServer) -> None:
     """DTensors and replicas on 2 ranks are saved as one checkpoint, each piece by one rank, and are read by one."""
-    script = Path(__file__).with_name("shards.py")
-    done = run_to_end(torchrun(2, str(script), str(tmp_path)), env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-4000:]
+    process_server.run_ranks(2, "tests.pretrain.checkpoint.shards:main", str(tmp_path))
     loaded = load_weights(open_folder(tmp_path / "checkpoints" / "step-00000001"), "m")
     assert torch.equal(loaded["sharded"], torch.arange(35.0).view(7, 5))
     assert torch.equal(loaded["replica"], torch.arange(100.0))

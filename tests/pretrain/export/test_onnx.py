@@ -138,6 +138,7 @@ def test_other_axes_can_be_dynamic_and_an_existing_folder_is_left_alone(tmp_path
         export_scaled(Scaled(), tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(1, 2, 2), (3, 30, 8), (1, 4, 34)], ids=str)
 def test_tokenizers_encode_and_decode_any_batch_and_size(
     exported: OnnxExport, tokenizer: LoadedTokenizer, size: tuple[int, int, int]

@@ -1,19 +1,15 @@
-"""Run by torchrun in the tests: as several_runs.py, with samples whose loss is not a number.
-
-usage: torchrun ... spoiled_runs.py CONFIG OVERRIDES.json BEGIN END      (global sample positions)
-"""
+"""What a rank does in the tests of the guard: as several_runs.py, with samples whose loss is not a number."""
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from data_pipes.batch import Batch
 from pretrain.objectives.base import Turn
 from pretrain.objectives.image_mae import ImageMAEObjective
-from tests.pretrain.several_runs import main
+from tests.pretrain import several_runs
 
 
 def spoil(begin: int, end: int) -> None:
@@ -28,6 +24,7 @@ def spoil(begin: int, end: int) -> None:
     ImageMAEObjective.turns = turns  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
-    spoil(int(sys.argv[3]), int(sys.argv[4]))
-    main()
+def main(config: str, runs: Sequence[Sequence[str]], begin: int, end: int) -> None:
+    """begin, end: of the global sample positions that are spoiled."""
+    spoil(begin, end)
+    several_runs.main(config, runs)

@@ -18,7 +18,8 @@ from pretrain.checkpoint.read import list_checkpoints
 from pretrain.objectives.image_mae import ImageMAEObjective
 from pretrain.tracking.journal import read_journal
 from tests.pretrain.guard.spoiled_runs import spoil
-from tests.pretrain.runs import assert_same_weights, final_weights, losses, overrides_of, run_here, run_several
+from tests.pretrain.runs import CONFIG, assert_same_weights, final_weights, losses, overrides_of, run_here
+from tests.process_server import ProcessServer
 
 BATCH = 8
 
@@ -102,7 +103,7 @@ def test_a_run_that_cannot_go_back_says_so(tiny_dataset: Path, tmp_path: Path, p
 
 @pytest.mark.distributed
 def test_ranks_skip_and_go_back_together(
-    tiny_dataset: Path, tmp_path: Path, plant_nan: Callable[[int, int], None]
+    tiny_dataset: Path, tmp_path: Path, plant_nan: Callable[[int, int], None], process_server: ProcessServer
 ) -> None:
     """The bad samples are all of rank 1; every rank leaves them out, as the single process does."""
     options = ["train.steps=12", "guard.nonfinite_steps=2", "checkpoint.every_steps=2"]
@@ -110,7 +111,7 @@ def test_ranks_skip_and_go_back_together(
     runs = [
         overrides_of(tiny_dataset, tmp_path, kind, *options, f"parallel.strategy={kind}") for kind in ("ddp", "fsdp2")
     ]
-    run_several(2, runs, tmp_path, script="guard/spoiled_runs.py", arguments=(str(begin), str(end)))
+    process_server.run_ranks(2, "tests.pretrain.guard.spoiled_runs:main", str(CONFIG), runs, begin, end)
     plant_nan(begin, end)
     run_here(overrides_of(tiny_dataset, tmp_path, "single", *options))
     expected = losses(tmp_path / "single")

@@ -1,6 +1,4 @@
-"""Run by torchrun in the tests, or imported: a real step followed by torch's tools, and the memory that it needed.
-
-usage: torchrun ... memory_run.py CONFIG CASES.json OUT.json    (a JSON list of lists of key=value overrides)
+"""A real step followed by torch's tools, and the memory that it needed: in a test's own process, or on several ranks.
 
 torch's profiler reports every allocation of the CPU allocator, those of C++ (DDP's buckets, kernels) included.
 """
@@ -10,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +77,16 @@ def step(strategy: NativeStrategy, objective: Any, batch: Batch, accumulate: int
     strategy.step("model", 1e-3)
 
 
-def main() -> None:
-    config_path, cases, out = (Path(argument) for argument in sys.argv[1:])
+def main(config_path: str, cases: list[list[str]]) -> None:
+    """Prints a JSON list of what was measured and estimated. cases: overrides (key=value)."""
     torch.set_num_threads(1)
     world = join_world("cpu", timeout_s=1800)
     results = []
-    for overrides in json.loads(cases.read_text()):
-        config = load_config(config_path, overrides)
+    for overrides in cases:
+        config = load_config(Path(config_path), overrides)
         found = dataclasses.asdict(estimate(config, world.size))
         peak = int(world.max(torch.tensor([measured_peak(config, world)], dtype=torch.float64))[0])
         results.append({"overrides": overrides, "measured": peak, "estimate": found})
     if world.is_main:
-        out.write_text(json.dumps(results))
+        print(json.dumps(results))
     leave_world()
-
-
-if __name__ == "__main__":
-    main()

@@ -16,8 +16,8 @@ from pretrain.memory.estimate import estimate
 from pretrain.parallel.config import DeepSpeedConfig
 from pretrain.parallel.world import World, pick_device
 from tests.pretrain.memory.memory_run import measured_peak
-from tests.pretrain.runs import CONFIG, ENVIRONMENT, ROOT, torchrun
-from tests.processes import run_to_end
+from tests.pretrain.runs import CONFIG, ROOT
+from tests.process_server import ProcessServer
 
 SMALL = [
     "data.train=unused",
@@ -57,7 +57,7 @@ def test_one_process(overrides: list[str]) -> None:
 
 
 @pytest.mark.distributed
-def test_two_processes(tmp_path: Path) -> None:
+def test_two_processes(process_server: ProcessServer) -> None:
     """DDP to the percent; FSDP2 between the truth and 25% above it, as gathered weights are taken at their worst."""
     cases = [
         [*SMALL, "parallel.strategy=ddp"],
@@ -65,12 +65,9 @@ def test_two_processes(tmp_path: Path) -> None:
         [*SMALL, "parallel.strategy=fsdp2", "parallel.reshard_after_forward=always"],
         [*SMALL, "parallel.strategy=fsdp2", "parallel.precision=bf16"],
     ]
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    script = str(Path(__file__).with_name("memory_run.py"))
-    command = torchrun(2, script, str(CONFIG), str(tmp_path / "cases.json"), str(tmp_path / "out.json"))
-    done = run_to_end(command, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-4000:]
-    ratios = [r["estimate"]["peak"] / r["measured"] for r in json.loads((tmp_path / "out.json").read_text())]
+    found = json.loads(process_server.run_ranks(2, "tests.pretrain.memory.memory_run:main", str(CONFIG), cases))
+    ratios = [r["estimate"]["peak"] / r["measured"] for r in found]
+    assert len(ratios) == len(cases)
     assert ratios[:2] == pytest.approx([1.0, 1.0], rel=0.01)
     assert all(0.97 <= ratio <= 1.25 for ratio in ratios[2:]), ratios
 

@@ -131,6 +131,7 @@ def test_inputs_of_low_precision_or_wrong_shape_are_refused() -> None:
         model(images, noise[:, 1:])
 
 
+@pytest.mark.slow
 def test_compiled_blocks_and_checkpointing_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images, noise = make()
     expected = torch.autograd.grad(model(images, noise).loss, list(model.parameters()))

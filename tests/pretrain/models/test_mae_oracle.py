@@ -146,6 +146,7 @@ def test_small_model_has_their_loss_and_gradients(variant: dict) -> None:
     assert_same_gradients(theirs, ours, images, noise)
 
 
+@pytest.mark.slow
 def test_base_at_224_has_their_loss_and_gradients() -> None:
     theirs, ours = make_pair(**BASE, mask_ratio=0.75, norm_pixels=True)
     assert_same_gradients(theirs, ours, torch.randn(2, 3, 224, 224), torch.rand(2, 196))

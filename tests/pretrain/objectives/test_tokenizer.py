@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from pretrain.objectives.tokenizer import TokenizerObjective, position_normal
 from pretrain.objectives.tokenizer_config import TokenizerConfig
 from tests.pretrain.exact import StaysDouble
 from tests.pretrain.tokenizer_steps import batch, gradients, play
-from tests.processes import run_to_end
+from tests.process_server import ProcessServer
 
 GAME = AdversarialConfig(weight=0.5)
 
@@ -400,13 +399,9 @@ DISTRIBUTED = {
 
 
 @pytest.mark.distributed
-def test_two_processes_agree_and_are_close_to_one(tmp_path: Path) -> None:
+def test_two_processes_agree_and_are_close_to_one(tmp_path: Path, process_server: ProcessServer) -> None:
     """Everything that ranks share is equal to the bit, running statistics and LeCam's averages included."""
-    from tests.pretrain.runs import ENVIRONMENT, torchrun  # not for the workers: it imports the whole trainer
-
-    command = torchrun(2, str(Path(__file__)), str(tmp_path))
-    finished = run_to_end(command, env=ENVIRONMENT)
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    process_server.run_ranks(2, "tests.pretrain.objectives.test_tokenizer:ddp_worker", str(tmp_path))
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     alone = make(**DISTRIBUTED)
@@ -415,7 +410,3 @@ def test_two_processes_agree_and_are_close_to_one(tmp_path: Path) -> None:
     for name, tensor in alone.discriminator.state_dict().items():
         # Batch norm of half a batch gives other reconstructions, and only a little.
         torch.testing.assert_close(first[f"discriminator.{name}"], tensor, rtol=0.2, atol=0.02, msg=name)
-
-
-if __name__ == "__main__":
-    ddp_worker(sys.argv[1])

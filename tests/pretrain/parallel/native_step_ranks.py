@@ -1,4 +1,4 @@
-"""Run by torchrun in test_native_step.py, on four processes: prints a sentence for everything that holds."""
+"""Run by test_native_step.py on four ranks: prints a sentence for everything that holds."""
 
 from __future__ import annotations
 
@@ -107,7 +107,3 @@ def main() -> None:
     if world.is_main:
         print("validation after a step sees new weights")
     leave_world()
-
-
-if __name__ == "__main__":
-    main()

@@ -82,6 +82,7 @@ def test_selective_runs_no_matrix_product_twice() -> None:
     )  # of 4 products in each of 3 blocks, the last one's is not needed
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at every input
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own modules
 def test_compiles_in_every_mode() -> None:

@@ -1,6 +1,6 @@
 """ZeRO-1, 2, 3 and offload train like DDP, FSDP2 and a single process, and their checkpoints travel between them all.
 
-One start of torchrun for many short trainings: importing DeepSpeed takes longer than running them.
+One process group for many short trainings, of ranks that found DeepSpeed imported: that takes longer than they do.
 """
 
 from __future__ import annotations
@@ -19,25 +19,20 @@ from pretrain.parallel.choose import make_strategy
 from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.world import World, pick_device
 from tests.pretrain.parallel.zero_runs import Job, run
-from tests.pretrain.runs import ENVIRONMENT, torchrun
-from tests.processes import run_to_end
+from tests.process_server import ProcessServer
 
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed"),
 ]
 
-SCRIPT = Path(__file__).with_name("zero_runs.py")
 STAGES = ("zero1", "zero2", "zero3")
 ALONE = World(0, 1, 0, pick_device("cpu"), None, None)
 
 
-def run_jobs(num_processes: int, jobs: list[Job], folder: Path) -> None:
-    listed = folder / f"jobs-{len(list(folder.glob('jobs-*')))}.json"
-    listed.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
-    command = torchrun(num_processes, str(SCRIPT), str(listed), str(folder))
-    done = run_to_end(command, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-6000:]
+def run_jobs(server: ProcessServer, num_ranks: int, jobs: list[Job], folder: Path) -> None:
+    fields = [dataclasses.asdict(job) for job in jobs]
+    server.run_ranks(num_ranks, "tests.pretrain.parallel.zero_runs:main", fields, str(folder))
 
 
 def result(folder: Path, name: str) -> dict[str, Any]:
@@ -84,8 +79,8 @@ def assert_equal(folder: Path, name: str, wanted: str, *, first: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All trainings that the tests below look at: on one process here, on two under torchrun."""
+def trained(deepspeed_server: ProcessServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All trainings that the tests below look at: on one process here, and on two ranks."""
     folder = tmp_path_factory.mktemp("zero")
     fields = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     (folder / "all_partitioned.json").write_text(json.dumps(fields))
@@ -106,7 +101,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Job("fsdp2_from_zero3", "fsdp2", steps=8, resume="zero3_from_single", save_at=8),
         Job("zero1_from_fsdp2", "zero1", steps=9, resume="fsdp2_from_zero3", save_at=9),
     ]
-    run_jobs(2, jobs, folder)
+    run_jobs(deepspeed_server, 2, jobs, folder)
     run(Job("single_from_zero1", "single", resume="zero1_from_fsdp2"), ALONE, folder)
     return folder
 
@@ -141,7 +136,7 @@ def test_checkpoints_travel_between_engines_and_world_sizes(trained: Path) -> No
 
 
 @pytest.mark.slow
-def test_over_50_steps_and_on_other_world_sizes(tmp_path: Path) -> None:
+def test_over_50_steps_and_on_other_world_sizes(deepspeed_server: ProcessServer, tmp_path: Path) -> None:
     """About two minutes: 50 steps in fp32, bf16, activation checkpointing, one and four ranks."""
     run(Job("single", "single", steps=50, save_at=20), ALONE, tmp_path)
     jobs = [Job("fsdp2", "fsdp2", steps=50), Job("ddp_bf16", "ddp", parallel={"precision": "bf16"})]
@@ -150,9 +145,9 @@ def test_over_50_steps_and_on_other_world_sizes(tmp_path: Path) -> None:
             Job(f"{zero}_{mode}", zero, parallel={"activation_checkpointing": mode}) for mode in ("selective", "full")
         ]
         jobs += [Job(zero, zero, steps=50), Job(f"{zero}_bf16", zero, parallel={"precision": "bf16"})]
-    run_jobs(2, jobs, tmp_path)
-    run_jobs(4, [Job("four_zero3", "zero3", steps=30, resume="single", save_at=30)], tmp_path)
-    run_jobs(1, [Job("one_zero2", "zero2", steps=40, resume="four_zero3", save_at=40)], tmp_path)
+    run_jobs(deepspeed_server, 2, jobs, tmp_path)
+    run_jobs(deepspeed_server, 4, [Job("four_zero3", "zero3", steps=30, resume="single", save_at=30)], tmp_path)
+    run_jobs(deepspeed_server, 1, [Job("one_zero2", "zero2", steps=40, resume="four_zero3", save_at=40)], tmp_path)
     run(Job("ended", "single", steps=50, resume="one_zero2"), ALONE, tmp_path)
     for zero in STAGES:
         assert_close(tmp_path, zero, "fsdp2", rel=2e-4)

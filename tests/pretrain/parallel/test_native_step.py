@@ -5,7 +5,6 @@ finite one gives what the step gave that looked at the norm first.
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -20,8 +19,7 @@ from pretrain.optim_config import OptimConfig
 from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.native import NativeStrategy
 from pretrain.parallel.world import World, pick_device
-from tests.pretrain.runs import ENVIRONMENT, torchrun
-from tests.processes import run_to_end
+from tests.process_server import ProcessServer
 
 OPTIM = OptimConfig(base_lr=None, lr=1e-2, clip_norm=0.5, ema_decay=0.9)
 
@@ -177,15 +175,10 @@ def test_the_host_does_not_wait_for_cuda() -> None:
         assert (_changed(before, strategy.export("one")) == []) == (not torch.isfinite(norm))
 
 
-_SHARDED = Path(__file__).with_name("native_step_ranks.py")
-
-
 @pytest.fixture(scope="module")
-def said_by_ranks() -> str:
-    """One start of four processes for all that needs several."""
-    done = run_to_end(torchrun(4, str(_SHARDED)), env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+def said_by_ranks(process_server: ProcessServer) -> str:
+    """One process group of four ranks for all that needs several."""
+    return process_server.run_ranks(4, "tests.pretrain.parallel.native_step_ranks:main")
 
 
 @pytest.mark.distributed

@@ -14,6 +14,7 @@ from pretrain.config import load_config
 from pretrain.tracking.journal import read_metrics
 from pretrain.train import train
 from tests.pretrain.runs import ROOT, losses, run_several
+from tests.process_server import ProcessServer
 
 CONFIG = ROOT / "configs" / "dcae" / "tiny" / "phase3.yaml"
 STEPS = 8
@@ -67,13 +68,15 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 
 @pytest.mark.distributed
-def test_ddp_and_fsdp2_play_the_same_game_and_resume_it_to_the_bit(tiny_dataset: Path, tmp_path: Path) -> None:
+def test_ddp_and_fsdp2_play_the_same_game_and_resume_it_to_the_bit(
+    tiny_dataset: Path, tmp_path: Path, process_server: ProcessServer
+) -> None:
     def run(name: str, *more: str) -> list[str]:
         return overrides_of(tiny_dataset, tmp_path, name, *more)
 
     run_here(run("single"))
     engines = ("ddp", "fsdp2")
-    run_several(2, [run(name, f"parallel.strategy={name}") for name in engines], tmp_path, config=CONFIG)
+    run_several(process_server, 2, [run(name, f"parallel.strategy={name}") for name in engines], config=CONFIG)
     wanted = losses(tmp_path / "single")
     assert list(wanted) == list(range(1, STEPS + 1))
     for name in engines:
@@ -97,7 +100,7 @@ def test_ddp_and_fsdp2_play_the_same_game_and_resume_it_to_the_bit(tiny_dataset:
     }
     for name in engines:
         (tmp_path / name / "checkpoints" / f"step-{STEPS:08d}" / "COMPLETE").unlink()
-    run_several(2, [run(name, f"parallel.strategy={name}") for name in engines], tmp_path, config=CONFIG)
+    run_several(process_server, 2, [run(name, f"parallel.strategy={name}") for name in engines], config=CONFIG)
     for name in engines:
         for old, player in zip(before[name], ("autoencoder", "discriminator"), strict=True):
             new = weights(tmp_path / name, player)
@@ -106,20 +109,22 @@ def test_ddp_and_fsdp2_play_the_same_game_and_resume_it_to_the_bit(tiny_dataset:
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_the_other_engines(tiny_dataset: Path, tmp_path: Path) -> None:
+def test_the_other_engines(tiny_dataset: Path, tmp_path: Path, deepspeed_server: ProcessServer) -> None:
     run_here(overrides_of(tiny_dataset, tmp_path, "single"))
     hsdp = overrides_of(tiny_dataset, tmp_path, "hsdp", "parallel.strategy=hsdp", "parallel.shards=2")
-    run_several(4, [hsdp], tmp_path, config=CONFIG)
+    run_several(deepspeed_server, 4, [hsdp], config=CONFIG)
     zeros = ("zero1", "zero2", "zero3")
     runs = [overrides_of(tiny_dataset, tmp_path, name, f"parallel.strategy={name}") for name in zeros]
-    run_several(2, runs, tmp_path, config=CONFIG)
+    run_several(deepspeed_server, 2, runs, config=CONFIG)
     for name in ("hsdp", *zeros):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "single"), rel=1e-4), name
         assert game(tmp_path / name) == pytest.approx(game(tmp_path / "single"), rel=1e-3), name
 
 
 @pytest.mark.distributed
-def test_what_is_frozen_is_frozen_under_every_engine(tiny_dataset: Path, tmp_path: Path) -> None:
+def test_what_is_frozen_is_frozen_under_every_engine(
+    tiny_dataset: Path, tmp_path: Path, deepspeed_server: ProcessServer
+) -> None:
     """Phase 2's parts, with batch norms: under FSDP2 and ZeRO too, only they move, and only they have an optimizer."""
     options = ["objective.trained=[latent]", "objective.model.decoder_norms=[batch,batch,rms]", "train.steps=3"]
     start = overrides_of(tiny_dataset, tmp_path, "start", *options, "train.steps=1", "optim.lr=1e-30")
@@ -136,7 +141,7 @@ def test_what_is_frozen_is_frozen_under_every_engine(tiny_dataset: Path, tmp_pat
         )
         for name in names
     ]
-    run_several(2, runs, tmp_path, config=CONFIG)
+    run_several(deepspeed_server, 2, runs, config=CONFIG)
     begin = weights(tmp_path / "start", "autoencoder")
     for name in names:
         end = weights(tmp_path / name, "autoencoder")

@@ -1,6 +1,4 @@
-"""Run by torchrun in the tests: several short trainings under any strategy, to pay for one start of Python.
-
-usage: torchrun ... zero_runs.py JOBS.json FOLDER        (a JSON list of the fields of `Job`)
+"""What a rank does in the tests of DeepSpeed: several short trainings under any strategy, in one process group.
 
 Each job writes `FOLDER/<name>.pt` (losses, norms, weights and average of every player) and, if told so, a checkpoint.
 """
@@ -8,8 +6,7 @@ Each job writes `FOLDER/<name>.pt` (losses, norms, weights and average of every 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -223,14 +220,19 @@ def assert_untouched(before: dict[str, dict[str, Tensor]], after: dict[str, dict
             assert same or name in buffers, f"{group}.{name}"
 
 
-def main() -> None:
-    jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+def main(jobs: list[dict[str, Any]], folder: str) -> None:
+    """jobs: the fields of `Job`."""
     torch.set_num_threads(1)
     world = join_world("cpu", timeout_s=1800)
     for job in jobs:
-        run(Job(**job), world, folder)
+        run(Job(**job), world, Path(folder))
     leave_world()
 
 
-if __name__ == "__main__":
-    main()
+def import_deepspeed() -> None:
+    """As the engine imports it for a run on the CPU, for all processes that are forked afterwards."""
+    from pretrain.parallel.deepspeed import _without_mlflow
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with _without_mlflow():
+        import deepspeed  # noqa: F401

@@ -170,7 +170,8 @@ def test_stacks_show_this_line() -> None:
 def test_a_disk_that_refuses_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "watchdog").write_text("a file where the folder should be")
     with Watchdog(tmp_path, ALONE, WatchdogConfig(interval_s=0.01)) as watchdog:
-        time.sleep(0.1)
+        wait_until(lambda: "cannot publish" in caplog.text, "a warning")
+        time.sleep(0.1)  # for more attempts, which say nothing
         watchdog.beat("data", 0)
     assert sum("cannot publish" in record.message for record in caplog.records) == 1
 

@@ -1,8 +1,7 @@
-"""Run by test_features under torchrun: extracts features of a generated dataset and saves what the main process has."""
+"""Run by test_features on two ranks: extracts features of a generated dataset and saves what the main process has."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +54,9 @@ def save_features(num_samples: int, batch_size: int, accelerator: Any, output: P
         torch.save(saved, output)
 
 
-def main(folder: Path, batch_size: int, sizes: list[int]) -> None:
+def main(folder: str, batch_size: int, sizes: list[int]) -> None:
     torch.set_num_threads(1)
     accelerator = make_accelerator(cpu=False)  # the default of the command
     for num_samples in sizes:
-        save_features(num_samples, batch_size, accelerator, folder / f"{num_samples}.pt")
+        save_features(num_samples, batch_size, accelerator, Path(folder) / f"{num_samples}.pt")
     accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), [int(size) for size in sys.argv[3:]])

@@ -1,8 +1,7 @@
-"""Run by test_finetune under torchrun: fine-tunes a run's backbone and saves what the main process has."""
+"""Run by test_finetune on two ranks: fine-tunes a run's backbone and saves what the main process has."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -39,9 +38,9 @@ def make_subject(run_dir: Path, data: Path) -> Subject:
     return Subject(backbone, opened, "all", make_accelerator(cpu=True), loading, lambda what, done, total: None)
 
 
-def main(run_dir: Path, data: Path, output: Path) -> None:
+def main(run_dir: str, data: str, output: str) -> None:
     torch.set_num_threads(1)
-    subject = make_subject(run_dir, data)
+    subject = make_subject(Path(run_dir), Path(data))
     model = fine_tune(subject, QUICK)
     metrics = multi_view_accuracies(subject, model)
     if subject.accelerator.is_main_process:
@@ -49,7 +48,3 @@ def main(run_dir: Path, data: Path, output: Path) -> None:
         processes = subject.accelerator.num_processes
         torch.save({"weights": weights, "metrics": metrics, "processes": processes}, output)
     subject.accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main(*(Path(argument) for argument in sys.argv[1:]))

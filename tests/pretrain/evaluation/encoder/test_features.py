@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from pretrain.evaluation.encoder.features import Features, _FeatureBuffer, extract, make_accelerator
 from tests.pretrain.evaluation.encoder.extraction import Pictures, seeded_model, to_float
-from tests.pretrain.runs import ENVIRONMENT, torchrun
-from tests.processes import run_to_end
+from tests.process_server import ProcessServer
 
 
 def run_extract(model: nn.Module, num_samples: int, batch_size: int, **kwargs: Any) -> Features:
@@ -74,12 +73,12 @@ def test_progress_reaches_the_number_of_samples() -> None:
 
 
 @pytest.mark.distributed
-def test_two_processes_give_every_sample_once_and_equal_features(tmp_path: Path) -> None:
+def test_two_processes_give_every_sample_once_and_equal_features(tmp_path: Path, process_server: ProcessServer) -> None:
     """23 is divisible by neither processes nor batch; 3 is less than a batch; 1 leaves a process without a sample."""
-    command = torchrun(2, str(Path(__file__).with_name("extraction.py")), str(tmp_path), "4", "23", "8", "3", "1")
-    done = run_to_end(command, env={**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0, done.stderr[-3000:]
-    for num_samples in (23, 8, 3, 1):
+    sizes = (23, 8, 3, 1)
+    call = "tests.pretrain.evaluation.encoder.extraction:main"
+    process_server.run_ranks(2, call, str(tmp_path), 4, sizes, CUDA_VISIBLE_DEVICES="")
+    for num_samples in sizes:
         gathered = torch.load(tmp_path / f"{num_samples}.pt", weights_only=True)
         assert int(gathered["processes"]) == 2
         alone = run_extract(seeded_model(), num_samples, 100)

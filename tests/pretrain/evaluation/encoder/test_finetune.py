@@ -25,8 +25,7 @@ from pretrain.evaluation.encoder.protocols import PROTOCOLS
 from pretrain.evaluation.encoder.subject import Subject
 from pretrain.weights.backbone import weights_digest
 from tests.pretrain.evaluation.encoder.finetuning import QUICK, make_subject
-from tests.pretrain.runs import ENVIRONMENT, torchrun
-from tests.processes import run_to_end
+from tests.process_server import ProcessServer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -144,11 +143,11 @@ def test_a_loss_that_is_not_finite_stops(subject: Subject) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_do_what_one_does(subject: Subject, video_run_dir: Path, videos: Path, tmp_path: Path) -> None:
+def test_two_processes_do_what_one_does(
+    subject: Subject, video_run_dir: Path, videos: Path, tmp_path: Path, process_server: ProcessServer
+) -> None:
     arguments = [str(path) for path in (video_run_dir, videos, tmp_path / "out.pt")]
-    command = torchrun(2, "-m", "tests.pretrain.evaluation.encoder.finetuning", *arguments)
-    done = run_to_end(command, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process_server.run_ranks(2, "tests.pretrain.evaluation.encoder.finetuning:main", *arguments)
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     model = fine_tune(subject, QUICK)
     for name, tensor in model.state_dict().items():

@@ -1,9 +1,8 @@
-"""Run by test_tokenizer_suite under torchrun: evaluates suites and saves what the main process has."""
+"""Run by test_suite on two ranks: evaluates suites and saves what the main process has."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ def suites(test: str, train: str) -> dict[str, TokenizerSuiteConfig]:
     }
 
 
-def main(test: str, train: str, out: Path) -> None:
+def main(test: str, train: str, out: str) -> None:
     from tests.pretrain.evaluation.tokenizer.test_suite import SmallExtractor
 
     torch.set_num_threads(1)
@@ -39,9 +38,5 @@ def main(test: str, train: str, out: Path) -> None:
         records = evaluate_tokenizer(random_tokenizer(), suite, accelerator)
         assert bool(records) == accelerator.is_main_process
         if records:
-            (out / f"{name}.json").write_text(json.dumps(records))
+            (Path(out) / f"{name}.json").write_text(json.dumps(records))
     accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -29,9 +29,8 @@ from pretrain.losses.config import PerceptualConfig
 from pretrain.losses.perceptual import load_lpips
 from pretrain.weights.tokenizer import LoadedTokenizer
 from tests.pretrain.losses.test_perceptual import save as save_random_lpips
-from tests.pretrain.runs import ENVIRONMENT, ROOT, torchrun
 from tests.pretrain.tiny_tokenizer import photo, random_tokenizer, write_photos
-from tests.processes import run_to_end
+from tests.process_server import ProcessServer
 
 SIZES = ((40, 36), (33, 50))
 NUM_TEST = 11
@@ -220,12 +219,13 @@ def test_the_probe_reads_labels_that_are_in_the_latents(pictures: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_two_processes_count_every_picture_once(folders: dict[str, str], tmp_path: Path) -> None:
+def test_two_processes_count_every_picture_once(
+    folders: dict[str, str], tmp_path: Path, process_server: ProcessServer
+) -> None:
     """11 pictures on 2 processes, and 1 picture, of which one process sees none."""
     arguments = [folders["test"], folders["train"], str(tmp_path)]
-    command = torchrun(2, "-m", "tests.pretrain.evaluation.tokenizer.processes", *arguments)
-    done = run_to_end(command, env={**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    call = "tests.pretrain.evaluation.tokenizer.processes:main"
+    process_server.run_ranks(2, call, *arguments, CUDA_VISIBLE_DEVICES="")
     from tests.pretrain.evaluation.tokenizer.processes import suites
 
     for name, suite in suites(*arguments[:2]).items():
