@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
@@ -27,6 +27,7 @@ from pretrain.optim_config import OptimConfig
 from pretrain.parallel.config import ParallelConfig
 from pretrain.tracking.tracker import TrackingConfig
 from pretrain.watchdog.config import WatchdogConfig
+from pretrain.yaml_values import ValueTextError, copied, parse_override, parse_yaml, set_value, typed_values
 
 if TYPE_CHECKING:
     from pretrain.objectives.base import Objective
@@ -144,12 +145,11 @@ def load_config(path: Path | str | Given, overrides: Overrides = ()) -> RunConfi
     return _run_config(given, _place(path))
 
 
-def _name_after_folder(given: DictConfig, folder: Path, overrides: Overrides) -> None:
+def _name_after_folder(given: dict[str, Any], folder: Path, overrides: Overrides) -> None:
     """A run's own config.yaml means the run that it lies with, also when that folder was moved or copied."""
     keys = overrides if isinstance(overrides, Mapping) else [override.split("=")[0] for override in overrides]
     if not {"name", "output_dir"} & set(keys):
-        OmegaConf.update(given, "name", folder.resolve().name)
-        OmegaConf.update(given, "output_dir", str(folder.parent))
+        given |= {"name": folder.resolve().name, "output_dir": str(folder.parent)}
 
 
 def load_run_config(folder: Folder) -> RunConfig:
@@ -193,25 +193,30 @@ def _whole_run(folder: Folder) -> Path | None:
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
-def _run_config(given: DictConfig, path: Path | str, apart_from: Path | None = None) -> RunConfig:
+def _run_config(given: dict[str, Any], path: Path | str, apart_from: Path | None = None) -> RunConfig:
     """The run that a YAML describes; no objective's code from within the folder `apart_from` is run."""
-    name = OmegaConf.select(given, "objective.name")
-    schema = OmegaConf.structured(RunConfig)
+    settings = given.get("objective")
+    name = str(settings.get("name")) if isinstance(settings, Mapping) else "None"
     try:
-        objective = OmegaConf.structured(find_objective(str(name), apart_from=apart_from)[0])
+        config_class = find_objective(name, apart_from=apart_from)[0]
+        objective = OmegaConf.structured(config_class)
     except KeyError as error:
         known = known_objectives()
         raise ConfigError(
-            f"{path}: objective.name is {name!r}; known objectives: {', '.join(known)}{nearest(str(name), known)}, or "
+            f"{path}: objective.name is {name!r}; known objectives: {', '.join(known)}{nearest(name, known)}, or "
             "an import path such as my_package.my_module:MyObjective"
         ) from error
     except ExtensionError as error:
         raise ConfigError(f"{path}: {error}") from error
     except OmegaConfBaseException as error:  # a type that no YAML can give
         raise ConfigError(f"{path}: objective.name is {name!r}, whose config_class cannot be read: {error}") from error
-    del given.objective["name"]
-    if OmegaConf.select(given, "data.order.seed") is None:
-        OmegaConf.update(given, "data.order.seed", "${seed}")  # one seed for everything, unless the data's is given
+    assert isinstance(settings, Mapping)
+    own = {key: value for key, value in settings.items() if key != "name"}
+    given = {**given, "objective": _typed(own, config_class, "objective", path)}
+    order = given.get("data", {}).get("order") if isinstance(given.get("data"), Mapping) else None
+    if not isinstance(order, Mapping) or order.get("seed") is None:
+        set_value(given, "data.order.seed", "${seed}")  # one seed for everything, unless the data's is given
+    schema = OmegaConf.structured(RunConfig)
     OmegaConf.set_readonly(schema, False)
     schema.objective = objective
     return dataclasses.replace(_merge_typed(RunConfig, schema, given, path), objective_name=name)
@@ -227,11 +232,11 @@ def load_typed(schema: type[T], path: Path | str | Given, overrides: Overrides =
     return _merge_typed(schema, OmegaConf.structured(schema), given, _place(path))
 
 
-def _read(path: Path | str | Given, overrides: Overrides) -> DictConfig:
-    content = OmegaConf.create(dict(path)) if isinstance(path, Mapping) else _read_yaml(Path(path))
-    given = OmegaConf.merge(content, _parse_overrides(overrides))
-    assert isinstance(given, DictConfig)
-    return given
+def _read(path: Path | str | Given, overrides: Overrides) -> dict[str, Any]:
+    content = copied(path if isinstance(path, Mapping) else _read_yaml(Path(path)))
+    assert isinstance(content, dict)
+    _apply(overrides, content)
+    return content
 
 
 def _place(path: Path | str | Given) -> Path | str:
@@ -239,41 +244,52 @@ def _place(path: Path | str | Given) -> Path | str:
     return "the configuration" if isinstance(path, Mapping) else Path(path)
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no configuration file at {path}; the shipped ones are under configs/")
     return _parse_yaml(path.read_bytes(), path)
 
 
-def _parse_yaml(content: bytes, path: Path | str) -> DictConfig:
+def _parse_yaml(content: bytes, path: Path | str) -> dict[str, Any]:
     try:
-        loaded = OmegaConf.load(io.StringIO(content.decode()))
-    except Exception as error:  # the YAML library has many error classes; each is the user's mistake in this file
+        loaded = parse_yaml(content.decode())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(loaded, DictConfig):
+    if not isinstance(loaded, dict):
         raise ConfigError(f"{path} holds {type(loaded).__name__}; expected a mapping of keys to values")
     return loaded
 
 
-def _parse_overrides(overrides: Overrides) -> DictConfig:
+def _apply(overrides: Overrides, content: dict[str, Any]) -> None:
+    """Puts overrides over a configuration's content, in place."""
     if isinstance(overrides, Mapping):
-        changes = OmegaConf.create()
         for key, value in overrides.items():
-            OmegaConf.update(changes, str(key), value, merge=True)
-        return changes
+            set_value(content, str(key), value)
+        return
     for override in overrides:
-        if "=" not in override or override.startswith("="):
+        key, _, text = override.partition("=")
+        if not key or "=" not in override:
             raise ConfigError(f"override {override!r} has no key=value form; write for example train.steps=100")
-    return OmegaConf.from_dotlist(list(overrides))
+        try:
+            set_value(content, key, parse_override(text))
+        except (yaml.YAMLError, ValueTextError) as error:
+            raise ConfigError(f"override {override!r}: {' '.join(str(error).split())}") from error
 
 
-def _merge_typed(cls: type[T], schema: DictConfig, given: DictConfig, path: Path | str) -> T:
+def _typed(given: Any, schema: Any, key: str, path: Path | str) -> Any:
     try:
-        merged = OmegaConf.merge(schema, given)
-        missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
+        return typed_values(given, schema, key)
+    except ValueTextError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _merge_typed(cls: type[T], schema: DictConfig, given: dict[str, Any], path: Path | str) -> T:
+    try:
+        whole = OmegaConf.merge(schema, _typed(given, cls, "", path))
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(whole))
         if missing:
             raise ConfigError(f"{path}: required and not given: {', '.join(missing)}")
-        result = OmegaConf.to_object(merged)
+        result = OmegaConf.to_object(whole)
     except ConfigKeyError as error:
         full_key = str(getattr(error, "full_key", None) or getattr(error, "key", "?"))
         parent, _, key = full_key.rpartition(".")

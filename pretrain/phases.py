@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
 from pretrain.config import ConfigError, RunConfig, load_config, load_typed
+from pretrain.yaml_values import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Phase:
 def is_pipeline(path: Path) -> bool:
     """Whether a YAML file lists phases."""
     try:
-        return path.is_file() and "phases" in OmegaConf.load(path)
+        return path.is_file() and "phases" in parse_yaml(path.read_text())
     except Exception:  # whatever is wrong with the file is said by whoever reads it in earnest
         return False
 
@@ -59,7 +60,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> list[Phase]:
     Raises:
         ConfigError: the pipeline or one of its phases is not valid.
     """
-    names = [Path(name).stem for name in OmegaConf.to_container(OmegaConf.load(path))["phases"]]  # type: ignore[index, call-overload]
+    names = [Path(name).stem for name in parse_yaml(path.read_text())["phases"]]
     own = [text for text in overrides if text.split("=")[0] in ("name", "output_dir")]
     shared = [text for text in overrides if text not in own and text.split(".")[0] not in names]
     pipeline = load_typed(PipelineConfig, path, own)

@@ -81,11 +81,13 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 def _own_options(overrides: list[str]) -> dict[str, object]:
     """The `key=value` arguments of a target of one's own, with values as YAML has them."""
-    from omegaconf import OmegaConf
+    from pretrain.yaml_values import parse_override, plain_values, set_value
 
-    options = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
-    assert isinstance(options, dict)
-    return {str(name): value for name, value in options.items()}
+    options: dict[str, object] = {}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        set_value(options, key, plain_values(parse_override(text), lossless=False))
+    return options
 
 
 def _errors(summary: dict[str, object]) -> str:
