@@ -17,6 +17,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from data_pipes.bounds import bounded, check_bounds, check_given
 from data_pipes.config import DataConfig
 from pretrain.checkpoint.config import CheckpointConfig
 from pretrain.checkpoint.folder import Folder
@@ -47,23 +48,23 @@ class ConfigError(ValueError):
 class TrainConfig:
     """How long to train and how often to look. The loop in `pretrain/train.py` reads it."""
 
-    global_batch: int = MISSING
+    global_batch: int = bounded(MISSING, least=1)
     """Samples per optimizer step, over all ranks and micro-batches."""
-    micro_batch: int | None = None
+    micro_batch: int | None = bounded(None, least=1)
     """Samples per rank and forward pass; null = global_batch / world size. The rest is gradient accumulation."""
-    epochs: float | None = None
+    epochs: float | None = bounded(None, above=0)
     """Passes over the training samples. Give this or `steps`."""
-    steps: int | None = None
+    steps: int | None = bounded(None, least=1)
     """Optimizer steps at this `global_batch`. Give this or `epochs`."""
-    log_every: int = 10
+    log_every: int = bounded(10, least=1)
     """Steps between points in the journal; a point is the mean over those steps."""
-    val_every: int | None = None
+    val_every: int | None = bounded(None, least=1)
     """Steps between validations; null = at every checkpoint and at the end."""
-    val_samples: int = 1024
+    val_samples: int = bounded(1024, least=0)
     """Validation samples per validation, from the start of `data.val`; 0 = all."""
-    num_pictures: int = 8
+    num_pictures: int = bounded(8, least=0)
     """Validation samples shown as input, masked, prediction and oracle view."""
-    gc_every: int = 500
+    gc_every: int = bounded(500, least=0)
     """Steps between Python's garbage collections, the same on all ranks; 0 = whenever Python likes."""
 
     def __post_init__(self) -> None:
@@ -80,7 +81,7 @@ class RunConfig:
     """The run's name; its folder is `<output_dir>/<name>`."""
     output_dir: str = "runs"
     """Folder of all runs."""
-    seed: int = 0
+    seed: int = bounded(0, least=0, most=2**53)
     """Seeds weights, data order, augmentation and masks."""
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -212,7 +213,9 @@ def _run_config(given: dict[str, Any], path: Path | str, apart_from: Path | None
         raise ConfigError(f"{path}: objective.name is {name!r}, whose config_class cannot be read: {error}") from error
     assert isinstance(settings, Mapping)
     own = {key: value for key, value in settings.items() if key != "name"}
-    given = {**given, "objective": _typed(own, config_class, "objective", path)}
+    own = _typed(own, config_class, "objective", path)
+    _check_given(config_class, own, "objective", path)
+    given = {**given, "objective": own}
     order = given.get("data", {}).get("order") if isinstance(given.get("data"), Mapping) else None
     if not isinstance(order, Mapping) or order.get("seed") is None:
         set_value(given, "data.order.seed", "${seed}")  # one seed for everything, unless the data's is given
@@ -276,6 +279,13 @@ def _apply(overrides: Overrides, content: dict[str, Any]) -> None:
             raise ConfigError(f"override {override!r}: {' '.join(str(error).split())}") from error
 
 
+def _check_given(schema: Any, given: Mapping[str, Any], key: str, path: Path | str) -> None:
+    try:
+        check_given(schema, given, key)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
 def _typed(given: Any, schema: Any, key: str, path: Path | str) -> Any:
     try:
         return typed_values(given, schema, key)
@@ -285,11 +295,14 @@ def _typed(given: Any, schema: Any, key: str, path: Path | str) -> Any:
 
 def _merge_typed(cls: type[T], schema: DictConfig, given: dict[str, Any], path: Path | str) -> T:
     try:
-        whole = OmegaConf.merge(schema, _typed(given, cls, "", path))
+        typed = _typed(given, cls, "", path)
+        _check_given(cls, typed, "", path)
+        whole = OmegaConf.merge(schema, typed)
         missing = sorted(str(key) for key in OmegaConf.missing_keys(whole))
         if missing:
             raise ConfigError(f"{path}: required and not given: {', '.join(missing)}")
         result = OmegaConf.to_object(whole)
+        check_bounds(result)
     except ConfigKeyError as error:
         full_key = str(getattr(error, "full_key", None) or getattr(error, "key", "?"))
         parent, _, key = full_key.rpartition(".")

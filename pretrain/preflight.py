@@ -123,6 +123,15 @@ def check_length(config: RunConfig, num_samples: int) -> None:
             f"train.epochs={config.train.epochs}, train.global_batch={config.train.global_batch}; lower "
             "the batch or train longer"
         )
+    for player, optim in {"": config.optim, **{name: config.optim.of(name) for name in config.optim.players}}.items():
+        key = f"optim.players.{player}" if player else "optim"
+        warmup = optim.warmup_steps * config.train.global_batch + optim.warmup_epochs * num_samples
+        if warmup > total_samples(config, num_samples):
+            raise ConfigError(
+                f"{key}.warmup_steps={optim.warmup_steps} and {key}.warmup_epochs={optim.warmup_epochs:g} make a "
+                f"warm-up of {warmup:,.0f} samples, and the run has {total_samples(config, num_samples):,}: it would "
+                "never reach its learning rate. Shorten the warm-up or train longer"
+            )
 
 
 def total_samples(config: RunConfig, num_samples: int) -> int:

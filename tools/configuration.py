@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_pipes.bounds import bounds_of
 from pretrain.config import RunConfig
 from pretrain.evaluation.encoder.protocols import PROTOCOLS
 from pretrain.evaluation.encoder.suite import SuiteConfig
@@ -82,9 +83,9 @@ def tables(prefix: str, config: type, known: dict[type, str], skip: tuple[str, .
             if place is None:
                 known[inner] = key
                 nested.append((key, inner))
-        rows.append(
-            f"| `{key}` | {cell(type_name(hints[field.name]))} | {cell(default_of(field))} | {cell(text.strip())} |"
-        )
+        bounds = bounds_of(field)
+        kind = type_name(hints[field.name]) + (f", {bounds}" if bounds is not None else "")
+        rows.append(f"| `{key}` | {cell(kind)} | {cell(default_of(field))} | {cell(text.strip())} |")
     if rows:
         yield "\n| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
     else:

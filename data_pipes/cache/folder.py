@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from data_pipes.bounds import bounded
 from data_pipes.cache.database import DATABASE_NAME
 
 _OURS = re.compile(r"index\.sqlite(-journal)?|lock|owners|[0-9a-f]{64}\.(chunk|[0-9]+\.part)|lost\+found")
@@ -33,7 +34,7 @@ class CacheConfig:
 
     dir: str | None = None
     """Folder on a local disk, for this alone; shared by all ranks of the node and by several runs. None: no cache."""
-    max_bytes: int = 100 << 30
+    max_bytes: int = bounded(100 << 30, least=1)
     """Hard cap on everything in the folder, other runs' chunks included, in bytes."""
 
 

@@ -27,6 +27,7 @@ from itertools import count, islice
 from types import ModuleType
 from typing import Any, BinaryIO, cast
 
+from data_pipes.bounds import bounded
 from data_pipes.errors import ShardError
 from data_pipes.index.walk import SampleGroups, split_name
 from data_pipes.order.hashing import feistel, hash64, hash_words
@@ -55,9 +56,9 @@ class UnindexedConfig:
     urls: list[str] = field(default_factory=list)
     """Paths or URLs of shards (.tar, .tar.gz, .tar.bz2, .tar.xz); {000..099} stands for many, * for those that are
     there."""
-    shuffle: int = 1000
+    shuffle: int = bounded(1000, least=0)
     """Samples held in memory, per rank, of which the next is drawn; 1: the order of the shards."""
-    max_member_bytes: int = 1 << 30
+    max_member_bytes: int = bounded(1 << 30, least=1)
     """Bytes of one member, unpacked; a larger one stops the run."""
 
     def __post_init__(self) -> None:

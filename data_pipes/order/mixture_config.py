@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from data_pipes.bounds import bounded
 from data_pipes.order.weighted_interleave import integer_weights
 
 
@@ -13,7 +14,7 @@ class SourceConfig:
 
     path: str = "???"
     """Folder or URL of the data set: the one with manifest.json."""
-    weight: float = 1.0
+    weight: float = bounded(1.0, least=0)
     """Share of the samples, relative to the other sources' weights; 0 means none until the schedule says so."""
     name: str | None = None
     """Name in metrics, messages and checkpoints; null takes the last part of the path."""
@@ -23,10 +24,10 @@ class SourceConfig:
 class WeightChange:
     """New weights in the middle of a run."""
 
-    at_sample: int = 0
+    at_sample: int = bounded(0, least=0)
     """When they begin: samples consumed over all ranks; put off to the next multiple of the global batch of the run's
     start."""
-    weights: list[float] = field(default_factory=list)
+    weights: list[float] = bounded(factory=list, least=0)
     """One weight for each source, in the order of the sources."""
 
 

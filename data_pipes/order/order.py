@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from data_pipes.bounds import bounded
 from data_pipes.order.epoch_plan import ChunkTable, Counts, EpochPlan
 from data_pipes.order.hashing import Int64s, feistel, feistel_inverse, hash64, hash_uniform, hash_words
 
@@ -52,16 +53,16 @@ _CHUNKS, _WINDOW, _SUBSTITUTE = 1, 2, 3
 class OrderConfig:
     """The parameters of the order. Changing any of them in the middle of a run makes another order."""
 
-    seed: int = 0
+    seed: int = bounded(0, least=0, most=2**53)
     """Seed of the order and of the augmentation."""
-    streams: int | None = None
+    streams: int | None = bounded(None, least=1)
     """Number of streams (S); null chooses it from the global batch at the run's start (see `with_streams`), and keeps
     it in the state."""
-    run: int = 8
+    run: int = bounded(8, least=1)
     """Neighbouring positions from one stream (g); a batch of G samples draws from G / g streams."""
-    window: int = 4096
+    window: int = bounded(4096, least=1)
     """Samples shuffled together in a stream."""
-    chunk_bytes: int = 8 << 20
+    chunk_bytes: int = bounded(8 << 20, least=1)
     """Bytes read together: a window holds window * (bytes of a sample) / chunk_bytes chunks."""
 
     def __post_init__(self) -> None:

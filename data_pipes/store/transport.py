@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
+from data_pipes.bounds import bounded
 from data_pipes.errors import ShardError
 from data_pipes.store.counters import Counters
 from data_pipes.store.errors import TransientError
@@ -38,15 +39,15 @@ _MODIFIED = "modified "
 class StorageConfig:
     """Reading from stores; every process of a run does so by itself."""
 
-    requests: int = 16
+    requests: int = bounded(16, least=1)
     """Requests at once, per process."""
-    request_bytes: int = 4 << 20
+    request_bytes: int = bounded(4 << 20, least=1)
     """Bytes of one request; larger reads are split."""
-    timeout_s: float = 30.0
+    timeout_s: float = bounded(30.0, above=0)
     """Seconds that connecting, and every wait for bytes, may take (gs, az and hf: the whole request)."""
-    retries: int = 8
+    retries: int = bounded(8, least=0)
     """Retries of one request without progress, before the run stops."""
-    backoff_s: float = 0.25
+    backoff_s: float = bounded(0.25, least=0)
     """Seconds before the first retry. They double with each one, with jitter, up to 30; a server's Retry-After wins."""
 
     def __post_init__(self) -> None:

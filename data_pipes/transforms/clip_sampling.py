@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipes.bounds import bounded
 from data_pipes.decode.video import Video
 from data_pipes.order.hashing import Int64s
 
@@ -22,16 +23,16 @@ Uniforms = NDArray[Any] | Sequence[float]
 class ClipSampling:
     """Which frames of a video become clips."""
 
-    num_frames: int = 16
+    num_frames: int = bounded(16, least=1)
     """T, frames of a clip."""
-    stride: int = 4
+    stride: int = bounded(4, least=1)
     """Frames from one frame of a dense clip to the next."""
     mode: Literal["dense", "segments"] = "dense"
     """How frames are chosen: "dense" takes a window at a random time, "segments" one random frame of each of
     `num_frames` equal parts of the video (TSN, arXiv 1608.00859)."""
-    fps: float | None = None
+    fps: float | None = bounded(None, above=0)
     """Frames per second in which `stride` counts, whatever the video's own rate; null counts the video's own frames."""
-    repeats: int = 1
+    repeats: int = bounded(1, least=1)
     """R, clips per decoded video."""
     shared_window: bool = False
     """Whether the clips of a video show the same frames and differ in their crops only; else each has its own time."""

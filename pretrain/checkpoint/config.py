@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from data_pipes.bounds import bounded
 from pretrain.checkpoint.open_folder import check_writable
 
 
@@ -16,14 +17,14 @@ from pretrain.checkpoint.open_folder import check_writable
 class CheckpointConfig:
     """When and where to save, what to keep, and how much trouble to bear."""
 
-    every_steps: int | None = None
+    every_steps: int | None = bounded(None, least=1)
     """Optimizer steps between saves; null = only at the end and on a signal."""
     folder: str | None = None
     """null = <run>/checkpoints; else they lie in <folder>/<run's name>: a path, or a URL (s3://, gs://, az://, abfs://),
     for which nodes need no shared file system."""
-    keep_last: int = 2
+    keep_last: int = bounded(2, least=2)
     """Newest complete checkpoints that are kept; at least 2, so that one bad disk block does not end a run."""
-    keep_every: int | None = None
+    keep_every: int | None = bounded(None, least=1)
     """Additionally keep each checkpoint whose step is a multiple of this; null = none."""
     free_before: bool = False
     """Delete the oldest one that `keep_last` would delete before a save instead of after it (never below 2 good ones):
@@ -35,15 +36,15 @@ class CheckpointConfig:
     nothing for a run with a usable checkpoint, so that the same command continues after the next crash."""
     verify: bool = True
     """Check every file's sha256 before resuming; false = sizes only."""
-    busy_wait_s: float = 10.0
+    busy_wait_s: float = bounded(10.0, least=0)
     """Seconds that the run waits for a running save when the next one falls due; then the next one is skipped."""
-    wait_after_s: float = 600.0
+    wait_after_s: float = bounded(600.0, least=0)
     """A running save older than this is waited for instead: a slow store then slows the run, not its protection."""
-    hung_after_s: float = 1800.0
+    hung_after_s: float = bounded(1800.0, least=0)
     """Seconds after which a save that has not ended counts as failed; keep it at or below parallel.timeout_s."""
-    max_failures: int | None = None
+    max_failures: int | None = bounded(None, least=1)
     """Failed saves in a row after which the run ends; null = it never ends for that before its last save."""
-    last_attempts: int = 3
+    last_attempts: int = bounded(3, least=1)
     """Attempts at the last save of a run (at its end or on a signal) before the run ends with an error."""
 
     def __post_init__(self) -> None:

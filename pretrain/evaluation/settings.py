@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_pipes.bounds import check_bounds
 from pretrain.config import nearest
 from pretrain.extensions import PROTOCOLS_GROUP, extension_names, find_extension
 
@@ -71,4 +72,5 @@ def typed_settings(schema: type[T], settings: Mapping[str, Any], where: str) -> 
     except OmegaConfBaseException as error:
         raise ValueError(f"{where}: {str(error).splitlines()[0]}") from error
     assert isinstance(typed, schema)
+    check_bounds(typed, where)
     return typed

@@ -19,20 +19,22 @@ import statistics
 from collections import deque
 from dataclasses import dataclass
 
+from data_pipes.bounds import bounded
+
 
 @dataclass(frozen=True)
 class GuardConfig:
     """What counts as spoiled, and how often a run may go back."""
 
-    nonfinite_steps: int = 10
+    nonfinite_steps: int = bounded(10, least=1)
     """Optimizer steps in a row without a finite gradient after which the run goes back."""
-    spike_factor: float | None = 4.0
+    spike_factor: float | None = bounded(4.0, above=1)
     """A loss above this many times the median of the last `window` steps is a spike; null = losses are not judged."""
-    spike_steps: int = 5
+    spike_steps: int = bounded(5, least=1)
     """Spikes in a row after which the run goes back."""
-    window: int = 100
+    window: int = bounded(100, least=1)
     """Steps under the median; nothing is a spike before half of them are known."""
-    max_rollbacks: int = 3
+    max_rollbacks: int = bounded(3, least=0)
     """Rollbacks of a run, over all its starts, before it stops with an error instead; 0 = the first one stops it."""
     dump: bool = True
     """Write the samples and the images of the first bad step to `<run>/guard/`."""

@@ -5,32 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from data_pipes.bounds import bounded
+
 
 @dataclass(frozen=True)
 class AdversarialConfig:
     """When and how the discriminator plays. The generator's loss counts `weight * generator_share(step)`."""
 
-    weight: float = 0.0
+    weight: float = bounded(0.0, least=0)
     """Weight of the generator's loss, beside a reconstruction loss that is a mean over values; 0 = no discriminator."""
     kind: Literal["hinge", "non_saturating"] = "hinge"
     """Loss of both players: hinge as in VQGAN (arXiv 2012.09841), non_saturating as in the first GAN (1406.2661)."""
     adaptive: bool = False
     """Scale each sample's adversarial gradient at its pixels to its reconstruction gradient there, then by `weight`."""
-    adaptive_max: float = 1e4
+    adaptive_max: float = bounded(1e4, above=0)
     """Largest factor that `adaptive` may give."""
-    start_step: int = 0
+    start_step: int = bounded(0, least=0)
     """Optimizer step of the run at which the discriminator starts to learn."""
-    warmup_steps: int = 0
+    warmup_steps: int = bounded(0, least=0)
     """Optimizer steps that it learns alone, before its loss counts for the autoencoder."""
-    ramp_steps: int = 0
+    ramp_steps: int = bounded(0, least=0)
     """Optimizer steps over which the weight then rises linearly from 0."""
-    r1_weight: float = 0.0
+    r1_weight: float = bounded(0.0, least=0)
     """Gamma of the penalty gamma / 2 * |gradient at images|**2 (R1, arXiv 1801.04406); 0 = none."""
-    r1_every: int = 16
+    r1_every: int = bounded(16, least=1)
     """Optimizer steps between R1 penalties, each counted that many times (StyleGAN2's lazy regularisation)."""
-    lecam_weight: float = 0.0
+    lecam_weight: float = bounded(0.0, least=0)
     """Weight of LeCam's penalty (arXiv 2104.03310); 0 = none. Published: 0.001 to 0.3."""
-    lecam_decay: float = 0.999
+    lecam_decay: float = bounded(0.999, least=0, below=1)
     """Decay of LeCam's averages of the logits, per optimizer step."""
 
     def __post_init__(self) -> None:
@@ -68,7 +70,7 @@ SMALLEST_SIDE = {"vgg": 16, "alex": 31}
 class PerceptualConfig:
     """Which LPIPS, and where its weights are."""
 
-    weight: float = 0.0
+    weight: float = bounded(0.0, least=0)
     """Weight of the distance, beside a reconstruction loss that is a mean over values; 0 = none. DC-AE has 0.25."""
     network: Literal["vgg", "alex"] = "vgg"
     """VGG-16 is usual as a loss, AlexNet as a metric."""
@@ -80,7 +82,7 @@ class PerceptualConfig:
     """The weightings of the layers (lin0 to lin4) of LPIPS 0.1; null: those that torchmetrics ships."""
     linear_sha256: str | None = None
     """SHA-256 of that file or its first digits; null: that of the published file."""
-    channels: tuple[int, ...] = ()
+    channels: tuple[int, ...] = bounded((), least=0)
     """The 3 channels of the images that are shown as red, green and blue; empty: the first 3, or 1 three times."""
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from data_pipes.bounds import bounded
 from pretrain.models.mask_sizes import num_kept
 
 VIT_SIZES: dict[str, tuple[int, int, int]] = {
@@ -20,19 +21,19 @@ VIT_SIZES: dict[str, tuple[int, int, int]] = {
 class ViTConfig:
     """Shape of a vision transformer. The defaults are ViT-B/16 at 224 x 224."""
 
-    image_size: tuple[int, int] = (224, 224)
+    image_size: tuple[int, int] = bounded((224, 224), least=1)
     """Height and width of the input, in pixels."""
-    patch_size: tuple[int, int] = (16, 16)
+    patch_size: tuple[int, int] = bounded((16, 16), least=1)
     """Height and width of a patch, in pixels; divides image_size."""
-    in_channels: int = 3
+    in_channels: int = bounded(3, least=1)
     """Channels of the input."""
-    width: int = 768
+    width: int = bounded(768, least=1)
     """Features per token; divisible by heads, and by 4 for the position embedding."""
-    depth: int = 12
+    depth: int = bounded(12, least=1)
     """Number of transformer blocks."""
-    heads: int = 12
+    heads: int = bounded(12, least=1)
     """Attention heads per block."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = bounded(4.0, above=0)
     """Hidden features of a block's MLP / width."""
 
     def __post_init__(self) -> None:
@@ -125,13 +126,13 @@ class MAEConfig:
 
     encoder: ViTConfig = field(default_factory=ViTConfig)
     """Shape of the encoder, and of the images."""
-    decoder_width: int = 512
+    decoder_width: int = bounded(512, least=1)
     """Features per decoder token; divisible by decoder_heads and by 4."""
-    decoder_depth: int = 8
+    decoder_depth: int = bounded(8, least=1)
     """Number of decoder blocks (their MLPs have the encoder's mlp_ratio)."""
-    decoder_heads: int = 16
+    decoder_heads: int = bounded(16, least=1)
     """Attention heads per decoder block."""
-    mask_ratio: float = 0.75
+    mask_ratio: float = bounded(0.75, least=0, below=1)
     """Share of the patches that is hidden; int(N * (1 - mask_ratio)) are kept."""
     norm_pixels: bool = True
     """Predict each patch's values normalised by its own mean and variance; False predicts the pixels themselves."""

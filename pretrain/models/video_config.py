@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data_pipes.bounds import bounded
 from pretrain.models.config import check_pixels
 
 Family = Literal["video_mae", "mae_st"]
@@ -25,23 +26,23 @@ VIDEO_VIT_SIZES: dict[str, tuple[int, int, int, float]] = {
 class VideoViTConfig:
     """Shape of a video transformer. The defaults are VideoMAE's ViT-B/16 on 16 frames of 224 x 224."""
 
-    num_frames: int = 16
+    num_frames: int = bounded(16, least=1)
     """Frames of a clip."""
-    image_size: tuple[int, int] = (224, 224)
+    image_size: tuple[int, int] = bounded((224, 224), least=1)
     """Height and width of a frame, in pixels."""
-    tubelet_size: int = 2
+    tubelet_size: int = bounded(2, least=1)
     """Frames of a tubelet; divides num_frames."""
-    patch_size: tuple[int, int] = (16, 16)
+    patch_size: tuple[int, int] = bounded((16, 16), least=1)
     """Height and width of a tubelet, in pixels; divides image_size."""
-    in_channels: int = 3
+    in_channels: int = bounded(3, least=1)
     """Channels of a frame."""
-    width: int = 768
+    width: int = bounded(768, least=1)
     """Features per token; even, divisible by heads."""
-    depth: int = 12
+    depth: int = bounded(12, least=1)
     """Number of transformer blocks."""
-    heads: int = 12
+    heads: int = bounded(12, least=1)
     """Attention heads per block."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = bounded(4.0, above=0)
     """Hidden features of a block's MLP / width."""
     family: Family = "video_mae"
     """video_mae: a fixed sinusoid over all tokens, no class token. mae_st: learned positions, space plus time, and a
@@ -145,13 +146,13 @@ class VideoMAEConfig:
 
     encoder: VideoViTConfig = field(default_factory=VideoViTConfig)
     """Shape of the encoder, and of the clips."""
-    decoder_width: int = 384
+    decoder_width: int = bounded(384, least=1)
     """Features per decoder token; even, divisible by decoder_heads."""
-    decoder_depth: int = 4
+    decoder_depth: int = bounded(4, least=1)
     """Number of decoder blocks (their MLPs have the encoder's mlp_ratio)."""
-    decoder_heads: int = 6
+    decoder_heads: int = bounded(6, least=1)
     """Attention heads per decoder block."""
-    predicted_frames: int | None = None
+    predicted_frames: int | None = bounded(None, least=1)
     """Frames of a clip that are predicted, evenly spread: a multiple of the encoder's steps in time; null: all."""
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from data_pipes.bounds import bounded
 from pretrain.models.config import MAEConfig
 from pretrain.models.mask_sizes import check_running_cells, num_kept, num_tube_kept, num_tube_tokens_kept
 from pretrain.models.statistics import default_mean, default_std, fill_statistics
@@ -16,9 +17,9 @@ class ImageMAEConfig:
 
     model: MAEConfig = field(default_factory=MAEConfig)
     """The autoencoder; its encoder's image_size and in_channels are those of the data."""
-    mean: tuple[float, ...] = ()
+    mean: tuple[float, ...] = bounded(())
     """Per channel, on the scale where the stored range is [0, 1]; empty: ImageNet's for 3 channels, else 0.5."""
-    std: tuple[float, ...] = ()
+    std: tuple[float, ...] = bounded((), above=0)
     """Per channel, on the same scale, > 0; empty: ImageNet's for 3 channels, else 0.5."""
     init_from: str | None = None
     """Weights to start from: a run, a checkpoint, or a weights file; null: the paper's initialisation."""
@@ -34,15 +35,15 @@ class ClipMAEConfig:
 
     model: VideoMAEConfig = field(default_factory=VideoMAEConfig)
     """The autoencoder; its encoder's num_frames, image_size and in_channels are those of the data."""
-    mask_ratio: float = 0.9
+    mask_ratio: float = bounded(0.9, least=0, below=1)
     """Share of the tokens that is hidden from the encoder."""
     norm_pixels: bool = True
     """Predict normalised tokens; False predicts the pixels themselves."""
-    repeats: int = 1
+    repeats: int = bounded(1, least=1)
     """Clips of each video in a batch (data.video.repeats). Batches, learning rates and epochs count videos."""
-    mean: tuple[float, ...] = ()
+    mean: tuple[float, ...] = bounded(())
     """Per channel, on the scale where the stored range is [0, 1]; empty: the method's for 3 channels, else 0.5."""
-    std: tuple[float, ...] = ()
+    std: tuple[float, ...] = bounded((), above=0)
     """Per channel, on the same scale, > 0; empty: the method's for 3 channels, else 0.5."""
     init_from: str | None = None
     """Weights to start from: a run, a checkpoint, or a weights file (an image MAE's is inflated); null: the seed's."""
@@ -94,7 +95,7 @@ class MAESTConfig(ClipMAEConfig):
 
     model: VideoMAEConfig = field(default_factory=lambda: video_mae_config("mae_st", "large"))
     """The autoencoder; its encoder's family is mae_st."""
-    repeats: int = 4
+    repeats: int = bounded(4, least=1)
     """Clips of each video in a batch (data.video.repeats). Batches, learning rates and epochs count videos."""
 
     def __post_init__(self) -> None:
@@ -131,9 +132,9 @@ class VideoMAEv2Config(ClipMAEConfig):
 
     model: VideoMAEConfig = field(default_factory=lambda: video_mae_config("video_mae_v2", "giant"))
     """The autoencoder; its encoder's family is video_mae."""
-    repeats: int = 4
+    repeats: int = bounded(4, least=1)
     """Clips of each video in a batch (data.video.repeats). Batches, learning rates and epochs count videos."""
-    decoder_mask_ratio: float = 0.5
+    decoder_mask_ratio: float = bounded(0.5, above=0, below=1)
     """Share of the tokens that the decoder leaves out: 0.25, 0.5 or 0.75."""
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
+from data_pipes.bounds import bounded
 from pretrain.losses.config import SMALLEST_SIDE, AdversarialConfig, PerceptualConfig
 from pretrain.models.config import check_pixels
 from pretrain.models.statistics import fill_statistics
@@ -39,12 +40,12 @@ class ChannelPrefixConfig:
     expected gradient is the same, and it does not depend on how a batch is cut into ranks and micro-batches.
     """
 
-    step: int = 0
+    step: int = bounded(0, least=0)
     """Latent channels from one count to the next: step, 2 step, ..., and all; 0 = always all. The paper: 16."""
     always_min_max: bool = False
     """Of every four consecutive samples, one keeps the fewest channels and one keeps all; so both are in each step
     of at least 4 samples. false: all samples draw."""
-    validated: tuple[int, ...] = ()
+    validated: tuple[int, ...] = bounded((), least=1)
     """Counts whose PSNR validation reports, each for one forward pass; empty: all of them."""
 
     def __post_init__(self) -> None:
@@ -86,9 +87,9 @@ class EquivarianceConfig:
     and turned alike; all losses compare with that. One transform per step, for all ranks: its samples share one shape.
     """
 
-    probability: float = 0.0
+    probability: float = bounded(0.0, least=0, most=1)
     """Share of the steps in which the latent is transformed; 0 = never. The paper: 0.5."""
-    min_scale: float = 0.25
+    min_scale: float = bounded(0.25, above=0, most=1)
     """Smallest factor by which a latent's sides shrink, in (0, 1]. Sides are whole latent pixels, evenly drawn from
     this to 1, and images follow them: at a factor of 32 and more, few other scales exist."""
 
@@ -112,7 +113,7 @@ class TokenizerConfig:
 
     model: DCAEConfig = field(default_factory=DCAEConfig)
     """The autoencoder; its in_channels are those of the data."""
-    image_size: tuple[int, int] = (256, 256)
+    image_size: tuple[int, int] = bounded((256, 256), least=1)
     """Height and width of the training images, in pixels; need not be multiples of the model's factor."""
     trained: tuple[str, ...] = ("all",)
     """Names of `TRAINED_PARTS`, or regular expressions that match whole parameter names; all else is frozen."""
@@ -128,12 +129,12 @@ class TokenizerConfig:
     """Latents that scale and turn as their images do (EQ-VAE)."""
     init_from: str | None = None
     """Run, checkpoint or weights file whose autoencoder the run starts from; null: random weights."""
-    kl_weight: float = 0.0
+    kl_weight: float = bounded(0.0, least=0)
     """Weight of a gaussian latent's divergence from N(0, 1), as for a reconstruction loss that is summed over values
     (Stable Diffusion's: 1e-6)."""
-    mean: tuple[float, ...] = ()
+    mean: tuple[float, ...] = bounded(())
     """Per channel, on the scale where the stored range is [0, 1]; empty: 0.5, so that images lie in [-1, 1]."""
-    std: tuple[float, ...] = ()
+    std: tuple[float, ...] = bounded((), above=0)
     """Per channel, on the same scale, > 0; empty: 0.5."""
 
     def __post_init__(self) -> None:

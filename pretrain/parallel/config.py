@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data_pipes.bounds import bounded
+
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 """Names of `parallel.strategy` that DeepSpeed runs."""
 
@@ -27,7 +29,7 @@ class ParallelConfig:
 
     strategy: Literal["auto", "single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"] = "auto"
     """auto = single with one process, ddp with several. zero1, zero2 and zero3 need the extra `deepspeed`."""
-    shards: int | None = None
+    shards: int | None = bounded(None, least=1)
     """Processes per shard group under hsdp; null = those of one node. The world size must be a multiple of it."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto = bf16 on CUDA, fp32 on CPU. Weights, optimizer and losses stay fp32."""
@@ -39,9 +41,9 @@ class ParallelConfig:
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
     """fsdp2 and hsdp: which blocks free their gathered weights between forward and backward. auto = all but the last
     one, whose backward comes at once; none where a model's gathered weights are small (1 GiB)."""
-    prefetch: int = 1
+    prefetch: int = bounded(1, least=0)
     """fsdp2 and hsdp: blocks whose weights are gathered ahead of the one that computes; 0 = torch's implicit rule."""
-    timeout_s: float = 1800.0
+    timeout_s: float = bounded(1800.0, above=0)
     """Seconds that a collective may take before the run is given up."""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     """What only zero1, zero2 and zero3 read."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from data_pipes.bounds import bounded
 from pretrain.tracking.environment import environment_tags, redact_url
 from pretrain.tracking.journal import JOURNAL_NAME, JournalWriter, read_journal
 from pretrain.tracking.mlflow_shipper import Destination, LockedError, Shipper, ShippingError, state_path
@@ -40,9 +41,9 @@ class TrackingConfig:
     """Name of the MLflow experiment; created when it does not exist."""
     ship: bool = True
     """Send the journal to MLflow during the run. False: only the journal is written; `tessera sync` sends it later."""
-    interval_s: float = 2.0
+    interval_s: float = bounded(2.0, above=0)
     """Seconds between two looks at the journal for something to send."""
-    drain_timeout_s: float = 10.0
+    drain_timeout_s: float = bounded(10.0, least=0)
     """Seconds that the end of a run may take to send what is left."""
 
     def __post_init__(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data_pipes.bounds import bounded
+
 LIMIT_OF = {
     "start": "start_timeout_s",
     "first_step": "first_step_timeout_s",
@@ -23,23 +25,23 @@ class WatchdogConfig:
 
     enabled: bool = True
     """Watch at all."""
-    start_timeout_s: float = 1800.0
+    start_timeout_s: float = bounded(1800.0, above=0)
     """Model, resume and data, until the first step begins."""
-    first_step_timeout_s: float = 1800.0
+    first_step_timeout_s: float = bounded(1800.0, above=0)
     """The first step of a start, compilation included."""
-    step_timeout_s: float = 600.0
+    step_timeout_s: float = bounded(600.0, above=0)
     """Each of waiting for data, a forward pass, and the rest of a micro-batch or step."""
-    save_timeout_s: float = 1800.0
+    save_timeout_s: float = bounded(1800.0, above=0)
     """A save that blocks the loop: copying, and waiting for the save before it."""
-    validate_timeout_s: float = 1800.0
+    validate_timeout_s: float = bounded(1800.0, above=0)
     """Validation batches and pictures: the time between two beats, so of one batch where the loop beats in each."""
-    close_timeout_s: float = 1800.0
+    close_timeout_s: float = bounded(1800.0, above=0)
     """The last save, and sending what MLflow lacks."""
-    stop_timeout_s: float = 600.0
+    stop_timeout_s: float = bounded(600.0, above=0)
     """From a stop signal until the process has left. Whoever sends the signal may be less patient."""
-    interval_s: float = 5.0
+    interval_s: float = bounded(5.0, above=0)
     """Between two looks, each of which writes a small file per rank to the run's folder."""
-    slow_factor: float = 2.0
+    slow_factor: float = bounded(2.0, above=1)
     """A rank whose own work per step takes this many times the others' median is warned about."""
 
     def __post_init__(self) -> None:

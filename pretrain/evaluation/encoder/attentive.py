@@ -24,6 +24,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from data_pipes.bounds import bounded
 from pretrain.evaluation.encoder.split import held_out_mask
 from pretrain.evaluation.encoder.subject import Subject
 from pretrain.evaluation.encoder.tokens import Tokens, epoch_batches
@@ -37,26 +38,26 @@ from pretrain.optim import parameter_groups
 class AttentiveConfig:
     """Settings of the protocol `attentive_vjepa2`; the defaults are V-JEPA 2's 20 heads."""
 
-    learning_rates: tuple[float, ...] = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
+    learning_rates: tuple[float, ...] = bounded((5e-3, 3e-3, 1e-3, 3e-4, 1e-4), above=0)
     """used as they are; each falls to 0 along a half cosine"""
-    weight_decays: tuple[float, ...] = (0.01, 0.1, 0.4, 0.8)
+    weight_decays: tuple[float, ...] = bounded((0.01, 0.1, 0.4, 0.8), least=0)
     """of all but biases and one-dimensional parameters"""
-    blocks: int = 4
+    blocks: int = bounded(4, least=1)
     """of a probe: all but the last are self-attention over the tokens, the last is cross-attention from one query"""
-    heads: int = 16
+    heads: int = bounded(16, least=1)
     """attention heads of a block; divides the backbone's width"""
-    epochs: int = 20
+    epochs: int = bounded(20, least=1)
     """passes over the training samples"""
-    batch: int = 128
+    batch: int = bounded(128, least=1)
     """training samples per step"""
-    held_out_fraction: float = 0.1
+    held_out_fraction: float = bounded(0.1, least=0, below=1)
     """share of the training samples that chooses the head, in (0, 1)"""
     refit: bool = True
     """train the probes again on all training samples once the choice is made; false reports those of the first fit"""
-    cache_limit_gb: float = 4.0
+    cache_limit_gb: float = bounded(4.0, least=0)
     """tokens of the training or test set up to this size are kept in main memory as float16, larger ones are computed
     again in each epoch; 0 = never keep them"""
-    seed: int = 0
+    seed: int = bounded(0, least=0, most=2**53)
     """of the initial probes, the order of the samples and the held-out choice"""
 
     def __post_init__(self) -> None:

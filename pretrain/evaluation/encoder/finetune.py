@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data_pipes.batch import Batch, BatchPlan
+from data_pipes.bounds import bounded
 from data_pipes.config import DataConfig
 from data_pipes.loader import open_loader
 from data_pipes.order.order import OrderConfig
@@ -41,45 +42,45 @@ from pretrain.optim import scheduled_lr
 class FinetuneConfig:
     """Settings of the protocol `finetune_videomae`; the defaults are those of ViT-B on Kinetics-400."""
 
-    epochs: float = 75.0
+    epochs: float = bounded(75.0, above=0)
     """passes over the training samples; repeats of a sample count once"""
-    warmup_epochs: float = 5.0
+    warmup_epochs: float = bounded(5.0, least=0)
     """linear warm-up from 0"""
-    batch: int = 384
+    batch: int = bounded(384, least=1)
     """training samples per step, over all processes; repeats come on top"""
-    micro_batch: int | None = None
+    micro_batch: int | None = bounded(None, least=1)
     """training samples per process and pass; null = batch / processes, the rest is gradient accumulation"""
-    learning_rate: float = 5e-4
+    learning_rate: float = bounded(5e-4, above=0)
     """of the head, per 256 samples: the peak is learning_rate * batch / 256"""
-    min_learning_rate: float = 1e-6
+    min_learning_rate: float = bounded(1e-6, least=0)
     """of the head at the end of the half cosine"""
-    layer_decay: float = 0.75
+    layer_decay: float = bounded(0.75, above=0, most=1)
     """learning rate of a layer / that of the next one"""
-    weight_decay: float = 0.05
+    weight_decay: float = bounded(0.05, least=0)
     """of AdamW with betas 0.9 and 0.999; not on biases, norms, positions and class tokens"""
-    drop_path: float = 0.1
+    drop_path: float = bounded(0.1, least=0, below=1)
     """probability that the last block is left out; it grows linearly from 0 at the first"""
-    clip_norm: float | None = None
+    clip_norm: float | None = bounded(None, above=0)
     """largest global gradient norm; null = no clipping"""
-    label_smoothing: float = 0.1
+    label_smoothing: float = bounded(0.1, least=0, below=1)
     """share of a label that goes to all classes"""
-    mixup: float = 0.8
+    mixup: float = bounded(0.8, least=0)
     """alpha of mixup; 0 = never"""
-    cutmix: float = 1.0
+    cutmix: float = bounded(1.0, least=0)
     """alpha of cutmix; 0 = never. With both, each batch gets one of them"""
-    rand_augment_ops: int = 4
+    rand_augment_ops: int = bounded(4, least=0)
     """operations of RandAugment per sample; 0 = none"""
-    rand_augment_magnitude: int = 21
+    rand_augment_magnitude: int = bounded(21, least=0, most=30)
     """from 0 to 30; 21 is the m7 of timm's names"""
-    repeats: int = 2
+    repeats: int = bounded(2, least=1)
     """repeated augmentation (arXiv 1901.09335): clips of each decoded video; 1 for images"""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: tuple[float, float] = bounded((0.08, 1.0), above=0, most=1)
     """area of the random crop, as a fraction of the frame"""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_ratio: tuple[float, float] = bounded((3 / 4, 4 / 3), above=0)
     """width / height of the random crop"""
-    flip: float = 0.5
+    flip: float = bounded(0.5, least=0, most=1)
     """probability of a left-right flip; 0 where left and right are classes (Something-Something, motion)"""
-    seed: int = 0
+    seed: int = bounded(0, least=0, most=2**53)
     """of the head, the order of the samples and all augmentation"""
 
     def __post_init__(self) -> None:
@@ -99,17 +100,17 @@ class FinetuneConfig:
 class ImageFinetuneConfig(FinetuneConfig):
     """Settings of the protocol `finetune_mae`; the defaults are those of ViT-B on ImageNet-1k."""
 
-    epochs: float = 100.0
+    epochs: float = bounded(100.0, above=0)
     """passes over the training samples"""
-    batch: int = 1024
+    batch: int = bounded(1024, least=1)
     """training samples per step, over all processes"""
-    layer_decay: float = 0.65
+    layer_decay: float = bounded(0.65, above=0, most=1)
     """learning rate of a layer / that of the next one"""
-    rand_augment_ops: int = 2
+    rand_augment_ops: int = bounded(2, least=0)
     """operations of RandAugment per sample; 0 = none"""
-    rand_augment_magnitude: int = 27
+    rand_augment_magnitude: int = bounded(27, least=0, most=30)
     """from 0 to 30; 27 is the m9 of timm's names"""
-    repeats: int = 1
+    repeats: int = bounded(1, least=1)
     """1: images come once"""
 
 

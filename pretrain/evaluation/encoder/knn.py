@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipes.bounds import bounded
 from pretrain.evaluation.encoder.features import Features
 from pretrain.evaluation.encoder.split import held_out_mask
 from pretrain.evaluation.outcome import Outcome, percentage_correct
@@ -26,19 +27,19 @@ from pretrain.evaluation.outcome import Outcome, percentage_correct
 class KNNConfig:
     """Settings of the protocol `knn_dino`."""
 
-    k: tuple[int, ...] = (10, 20, 100, 200)
+    k: tuple[int, ...] = bounded((10, 20, 100, 200), least=1)
     """neighbours; every value's accuracy is reported"""
-    temperature: float = 0.07
+    temperature: float = bounded(0.07, above=0)
     """T of the votes' weights exp(cosine / T)"""
     feature: Literal["class", "average", "class+average"] = "class"
     """last block's class token, the mean of its patch tokens, or both joined"""
     select: Literal["fixed", "held_out"] = "fixed"
     """where the k of `top1` comes from: `fixed` is `primary_k`, `held_out` the best k on held-out training images"""
-    primary_k: int = 20
+    primary_k: int = bounded(20, least=1)
     """the k of `top1` when select is `fixed`; one of `k`"""
-    held_out_fraction: float = 0.1
+    held_out_fraction: float = bounded(0.1, least=0, below=1)
     """share of the training images that choose k when select is `held_out`, in (0, 1)"""
-    seed: int = 0
+    seed: int = bounded(0, least=0, most=2**53)
     """of the held-out choice"""
 
 

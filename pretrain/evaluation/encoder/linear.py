@@ -22,6 +22,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from data_pipes.bounds import bounded
 from pretrain.evaluation.encoder.features import Features, Progress
 from pretrain.evaluation.encoder.split import held_out_mask
 from pretrain.evaluation.encoder.views import vote
@@ -35,25 +36,25 @@ LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e
 class LinearConfig:
     """Settings of the protocol `linear_dinov2_cached`; the defaults are DINOv2's 52 heads."""
 
-    learning_rates: tuple[float, ...] = LEARNING_RATES
+    learning_rates: tuple[float, ...] = bounded(LEARNING_RATES, above=0)
     """per 256 images: the step size is rate * batch / 256"""
-    blocks: tuple[int, ...] = (1, 4)
+    blocks: tuple[int, ...] = bounded((1, 4), least=1)
     """how many last blocks' class tokens are joined; each at most the backbone's depth"""
     average_pool: tuple[bool, ...] = (False, True)
     """whether the mean patch token of the last block is joined to them"""
-    iterations: int = 12_500
+    iterations: int = bounded(12_500, least=1)
     """optimizer steps"""
-    batch: int = 1024
+    batch: int = bounded(1024, least=1)
     """training images per step"""
-    momentum: float = 0.9
+    momentum: float = bounded(0.9, least=0, below=1)
     """of the SGD; there is no weight decay"""
     standardize: bool = False
     """shift and scale every input to zero mean and unit variance over the training images, as MAE's probe does"""
-    held_out_fraction: float = 0.1
+    held_out_fraction: float = bounded(0.1, least=0, below=1)
     """share of the training images that chooses the head, in (0, 1)"""
     refit: bool = True
     """train the heads again on all training images once the choice is made; false reports those of the first fit"""
-    seed: int = 0
+    seed: int = bounded(0, least=0, most=2**53)
     """of the initial heads, the order of the images and the held-out choice"""
 
     def __post_init__(self) -> None:

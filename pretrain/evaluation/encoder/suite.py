@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from omegaconf import MISSING
 
+from data_pipes.bounds import bounded
 from pretrain.evaluation.encoder.datasets import EvaluationData, open_evaluation_data
 from pretrain.evaluation.encoder.features import Precision
 from pretrain.evaluation.encoder.protocols import PROTOCOLS, Protocol, num_blocks
@@ -59,15 +60,15 @@ class SuiteConfig:
     """folder of the labelled training set; null = the run's `data.train`"""
     test: str | None = None
     """folder of the labelled test set; null = the run's `data.val`"""
-    batch_size: int = 256
+    batch_size: int = bounded(256, least=1)
     """images, or views of videos, per process and forward pass"""
-    workers: int = 0
+    workers: int = bounded(0, least=0)
     """decoding processes per process; 0 decodes in the process itself"""
     precision: Precision = "fp32"
     """of the backbone's forward pass"""
     feature_dtype: Literal["float32", "float16"] = "float32"
     """storage of the features in CPU memory"""
-    resize_ratio: float | None = None
+    resize_ratio: float | None = bounded(None, least=1)
     """short side of the resized image / side of the centre crop; null = 256/224, and 1 for inputs up to 64 pixels.
     Images that already have the input's size stay as they are"""
     video: VideoConfig = field(default_factory=VideoConfig)

@@ -14,6 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from data_pipes.bounds import bounded
 from data_pipes.transforms.clip_sampling import ClipSampling
 from pretrain.models.normalise import Normalise
 from pretrain.objectives.clip_target import normalise_clips
@@ -29,9 +30,9 @@ Prepare = Callable[[Tensor], Tensor]
 class Views:
     """Views of a video: their number is clips * crops."""
 
-    clips: int = 1
+    clips: int = bounded(1, least=1)
     """at evenly spread times, from the start of the video to its end; 1: in the middle"""
-    crops: int = 1
+    crops: int = bounded(1, least=1)
     """of each clip: left to right, or top to bottom in an upright video; 1: in the centre"""
 
     def __post_init__(self) -> None:
@@ -57,7 +58,7 @@ class VideoConfig:
     """of a test video; published: 5 x 3 (VideoMAE) and 8 x 3 (V-JEPA 2) on Kinetics, 2 x 3 on Something-Something"""
     train_views: Views = field(default_factory=Views)
     """of a training video whose features are computed once"""
-    short_side: int | None = None
+    short_side: int | None = bounded(None, least=1)
     """of the resized frames, in pixels; null = the smallest that the crop fits into"""
     sampling: ClipSampling | None = None
     """frames, stride and mode of a clip; null = those of the run (`data.video`), or every fourth frame"""

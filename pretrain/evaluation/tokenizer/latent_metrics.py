@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_pipes.bounds import bounded
 from pretrain.evaluation.encoder.linear import LEARNING_RATES, LinearConfig
 from pretrain.evaluation.tokenizer.reconstruction_metrics import ReconstructionMeter
 from pretrain.latents.statistics import LatentSums, effective_rank
@@ -28,7 +29,7 @@ from pretrain.models.tokenizers.autoencoder import Autoencoder
 class LatentStatisticsConfig:
     """Settings of `latent_statistics`, over all latent pixels of all pictures."""
 
-    dead_below: float = 0.01
+    dead_below: float = bounded(0.01, least=0)
     """a channel is dead when its standard deviation is below this share of the largest channel's"""
 
 
@@ -81,21 +82,21 @@ class LatentMeter(ReconstructionMeter):
 class LatentProbeConfig:
     """Settings of `latent_linear`: the protocol of `encoder/linear.py` on latents averaged over a grid."""
 
-    grid: int = 4
+    grid: int = bounded(4, least=1)
     """G: latents are averaged over G x G areas, whose values are joined"""
-    learning_rates: tuple[float, ...] = LEARNING_RATES
+    learning_rates: tuple[float, ...] = bounded(LEARNING_RATES, above=0)
     """per 256 images: the step size is rate * batch / 256; held-out training images choose one"""
-    iterations: int = 12_500
+    iterations: int = bounded(12_500, least=1)
     """optimizer steps"""
-    batch: int = 1024
+    batch: int = bounded(1024, least=1)
     """training images per step"""
     standardize: bool = True
     """shift and scale every input to zero mean and unit variance over the training images"""
-    held_out_fraction: float = 0.1
+    held_out_fraction: float = bounded(0.1, least=0, below=1)
     """share of the training images that chooses the learning rate, in (0, 1)"""
     refit: bool = True
     """train again on all training images once the choice is made"""
-    seed: int = 0
+    seed: int = bounded(0, least=0, most=2**53)
     """of the initial weights, the order of the images and the held-out choice"""
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from omegaconf import MISSING
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from data_pipes.bounds import bounded
 from data_pipes.sequential.pictures import SequentialImages
 from pretrain.evaluation.encoder.features import extract
 from pretrain.evaluation.encoder.linear import evaluate_linear
@@ -53,19 +54,19 @@ class TokenizerSuiteConfig:
     """data set of the pictures; null = the run's `data.val`"""
     train: str | None = None
     """labelled data set that the latents' probe is trained on; null = the run's `data.train`"""
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] | None = bounded(None, least=1)
     """(height, width) of the centre crop in pixels; null = the run's image_size"""
-    short_side: int | None = None
+    short_side: int | None = bounded(None, least=1)
     """of the resized picture before the crop (bicubic, antialias); null = the crop's longer side"""
-    num_samples: int | None = None
+    num_samples: int | None = bounded(None, least=1)
     """first so many pictures of the test set; null = all. The probe takes all"""
-    batch_size: int = 32
+    batch_size: int = bounded(32, least=1)
     """pictures per process and forward pass"""
-    workers: int = 0
+    workers: int = bounded(0, least=0)
     """decoding processes per process; 0 decodes in the process itself"""
     precision: Precision = "fp32"
     """of the tokenizer's forward pass"""
-    channels: tuple[int, ...] = ()
+    channels: tuple[int, ...] = bounded((), least=0)
     """the 3 channels that LPIPS and Inception see as red, green and blue; empty: the first 3, or 1 three times"""
     skip: tuple[str, ...] = ()
     """names of tasks to leave out, e.g. those whose networks cannot be had"""

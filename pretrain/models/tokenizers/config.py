@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data_pipes.bounds import bounded
 from pretrain.models.config import check_width
 from pretrain.models.tokenizers.dc_ae_config import DCAEConfig
 
@@ -14,9 +15,9 @@ from pretrain.models.tokenizers.dc_ae_config import DCAEConfig
 class DiscriminatorConfig:
     """Shape of a patch discriminator. The defaults see patches of 70 x 70 pixels."""
 
-    width: int = 64
+    width: int = bounded(64, least=1)
     """Channels after the first layer; doubled by each further layer, to at most 8 times."""
-    layers: int = 3
+    layers: int = bounded(3, least=1)
     """Layers that halve the resolution; two that do not follow. 1, 2, 3, 4 see 16, 34, 70, 142 pixels."""
     norm: Literal["spectral", "batch", "none"] = "spectral"
     """spectral: of the weights, so that samples stay independent (arXiv 1802.05957); batch: by the statistics of the
@@ -31,23 +32,23 @@ class DiscriminatorConfig:
 class LiteVAEConfig:
     """A wavelet encoder and DC-AE's decoder. The defaults are f8, 12 channels and an encoder of 0.9M parameters."""
 
-    in_channels: int = 3
+    in_channels: int = bounded(3, least=1)
     """Channels of the images."""
-    latent_channels: int = 12
+    latent_channels: int = bounded(12, least=1)
     """Channels of the latent."""
     gaussian: bool = False
     """The encoder predicts a mean and a log-variance per latent value (the paper's); false: the latent itself."""
-    level_width: int = 32
+    level_width: int = bounded(32, least=1)
     """Channels of the network of each wavelet level."""
-    level_depth: int = 3
+    level_depth: int = bounded(3, least=0)
     """Residual blocks of the network of each wavelet level."""
-    width: int = 96
+    width: int = bounded(96, least=1)
     """Channels of the network that joins the levels."""
-    depth: int = 4
+    depth: int = bounded(4, least=0)
     """Residual blocks of the network that joins the levels."""
-    decoder_widths: tuple[int, ...] = (128, 256, 512, 512)
+    decoder_widths: tuple[int, ...] = bounded((128, 256, 512, 512), least=1)
     """Channels per stage of the decoder, from full resolution; each but the first halves it: 4 stages for 3 levels."""
-    decoder_depths: tuple[int, ...] = (2, 2, 2, 2)
+    decoder_depths: tuple[int, ...] = bounded((2, 2, 2, 2), least=0)
     """Blocks per stage of the decoder; the first may be 0 as in DC-AE."""
     decoder_blocks: tuple[str, ...] = ("res", "res", "res", "res")
     """Per stage of the decoder: "res", "attention", "multiscale", as in DC-AE."""
@@ -105,16 +106,16 @@ class QuantiserConfig:
 
     kind: Literal["sim_vq", "fsq"] = "sim_vq"
     """sim_vq: a frozen gaussian codebook times a trained matrix; fsq: rounding to a grid, nothing to train."""
-    num_codes: int = 16384
+    num_codes: int = bounded(16384, least=2)
     """sim_vq's number of codes, K."""
-    commitment_weight: float = 1.0
+    commitment_weight: float = bounded(1.0, least=0)
     """Weight of sim_vq's loss (mean squared distance of codes and features, per value) beside the reconstruction's."""
-    commitment_share: float = 0.25
+    commitment_share: float = bounded(0.25, least=0, most=1)
     """Within that loss, how much the encoder is pulled to the codes; the codes are pulled to the encoder by 1."""
     rotation_trick: bool = False
     """Whether sim_vq's gradient to the encoder is rotated with the code (arXiv 2410.06424); false copies it, as in the
     paper."""
-    levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
+    levels: tuple[int, ...] = bounded((8, 8, 8, 5, 5, 5), least=2)
     """fsq's values per channel, each at least 3; a code spans as many channels as there are levels."""
 
     def __post_init__(self) -> None:
@@ -189,27 +190,27 @@ class QuantisedDCAEConfig:
 class ViTAutoencoderConfig:
     """Shape of both transformers. The defaults are the paper's S-B/16 with 16 channels: 4,096 latent values at 256."""
 
-    in_channels: int = 3
+    in_channels: int = bounded(3, least=1)
     """Channels of the images."""
-    patch_size: int = 16
+    patch_size: int = bounded(16, least=1)
     """Side of a patch, in pixels; also the latent's factor."""
-    latent_channels: int = 16
+    latent_channels: int = bounded(16, least=1)
     """Latent values per patch."""
     gaussian: bool = False
     """The encoder predicts a mean and a log-variance per latent value (the paper's); false: the latent itself."""
-    encoder_width: int = 768
+    encoder_width: int = bounded(768, least=1)
     """Features per token; divisible by encoder_heads and by 4."""
-    encoder_depth: int = 6
+    encoder_depth: int = bounded(6, least=1)
     """Transformer blocks."""
-    encoder_heads: int = 12
+    encoder_heads: int = bounded(12, least=1)
     """Attention heads per block."""
-    decoder_width: int = 768
+    decoder_width: int = bounded(768, least=1)
     """Features per token; divisible by decoder_heads and by 4."""
-    decoder_depth: int = 12
+    decoder_depth: int = bounded(12, least=1)
     """Transformer blocks."""
-    decoder_heads: int = 12
+    decoder_heads: int = bounded(12, least=1)
     """Attention heads per block."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = bounded(4.0, above=0)
     """Hidden features of a block's MLP / width."""
 
     def __post_init__(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from data_pipes.bounds import bounded
+
 HEAD_WIDTH = 32
 """Channels of a head, d."""
 BLOCKS = ("res", "attention", "multiscale")
@@ -17,15 +19,15 @@ NORMS = ("rms", "batch")
 class DCAEConfig:
     """A deep compression autoencoder. The defaults are DC-AE f32c32. Stages go from full resolution to the latent's."""
 
-    in_channels: int = 3
+    in_channels: int = bounded(3, least=1)
     """Channels of the images."""
-    latent_channels: int = 32
+    latent_channels: int = bounded(32, least=1)
     """Channels of the latent."""
-    widths: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
+    widths: tuple[int, ...] = bounded((128, 256, 512, 512, 1024, 1024), least=1)
     """Channels per stage; each stage but the first halves height and width."""
-    encoder_depths: tuple[int, ...] = (0, 4, 8, 2, 2, 2)
+    encoder_depths: tuple[int, ...] = bounded((0, 4, 8, 2, 2, 2), least=0)
     """Encoder blocks per stage. A first stage of 0 is left out: the convolution from pixels halves the map itself."""
-    decoder_depths: tuple[int, ...] = (0, 5, 10, 2, 2, 2)
+    decoder_depths: tuple[int, ...] = bounded((0, 5, 10, 2, 2, 2), least=0)
     """Decoder blocks per stage, in the order of `widths`; the first may be 0 as in the encoder."""
     blocks: tuple[str, ...] = ("res", "res", "res", "attention", "attention", "attention")
     """Per stage: "res", "attention" (linear attention and a gated convolution), or "multiscale" (the same, whose
@@ -42,7 +44,7 @@ class DCAEConfig:
     """Shortcuts around the two convolutions next to the latent; DC-AE 1.5 has none."""
     gaussian: bool = False
     """The encoder predicts a mean and a log-variance per latent value (a KL autoencoder); false: the latent itself."""
-    scaling_factor: float = 1.0
+    scaling_factor: float = bounded(1.0, above=0)
     """What a diffusion model multiplies latents with: 1 / their root mean square over a data set. Not used here."""
 
     def __post_init__(self) -> None:
