@@ -122,9 +122,7 @@ def run_schedule(config: DataConfig, world_size: int) -> tuple[list[str], list[t
 
 
 TOPOLOGIES = [(r, w, "thread") for r in (1, 2, 4) for w in (0, 1, 3)] + [
-    pytest.param(
-        r, w, "process", marks=[pytest.mark.distributed, *([] if (r, w) in ((1, 1), (2, 3)) else [pytest.mark.slow])]
-    )
+    pytest.param(r, w, "process", marks=[pytest.mark.distributed, *([] if (r, w) == (1, 1) else [pytest.mark.slow])])
     for r in (1, 2, 4)
     for w in (1, 3)
 ]
@@ -143,7 +141,11 @@ def test_one_sequence_on_every_topology(
 
 @pytest.mark.parametrize(
     ("world_size", "workers", "kind"),
-    [(1, 3, "thread"), (4, 1, "thread"), pytest.param(2, 2, "process", marks=pytest.mark.distributed)],
+    [
+        (1, 3, "thread"),
+        (4, 1, "thread"),
+        pytest.param(2, 2, "process", marks=[pytest.mark.distributed, pytest.mark.slow]),
+    ],
 )
 def test_bad_samples_change_no_topology(
     bad_folder: Path, folder: Path, tmp_path: Path, world_size: int, workers: int, kind: str

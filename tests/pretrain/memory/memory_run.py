@@ -20,14 +20,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from data_pipes.batch import Batch
 from pretrain.config import RunConfig, load_config
-from pretrain.memory.estimate import estimate
+from pretrain.memory.estimate import MemoryEstimate, estimate
 from pretrain.parallel.native import NativeStrategy
 from pretrain.parallel.world import World, join_world, leave_world
 
 
-def measured_peak(config: RunConfig, world: World) -> int:
-    """Peak bytes of a steady step on this rank."""
-    found = estimate(config, world.size)
+def measured_peak(config: RunConfig, world: World, found: MemoryEstimate) -> int:
+    """Peak bytes of a steady step on this rank. found: the estimate, which says how the batch is divided."""
     strategy = NativeStrategy(config.parallel, config.optim, world)
     objective = strategy.prepare(config.build_objective, lambda whole: whole.start(0))
     batch = random_batch(objective, found.micro_batch)
@@ -84,9 +83,9 @@ def main(config_path: str, cases: list[list[str]]) -> None:
     results = []
     for overrides in cases:
         config = load_config(Path(config_path), overrides)
-        found = dataclasses.asdict(estimate(config, world.size))
-        peak = int(world.max(torch.tensor([measured_peak(config, world)], dtype=torch.float64))[0])
-        results.append({"overrides": overrides, "measured": peak, "estimate": found})
+        found = estimate(config, world.size)
+        peak = int(world.max(torch.tensor([measured_peak(config, world, found)], dtype=torch.float64))[0])
+        results.append({"overrides": overrides, "measured": peak, "estimate": dataclasses.asdict(found)})
     if world.is_main:
         print(json.dumps(results))
     leave_world()
