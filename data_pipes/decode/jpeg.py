@@ -65,7 +65,9 @@ def decode(data: bytes, header: JpegHeader, channels: int, shrink: int = 1) -> N
     try:
         _decode_into(pixels, data, shrink)
     except ValueError as error:
-        raise DecodeError("decode", f"damaged JPEG of {header.height} x {header.width} pixels: {error}") from error
+        cut = " (truncated)" if "remature end" in str(error) else ""
+        found = f"damaged JPEG of {header.height} x {header.width} pixels: {error}{cut}"
+        raise DecodeError("decode", found) from error
     return pixels
 
 

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipes.decode import tiff
-from data_pipes.decode.picture import NUMPY_MAGIC, numpy_header, pil_formats
+from data_pipes.decode import npy, tiff, tiff_tags
+from data_pipes.decode.formats import refuse_unread
+from data_pipes.decode.pil import pil_formats
 from data_pipes.errors import DecodeError, SampleError
 from data_pipes.order.hashing import feistel, hash_words
 from data_pipes.shards.collection import Place
@@ -229,15 +230,18 @@ def picture_header(raw: RawSample) -> tuple[str, int, int]:
         SampleError: the sample has no picture, or its header cannot be read.
     """
     data = encoded_picture(raw)
-    if data.startswith(tiff.MAGICS):
+    refuse_unread(data)
+    if data.startswith(tiff_tags.MAGICS):
         height, width, channels, bits = tiff.describe(data)
         return f"TIFF {channels} x {bits} bit", height, width
     try:
-        if data.startswith(NUMPY_MAGIC):
-            shape, dtype = numpy_header(io.BytesIO(data))
+        if data.startswith(npy.MAGIC):
+            shape, dtype, *_ = npy.read_header(data)
             return f"NPY {(*shape, 1)[2]} x {dtype.itemsize * 8} bit", shape[0], shape[1]
         with Image.open(io.BytesIO(data), formats=pil_formats()) as picture:
             depth = " 16 bit" if picture.format == "PNG" and data[24:25] == b"\x10" else ""
-            return f"{picture.format} {picture.mode}{depth}", picture.height, picture.width
+            is_moving = picture.format != "MPO" and getattr(picture, "is_animated", False)  # of MPO: thumbnails
+            moving = ", animated (the first frame is read)" if is_moving else ""
+            return f"{picture.format} {picture.mode}{depth}{moving}", picture.height, picture.width
     except Exception as error:  # as in data_pipes.decode.picture: parsers raise nearly anything
         raise DecodeError("decode", f"no readable header ({type(error).__name__}: {error})") from error

@@ -22,7 +22,8 @@ from itertools import islice
 import torch
 
 from data_pipes.decode.limits import DEFAULT_MAX_PIXELS
-from data_pipes.decode.picture import PNG_MAGIC, decode_image
+from data_pipes.decode.picture import decode_image
+from data_pipes.decode.pil import PNG_MAGIC
 from data_pipes.errors import DecodeError, SampleError, ShardError
 from data_pipes.index.walk import index_shard
 from data_pipes.shards.collection import Place

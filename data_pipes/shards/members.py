@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipes.decode import formats
 from data_pipes.decode.picture import decode_image
 from data_pipes.decode.video import VIDEO_EXTENSIONS
 from data_pipes.errors import Cause, SampleError
 from data_pipes.shards.reader import RawSample
 
-IMAGE_EXTENSIONS = (
-    "jpg jpeg png webp npy tif tiff bmp gif ppm pgm pbm pnm jp2 avif tga qoi".split()  # noqa: SIM905
-)
+IMAGE_EXTENSIONS = formats.IMAGE_EXTENSIONS
 """Extensions of members that are pictures, in the order of preference where a sample has several."""
 LABEL_EXTENSIONS = ("cls", "json")
 """Extensions of members that hold a label; the first that is there counts."""
