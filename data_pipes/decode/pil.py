@@ -47,6 +47,16 @@ def open_picture(data: bytes, max_pixels: int, read: Callable[[Image.Image], Res
     """
     refuse_unread(data)
     try:
+        return _open(data, max_pixels, read)
+    except DecodeError as error:
+        needed = _needed_of_png(data) if error.cause == "decode" and data.startswith(PNG_MAGIC) else data
+        if needed == data:
+            raise
+        return _open(needed, max_pixels, read)  # a text or a profile may be damaged or huge, and the pixels intact
+
+
+def _open(data: bytes, max_pixels: int, read: Callable[[Image.Image], Result]) -> Result:
+    try:
         with Image.open(io.BytesIO(data), formats=pil_formats()) as picture:
             check_pixels(picture.height, picture.width, max_pixels)
             if picture.mode in ("L", "LA", "RGB", "RGBA"):
@@ -62,6 +72,22 @@ def open_picture(data: bytes, max_pixels: int, read: Callable[[Image.Image], Res
         raise DecodeError(
             "decode", f"not a readable picture ({len(data):,} bytes): {type(error).__name__}: {error}"
         ) from error
+
+
+def _needed_of_png(data: bytes) -> bytes:
+    """The same PNG without the chunks that its pixels do not need, as far as these can be followed."""
+    parts, start = [data[: len(PNG_MAGIC)]], len(PNG_MAGIC)
+    while start + 8 <= len(data):
+        name, end = data[start + 4 : start + 8], start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if is_needed_chunk(name):
+            parts.append(data[start:end])
+        start = end
+    return b"".join(parts)
+
+
+def is_needed_chunk(name: bytes) -> bool:
+    """Whether the pixels of a PNG depend on the chunks of that name."""
+    return name[:1].isupper() or name == b"tRNS"
 
 
 @lru_cache(maxsize=1)

@@ -23,7 +23,7 @@ import torch
 
 from data_pipes.decode.limits import DEFAULT_MAX_PIXELS
 from data_pipes.decode.picture import decode_image
-from data_pipes.decode.pil import PNG_MAGIC
+from data_pipes.decode.pil import PNG_MAGIC, is_needed_chunk
 from data_pipes.errors import DecodeError, SampleError, ShardError
 from data_pipes.index.walk import index_shard
 from data_pipes.shards.collection import Place
@@ -209,8 +209,8 @@ def _content_flaws(manifest: Manifest, check: Check, shard: int, storage: Storag
 
 
 def _check_picture(data: bytes, max_pixels: int) -> None:
-    """Decodes a picture; of a PNG also every checksum is compared, which decoding does not do once the pixels are
-    complete.
+    """Decodes a picture; of a PNG also every checksum of what its pixels need is compared, which decoding does not do
+    once they are complete.
 
     Raises:
         DecodeError: see `decode_image`; "checksum" for a damaged PNG that still decodes.
@@ -222,7 +222,8 @@ def _check_picture(data: bytes, max_pixels: int) -> None:
     while part != b"IEND":
         length = int.from_bytes(data[start : start + 4], "big")
         part, checksum = data[start + 4 : start + 8 + length], data[start + 8 + length : start + 12 + length]
-        if len(checksum) < 4 or zlib.crc32(part) != int.from_bytes(checksum, "big"):
+        is_wrong = zlib.crc32(part) != int.from_bytes(checksum, "big") and is_needed_chunk(part[:4])
+        if len(checksum) < 4 or is_wrong:
             found = f"the part {part[:4]!r} at byte {start:,} is cut or has a wrong checksum"
             raise DecodeError("checksum", f"damaged PNG that still decodes: {found}")
         start += 12 + length
