@@ -132,7 +132,12 @@ def decode_all(data: bytes) -> NDArray[np.uint8]:
 def rotated(data: bytes, quarter_turns: int) -> bytes:
     """An mp4 with the matrix that turns the picture clockwise when it is shown, as phones write it."""
     matrices = {1: (0, 1, -1, 0), 2: (-1, 0, 0, -1), 3: (0, -1, 1, 0)}
-    a, b, c, d = (value << 16 for value in matrices[quarter_turns])
+    return with_matrix(data, *matrices[quarter_turns])
+
+
+def with_matrix(data: bytes, a: float, b: float, c: float, d: float) -> bytes:
+    """An mp4 whose pixel (x, y) is shown at (a x + c y, b x + d y)."""
+    a, b, c, d = (round(value * 65536) for value in (a, b, c, d))
     place = data.index(b"tkhd") + 4 + 4 + 4 * 5 + 8 + 8  # version 0: times, id, reserved, duration; layer .. volume
     matrix = b"".join((value % (1 << 32)).to_bytes(4, "big") for value in (a, b, 0, c, d, 0, 0, 0, 1 << 30))
     return data[:place] + matrix + data[place + 36 :]

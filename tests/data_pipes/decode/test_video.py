@@ -19,7 +19,7 @@ from data_pipes.decode.video import Video, probe
 from data_pipes.decode.video_container import container_of
 from data_pipes.decode.video_frames import list_frames
 from data_pipes.errors import SampleError
-from tests.data_pipes.tiny_videos import decode_all, encode, pictures, rotated, sound, video
+from tests.data_pipes.tiny_videos import decode_all, encode, pictures, rotated, sound, video, with_matrix
 
 KINDS: dict[str, dict[str, Any]] = {
     "h264 mp4": {},
@@ -101,6 +101,48 @@ def test_rotation_is_applied(quarter_turns: int) -> None:
         info = opened.info()
     assert (info.height, info.width) == expected.shape[1:3]
     assert info.rotation == (360 - 90 * quarter_turns) % 360
+
+
+EIGHT = [
+    (1, 0, 0, 1),
+    (0, 1, -1, 0),
+    (-1, 0, 0, -1),
+    (0, -1, 1, 0),
+    (-1, 0, 0, 1),
+    (0, 1, 1, 0),
+    (1, 0, 0, -1),
+    (0, -1, -1, 0),
+]
+"""a, b, c, d of the ways to lay a rectangle upon a rectangle; the last four are mirrored."""
+
+
+def shown(frames: np.ndarray, a: int, b: int, c: int, d: int) -> np.ndarray:
+    """[T, H, W, C] by the words of the standard: pixel (x, y) goes to (a x + c y, b x + d y), from the corner on."""
+    y, x = np.indices(frames.shape[1:3])
+    right, down = a * x + c * y, b * x + d * y
+    right, down = right - right.min(), down - down.min()
+    out = np.zeros((len(frames), down.max() + 1, right.max() + 1, 3), np.uint8)
+    out[:, down, right] = frames
+    return out
+
+
+@pytest.mark.parametrize("matrix", EIGHT)
+def test_every_display_matrix_is_applied(matrix: tuple[int, int, int, int]) -> None:
+    plain = video(20)
+    expected = shown(decode_all(plain), *matrix)
+    for scale in (1, 2, 0.5):  # a scale is no orientation
+        with Video(with_matrix(plain, *(scale * value for value in matrix))) as opened:
+            assert np.array_equal(opened.frames([3, 12]), expected[[3, 12]])
+            assert np.array_equal(opened.frames([3], channels=1).shape[1:3], expected.shape[1:3])
+            assert (opened.info().height, opened.info().width) == expected.shape[1:3]
+            assert opened.info().mirrored == (matrix[0] * matrix[3] < matrix[1] * matrix[2])
+
+
+@pytest.mark.parametrize("matrix", [(0, 0, 0, 0), (1, 0, 0, 0), (0.9, 0.4, -0.4, 0.9)])
+def test_matrices_that_lay_no_rectangle(matrix: tuple[float, float, float, float]) -> None:
+    """Of zeros or flat: as it is stored; by an angle of its own: the nearest quarter turn."""
+    with Video(with_matrix(video(20), *matrix)) as opened:
+        assert np.array_equal(opened.frames([3]), decode_all(video(20))[[3]])
 
 
 def test_luma() -> None:
