@@ -141,3 +141,21 @@ def with_matrix(data: bytes, a: float, b: float, c: float, d: float) -> bytes:
     place = data.index(b"tkhd") + 4 + 4 + 4 * 5 + 8 + 8  # version 0: times, id, reserved, duration; layer .. volume
     matrix = b"".join((value % (1 << 32)).to_bytes(4, "big") for value in (a, b, 0, c, d, 0, 0, 0, 1 << 30))
     return data[:place] + matrix + data[place + 36 :]
+
+
+def cut(data: bytes, start_s: float, kind: str = "matroska") -> bytes:
+    """The packets from the keyframe before a time on, in another container, as `ffmpeg -ss -c copy` writes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video"
+        with av.open(io.BytesIO(data)) as source, av.open(path, "w", format=kind) as target:
+            stream = source.streams.video[0]
+            copied = target.add_stream_from_template(stream)
+            source.seek(round(start_s / stream.time_base), stream=stream, backward=True)
+            first: int | None = None
+            for packet in source.demux(stream):
+                if packet.dts is None or (first is None and not packet.is_keyframe):
+                    continue
+                first = packet.pts if first is None else first
+                packet.pts, packet.dts, packet.stream = packet.pts - first, packet.dts - first, copied
+                target.mux(packet)
+        return path.read_bytes()

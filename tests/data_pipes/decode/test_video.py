@@ -19,7 +19,8 @@ from data_pipes.decode.video import Video, probe
 from data_pipes.decode.video_container import container_of
 from data_pipes.decode.video_frames import list_frames
 from data_pipes.errors import SampleError
-from tests.data_pipes.tiny_videos import decode_all, encode, pictures, rotated, sound, video, with_matrix
+from data_pipes.pack.reencode_video import VideoOptions, prepare_video
+from tests.data_pipes.tiny_videos import cut, decode_all, encode, pictures, rotated, sound, video, with_matrix
 
 KINDS: dict[str, dict[str, Any]] = {
     "h264 mp4": {},
@@ -143,6 +144,29 @@ def test_matrices_that_lay_no_rectangle(matrix: tuple[float, float, float, float
     """Of zeros or flat: as it is stored; by an angle of its own: the nearest quarter turn."""
     with Video(with_matrix(video(20), *matrix)) as opened:
         assert np.array_equal(opened.frames([3]), decode_all(video(20))[[3]])
+
+
+OPEN = {
+    "libx264": {"preset": "ultrafast", "x264-params": "keyint=12:open-gop=1:bframes=3:b-adapt=0:scenecut=0"},
+    "libx265": {"preset": "ultrafast", "x265-params": "log-level=none:keyint=12:open-gop=1:bframes=3:pools=1"},
+    "mpeg2video": {"bf": "2", "g": "12"},
+}
+
+
+@pytest.mark.parametrize("codec", OPEN)
+@pytest.mark.parametrize("kind", ["matroska", "mp4"])
+def test_a_cut_open_group_counts_the_frames_that_come_out(codec: str, kind: str) -> None:
+    """Frames that were shown before the first keyframe are not counted, so every index is the frame that it says."""
+    whole = encode(pictures(60), codec=codec, b_frames=3, options=OPEN[codec])
+    data = cut(whole, 0.6, kind)
+    with Video(data) as opened, Video(whole) as reference:
+        first = reference.num_frames - opened.num_frames
+        assert first in (12, 24)
+        expected = reference.frames(range(first, 60))
+        assert np.array_equal(opened.frames(range(opened.num_frames)), expected)
+        for index in (0, 1, 7, opened.num_frames - 1):
+            assert np.array_equal(opened.frames([index])[0], expected[index])
+    assert prepare_video(data, VideoOptions(verify="decode"))[0] == data
 
 
 def test_luma() -> None:
