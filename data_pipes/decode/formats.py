@@ -17,9 +17,9 @@ class PictureFormat(NamedTuple):
     name: str
     """For people."""
     extensions: tuple[str, ...] = ()
-    """Endings of its files, in lower case; the first one is what packing writes."""
+    """Endings of its files and members, in lower case; the first one is what packing writes."""
     also: tuple[str, ...] = ()
-    """Rarer endings: where a sample has several pictures, they come behind those of all other formats."""
+    """Rarer endings of files that are packed; as members of foreign shards, data.image_member names them."""
     pil_names: tuple[str, ...] = ()
     """What Pillow calls it; none: it is not read by Pillow, or not at all."""
     is_read: bool = True
@@ -43,11 +43,10 @@ FORMATS = (
     PictureFormat("JPEG XL", (), ("jxl",), is_read=False),
 )
 """All formats that have a name here."""
-IMAGE_EXTENSIONS = (
-    *(extension for kind in FORMATS for extension in kind.extensions),
-    *(extension for kind in FORMATS for extension in kind.also),
-)
-"""Endings of files and members that are pictures, in the order of preference where a sample has several."""
+IMAGE_EXTENSIONS = tuple(extension for kind in FORMATS for extension in kind.extensions)
+"""Endings of members that are pictures, in the order of preference where a sample has several."""
+FILE_EXTENSIONS = IMAGE_EXTENSIONS + tuple(extension for kind in FORMATS for extension in kind.also)
+"""Endings of files that are pictures, those that are refused by name included."""
 
 _EXTENSION_OF = {name: kind.extensions[0] for kind in FORMATS for name in kind.pil_names}
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"mif2")

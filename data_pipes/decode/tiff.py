@@ -145,7 +145,11 @@ def _first_page(data: bytes) -> Iterator[Any]:
     tifffile = import_tifffile()
     try:
         with tifffile.TiffFile(io.BytesIO(with_needed_tags(data))) as file:
-            yield file.pages[0]
+            page: Any = file.pages[0]
+            size = page.imagelength, page.imagewidth, page.samplesperpixel
+            if not all(isinstance(number, int) for number in size):
+                raise DecodeError("decode", f"damaged TIFF: its height, width and channels are {size}")
+            yield page
     except (DecodeError, MemoryError):
         raise
     except Exception as error:  # as with every parser of pictures

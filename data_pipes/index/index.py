@@ -36,6 +36,8 @@ class IndexedShard:
     """Whether an index that was there is still valid, so that the shard was not walked."""
     num_skipped: int
     """Members that belong to no sample, see ShardIndex."""
+    extensions: tuple[str, ...]
+    """Of the members of its samples."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +154,14 @@ def _index_or_keep(job: _Job, force: bool, allow_missing_end: bool) -> IndexedSh
     index = None if force else _valid_index(shard, index_file, allow_missing_end)
     if index is not None:
         digest = hashlib.sha256(index_file.read_bytes()).hexdigest()
-        return IndexedShard(ShardEntry(job.url, index.num_samples, index.size_bytes, digest), True, index.num_skipped)
+        return IndexedShard(
+            ShardEntry(job.url, index.num_samples, index.size_bytes, digest), True, index.num_skipped, index.extensions
+        )
     index = index_shard(shard, allow_missing_end=allow_missing_end)
     digest = _save(index, job)
-    return IndexedShard(ShardEntry(job.url, index.num_samples, index.size_bytes, digest), False, index.num_skipped)
+    return IndexedShard(
+        ShardEntry(job.url, index.num_samples, index.size_bytes, digest), False, index.num_skipped, index.extensions
+    )
 
 
 def _index_or_keep_object(job: _Job, force: bool, allow_missing_end: bool) -> IndexedShard:
@@ -167,13 +173,13 @@ def _index_or_keep_object(job: _Job, force: bool, allow_missing_end: bool) -> In
         with suppress(ShardError, OSError):
             index = read_index(job.index_place, known.index_sha256, job.storage)
         if index and index.size_bytes == info.size_bytes and (index.has_end_marker or allow_missing_end):
-            return IndexedShard(known, True, index.num_skipped)
+            return IndexedShard(known, True, index.num_skipped, index.extensions)
     index = index_shard(job.place, allow_missing_end=allow_missing_end, storage=job.storage)
     after = job.storage.info(job.place)
     if after != info or index.size_bytes != info.size_bytes:
         raise ShardError(f"{job.place}: the object was replaced while it was indexed; run `tessera index` again")
     entry = ShardEntry(job.url, index.num_samples, index.size_bytes, _save(index, job), info.etag)
-    return IndexedShard(entry, False, index.num_skipped)
+    return IndexedShard(entry, False, index.num_skipped, index.extensions)
 
 
 def _save(index: ShardIndex, job: _Job) -> str:

@@ -21,7 +21,9 @@ from PIL import Image
 from data_pipes.decode import npy, tiff, tiff_tags
 from data_pipes.decode.formats import refuse_unread
 from data_pipes.decode.pil import pil_formats
+from data_pipes.decode.video import VIDEO_EXTENSIONS
 from data_pipes.errors import DecodeError, SampleError
+from data_pipes.inspect.content import Check
 from data_pipes.order.hashing import feistel, hash_words
 from data_pipes.shards.collection import Place
 from data_pipes.shards.load_index import load_index
@@ -105,6 +107,7 @@ def dataset_statistics(
     num_read: int = 1000,
     seed: int = 0,
     label_key: str = "label",
+    member: str | None = None,
     storage: Storage | None = None,
     threads: int = 8,
     on_shard: Callable[[], None] | None = None,
@@ -116,6 +119,7 @@ def dataset_statistics(
         num_read: samples that are read for labels and picture headers, at most.
         seed: chooses these samples.
         label_key: see `label_of`.
+        member: which member is the picture, see `DataConfig.image_member`; None: what has a known ending.
         storage: for a data set in a store; None: one with the default settings.
         threads: index files that are read at once.
         on_shard: called after each shard, for progress.
@@ -143,7 +147,10 @@ def dataset_statistics(
         "shard_bytes": _spread([shard.size_bytes for shard in manifest.shards]),
         "sample_bytes": total.sizes.summary(),
         "extensions": extensions,
-        "sampled": _read_some(manifest, min(num_read, num_samples), seed, label_key, storage) if num_read else {},
+        "media": [name for name in extensions if name in Check(member=member).media],
+        "sampled": _read_some(manifest, min(num_read, num_samples), seed, label_key, member, storage)
+        if num_read
+        else {},
     }
 
 
@@ -165,14 +172,17 @@ def _spread(values: Sequence[int]) -> dict[str, float]:
     return {"min": min(values), "mean": round(sum(values) / len(values), 1), "max": max(values)}
 
 
-def _read_some(manifest: Manifest, num_read: int, seed: int, label_key: str, storage: Storage) -> dict[str, object]:
+def _read_some(
+    manifest: Manifest, num_read: int, seed: int, label_key: str, member: str | None, storage: Storage
+) -> dict[str, object]:
     """Counts labels and picture headers in `num_read` samples."""
     ends = np.cumsum([shard.num_samples for shard in manifest.shards])
     drawn = np.sort(feistel(np.arange(num_read), manifest.num_samples, hash_words(seed, _DRAW)))
     shards = np.searchsorted(ends, drawn, side="right")
     firsts = ends[shards] - np.array([manifest.shards[shard].num_samples for shard in shards.tolist()], np.int64)
     places = [Place(*place) for place in zip(shards.tolist(), (drawn - firsts).tolist(), strict=True)]
-    reader = ShardReader(manifest, (*IMAGE_EXTENSIONS, *LABEL_EXTENSIONS), storage)
+    pictures = IMAGE_EXTENSIONS if member is None else (member,)
+    reader = ShardReader(manifest, (*pictures, *LABEL_EXTENSIONS), storage)
     labels: Counter[int] = Counter()
     kinds: Counter[str] = Counter()
     bad: Counter[str] = Counter()
@@ -184,8 +194,12 @@ def _read_some(manifest: Manifest, num_read: int, seed: int, label_key: str, sto
                 labels[label_of(raw, manifest.classes, label_key)] += 1
             except SampleError as error:
                 bad[error.cause] += 1
+            video = next((name for name in raw.found if name in VIDEO_EXTENSIONS), None)
+            if video is not None and not any(name in raw.members for name in IMAGE_EXTENSIONS):
+                kinds[f"{video} (video, not opened)"] += 1
+                continue
             try:
-                kind, height, width = picture_header(raw)
+                kind, height, width = picture_header(raw, member)
             except SampleError as error:
                 bad[error.cause] += 1
             else:
@@ -220,8 +234,12 @@ def _class_name(manifest: Manifest, label: int) -> str | None:
     return manifest.classes[label] if label < len(manifest.classes) else None
 
 
-def picture_header(raw: RawSample) -> tuple[str, int, int]:
+def picture_header(raw: RawSample, member: str | None = None) -> tuple[str, int, int]:
     """What the header of a sample's picture says; nothing is decoded.
+
+    Args:
+        raw: the sample.
+        member: see `encoded_picture`.
 
     Returns:
         Format and mode in words, height and width in pixels.
@@ -229,7 +247,7 @@ def picture_header(raw: RawSample) -> tuple[str, int, int]:
     Raises:
         SampleError: the sample has no picture, or its header cannot be read.
     """
-    data = encoded_picture(raw)
+    data = encoded_picture(raw, member)
     refuse_unread(data)
     if data.startswith(tiff_tags.MAGICS):
         height, width, channels, bits = tiff.describe(data)

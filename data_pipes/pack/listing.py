@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Literal
 
-from data_pipes.decode.formats import IMAGE_EXTENSIONS
+from data_pipes.decode.formats import FILE_EXTENSIONS
 from data_pipes.decode.video import VIDEO_EXTENSIONS
 from data_pipes.pack.label_lists import LabelList
 from data_pipes.pack.sources import Source, SourceFile, natural_key
@@ -24,7 +24,7 @@ from data_pipes.shards.manifest import check_class_names
 
 Media = Literal["pictures", "videos"]
 SUFFIXES: Mapping[Media, frozenset[str]] = {
-    "pictures": frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS),
+    "pictures": frozenset(f".{extension}" for extension in FILE_EXTENSIONS),
     "videos": frozenset(f".{extension}" for extension in VIDEO_EXTENSIONS),
 }
 """Suffixes of the files of each kind, in lower case."""

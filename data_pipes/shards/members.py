@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from data_pipes.decode.picture import decode_image
 from data_pipes.decode.video import VIDEO_EXTENSIONS
 from data_pipes.errors import Cause, SampleError
 from data_pipes.shards.reader import RawSample
+from data_pipes.shards.wanted import is_pattern
 
 IMAGE_EXTENSIONS = formats.IMAGE_EXTENSIONS
 """Extensions of members that are pictures, in the order of preference where a sample has several."""
@@ -39,30 +41,69 @@ MAX_CAPTION_BYTES = 1 << 16
 """Bytes of a caption in UTF-8, at most."""
 
 
-def encoded_picture(raw: RawSample) -> bytes:
+def encoded_picture(raw: RawSample, member: str | None = None) -> bytes:
     """The bytes of a sample's picture.
+
+    Args:
+        raw: the sample.
+        member: which member it is, a name or a pattern; None: the first of `IMAGE_EXTENSIONS`.
 
     Raises:
         SampleError: "no_image".
     """
-    return _first_of(raw, IMAGE_EXTENSIONS, "no_image", "picture")
+    return _first_of(raw, IMAGE_EXTENSIONS, member, "no_image", "picture")
 
 
-def encoded_video(raw: RawSample) -> bytes:
+def encoded_video(raw: RawSample, member: str | None = None) -> bytes:
     """The bytes of a sample's video.
+
+    Args:
+        raw: the sample.
+        member: which member it is, a name or a pattern; None: the first of `VIDEO_EXTENSIONS`.
 
     Raises:
         SampleError: "no_video".
     """
-    return _first_of(raw, VIDEO_EXTENSIONS, "no_video", "video")
+    return _first_of(raw, VIDEO_EXTENSIONS, member, "no_video", "video")
 
 
-def _first_of(raw: RawSample, extensions: Sequence[str], cause: Cause, what: str) -> bytes:
-    """The member with the first of the extensions that the sample has; an error with the given cause without one."""
+def _first_of(raw: RawSample, extensions: Sequence[str], member: str | None, cause: Cause, what: str) -> bytes:
+    """The named member, else that with the first of the extensions that the sample has; an error with the given cause
+    without one.
+    """
+    if member is not None and is_pattern(member):
+        extensions = [extension for extension in raw.found if fnmatchcase(extension, member)]
+    elif member is not None:
+        extensions = (member,)
     for extension in extensions:
         if extension in raw.members:
             return raw.members[extension]
-    raise SampleError(cause, f"no {what} among the members {list(raw.found)}")
+    named = "" if member is None else f" of the name {member} (data.image_member)"
+    raise SampleError(cause, f"no {what}{named} among the members {list(raw.found)}")
+
+
+def no_media(place: str, what: str, extensions: Sequence[str], member: str | None = None) -> str:
+    """What is said of a data set in which no sample has a picture or a video.
+
+    Args:
+        place: of the data set.
+        what: that no sample has, in words.
+        extensions: of the members that are there.
+        member: as which it was searched for; None: by the known endings.
+    """
+    known = formats.FILE_EXTENSIONS + VIDEO_EXTENSIONS
+    likely = next((name for name in extensions if name.rpartition(".")[2] in known), None)
+    advice = "no ending is one of a picture or video: were the files downloaded?"
+    if likely is not None and likely.rpartition(".")[2] in VIDEO_EXTENSIONS and what == "picture":
+        advice = "these are videos: see data.video"
+    elif likely is not None:
+        advice = (
+            f"say which of them it is, e.g. data.image_member={likely}, or by a pattern such as *.jpg (`tessera data` "
+            "takes it as --image-member)"
+        )
+    named = "" if member is None else f" named {member} (data.image_member)"
+    shown = ", ".join(f".{name}" for name in extensions[:8]) + (", ..." if len(extensions) > 8 else "")
+    return f"{place}: no sample has a {what}{named}; the members are {shown}; {advice}"
 
 
 def with_bit_depth(image: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,7 +123,9 @@ def with_bit_depth(image: Tensor, dtype: torch.dtype) -> Tensor:
     return (image.to(torch.int32) * 257).to(dtype)
 
 
-def picture_of(raw: RawSample, channels: int | None, dtype: torch.dtype, max_pixels: int) -> Tensor:
+def picture_of(
+    raw: RawSample, channels: int | None, dtype: torch.dtype, max_pixels: int, member: str | None = None
+) -> Tensor:
     """The decoded picture of a sample.
 
     Args:
@@ -90,6 +133,7 @@ def picture_of(raw: RawSample, channels: int | None, dtype: torch.dtype, max_pix
         channels: see `decode_image`.
         dtype: torch.uint8 or torch.uint16.
         max_pixels: see `decode_image`.
+        member: see `encoded_picture`.
 
     Returns:
         [C, H, W] of `dtype`.
@@ -97,7 +141,7 @@ def picture_of(raw: RawSample, channels: int | None, dtype: torch.dtype, max_pix
     Raises:
         SampleError: "no_image", "bit_depth", or see `decode_image`.
     """
-    return with_bit_depth(decode_image(encoded_picture(raw), channels, max_pixels), dtype)
+    return with_bit_depth(decode_image(encoded_picture(raw, member), channels, max_pixels), dtype)
 
 
 def label_of(raw: RawSample, classes: Sequence[str] | int, label_key: str = "label") -> int:

@@ -82,6 +82,8 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 def _run(arguments: argparse.Namespace, storage: Storage) -> dict[str, object]:
     from data_pipes.index.index import index_shards
+    from data_pipes.inspect.content import Check
+    from data_pipes.shards.members import no_media
 
     shards = find_shards(arguments.shards, storage)
     out = _as_place(arguments.out) if arguments.out else _common_folder(shards)
@@ -114,10 +116,15 @@ def _run(arguments: argparse.Namespace, storage: Storage) -> dict[str, object]:
         f"{f'{len(classes):,} classes' if classes else 'no class names'}; {num_kept:,} indexes were still valid; "
         f"{num_skipped:,} members belong to no sample (folders, hidden files, no extension); {seconds:.1f} s"
     )
+    extensions = list(dict.fromkeys(name for report in reports for name in report.extensions))
+    has_media = any(name in Check().media for name in extensions)
+    if not has_media:
+        line += f"\nwarning: {no_media(str(out), 'picture or video', extensions)}"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
     return {
         "out": str(out),
         **manifest.summary(),
+        "has_media": has_media,
         "num_kept_indexes": num_kept,
         "num_skipped_members": num_skipped,
         "seconds": round(seconds, 3),

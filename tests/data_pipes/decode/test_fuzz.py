@@ -93,7 +93,10 @@ def read_picture(data: bytes) -> None:
     except SampleError as error:
         bad = error
     with suppress(SampleError):
-        assert min(picture_header(RawSample("a", {"png": data}, ("png",)))[1:]) >= 0
+        kind, height, width = picture_header(RawSample("a", {"png": data}, ("png",)))
+        assert kind
+        assert height >= 0
+        assert width >= 0
     if bad is None or bad.cause != "pixels":  # packing, which makes pictures smaller, takes larger ones
         for options in (PictureOptions(), PictureOptions(short_side=20)):
             with suppress(UnreadableFile):

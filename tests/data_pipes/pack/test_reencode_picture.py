@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn import functional
 
-from data_pipes.decode.formats import FORMATS, IMAGE_EXTENSIONS
+from data_pipes.decode.formats import FILE_EXTENSIONS, FORMATS, IMAGE_EXTENSIONS
 from data_pipes.decode.picture import decode_image
 from data_pipes.errors import DecodeError
 from data_pipes.pack.listing import SUFFIXES
@@ -220,9 +220,9 @@ def test_formats_that_are_not_read_are_named(data: bytes, name: str) -> None:
 
 
 def test_one_list_of_formats() -> None:
-    assert SUFFIXES["pictures"] == {f".{extension}" for extension in IMAGE_EXTENSIONS}
-    assert {"npy", "gif", "avif", "jfif", "jpe", "heic", "jxl"} < set(IMAGE_EXTENSIONS)
-    assert len(set(IMAGE_EXTENSIONS)) == len(IMAGE_EXTENSIONS)
+    assert SUFFIXES["pictures"] == {f".{extension}" for extension in FILE_EXTENSIONS}
+    assert {"npy", "gif", "avif", "jfif", "jpe", "heic", "jxl", *IMAGE_EXTENSIONS} < set(FILE_EXTENSIONS)
+    assert len(set(FILE_EXTENSIONS)) == len(FILE_EXTENSIONS)
     pil_names = {"jpg": "JPEG", "webp": "WEBP", "gif": "GIF", "ppm": "PPM", "jp2": "JPEG2000"}
     for kind in FORMATS:
         if kind.is_read and kind.name != "NumPy":
