@@ -300,7 +300,9 @@ def test_files_that_only_the_list_has(source: Path, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("juggling/0.mp4,a\ngone.mp4,a\nabseiling/1,b\n")
     with pytest.raises(UnreadableFile, match=r"gone\.mp4 is not there, and 0 more of the list"):
         pack(source, tmp_path / "out", labels=tmp_path / "list.csv")
-    result = pack(source, tmp_path / "out", labels=tmp_path / "list.csv", options=PackOptions(skip_unreadable=True))
+    with pytest.raises(UnreadableFile, match=r"gone\.mp4 is not there.*--skip-missing"):
+        pack(source, tmp_path / "out", labels=tmp_path / "list.csv", options=PackOptions(skip_unreadable=True))
+    result = pack(source, tmp_path / "out", labels=tmp_path / "list.csv", options=PackOptions(skip_missing=True))
     assert [(entry["name"], entry["cause"]) for entry in result.skipped] == [("gone.mp4", "missing")]
     assert labels_of(tmp_path / "out" / "train") == {"juggling/0": "a", "abseiling/1": "b"}
 
@@ -338,7 +340,9 @@ def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     arguments += ["--short-side", "32", "--gop", "8", "--fps", "12.5", "--crf", "30", "--workers", "1"]
     assert main(arguments) != 0
     capsys.readouterr()
-    assert main([*arguments, "--skip-unreadable"]) == 0
+    assert main([*arguments, "--skip-unreadable"]) != 0  # forgives one thing, not the other
+    capsys.readouterr()
+    assert main([*arguments, "--skip-unreadable", "--skip-missing"]) == 0
     printed = capsys.readouterr()
     answer = json.loads(printed.out)
     assert (answer["media"], answer["num_skipped"]) == ("videos", 2)
