@@ -4,8 +4,9 @@ Enters: a `RawSample`. Leaves: a tensor, a label, a text, an object. Why it exis
 that look at data sets must agree on which member is what. Nothing here runs code that a member holds: there is no
 pickle, and a member of an unknown kind is left alone.
 
-JSON is read strictly, since two readers of a lenient dialect see two data sets: UTF-8, one object, no NaN or infinity,
-no key twice in an object, bounded in bytes and depth.
+JSON is read strictly, since two readers of a lenient dialect see two data sets: UTF-8, one object, no key twice in an
+object, bounded in bytes and depth. Numbers that are none (NaN, which Python writes for a missing one, and infinities)
+are null: they are a gap in the metadata, and no fault of the picture.
 """
 
 from __future__ import annotations
@@ -228,7 +229,7 @@ def caption_of(raw: RawSample) -> str | None:
 
 
 def metadata_of(raw: RawSample) -> dict[str, Any] | None:
-    """The object in the member `json`; None without such a member.
+    """The object in the member `json`, with null for numbers that are not finite; None without such a member.
 
     Raises:
         SampleError: "metadata" where the JSON is not as strict as the module's head says.
@@ -241,7 +242,7 @@ def metadata_of(raw: RawSample) -> dict[str, Any] | None:
     try:
         value = json.loads(
             data.decode("utf-8-sig"),
-            parse_constant=_refuse_constant,
+            parse_constant=lambda name: None,  # NaN, Infinity, -Infinity
             parse_float=_finite,
             object_pairs_hook=_without_repeats,
         )
@@ -258,15 +259,9 @@ def _bad_metadata(found: str) -> SampleError:
     return SampleError("metadata", f"the metadata (.json) cannot be used: {found[:400]}")
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _finite(text: str) -> float:
+def _finite(text: str) -> float | None:
     number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:40]} is beyond a 64-bit float")
-    return number
+    return number if math.isfinite(number) else None
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
