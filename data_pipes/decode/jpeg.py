@@ -18,6 +18,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from data_pipes.decode.jpeg_repair import MAX_REPAIRS, repaired
+from data_pipes.decode.limits import check_pixels
 from data_pipes.errors import DecodeError
 
 JPEG_MAGIC = b"\xff\xd8\xff"
@@ -41,13 +42,31 @@ def read_header(data: bytes) -> JpegHeader | None:
     return None if colours in ("CMYK", "YCCK") else JpegHeader(height, width, colours == "Gray")
 
 
+def check_cmyk(data: bytes, max_pixels: int) -> None:
+    """Refuses a JPEG of four components that is damaged: PIL, which reads it, fills what is missing with grey.
+
+    Args:
+        data: a JPEG that `read_header` does not take.
+        max_pixels: height * width, at most.
+    Raises:
+        DecodeError: "pixels" above max_pixels, "decode" where it is damaged.
+    """
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except (ValueError, KeyError):
+        return  # PIL says what it is
+    if colours in ("CMYK", "YCCK"):
+        check_pixels(height, width, max_pixels)
+        decode(data, JpegHeader(height, width, False), 4)
+
+
 def decode(data: bytes, header: JpegHeader, channels: int, shrink: int = 1) -> NDArray[np.uint8]:
     """The whole picture.
 
     Args:
         data: the file.
         header: of `read_header`.
-        channels: 3 for RGB, 1 for the luma plane.
+        channels: 3 for RGB, 1 for the luma plane, 4 for CMYK of a file that is CMYK.
         shrink: 1, 2, 4 or 8.
     Returns:
         [ceil(H / shrink), ceil(W / shrink), channels].
@@ -77,7 +96,7 @@ def _decode_into(pixels: NDArray[np.uint8], data: bytes, shrink: int) -> None:
         ValueError: libjpeg failed, or only warned; after a warning the pixels are decoded.
     """
     height, width, channels = pixels.shape
-    colours = "GRAY" if channels == 1 else "RGB"
+    colours = {1: "GRAY", 3: "RGB", 4: "CMYK"}[channels]
     if shrink == 1:
         simplejpeg.decode_jpeg(data, colours, buffer=pixels)
     else:

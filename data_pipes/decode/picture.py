@@ -62,6 +62,8 @@ def decode_image(data: bytes, channels: int | None, max_pixels: int = DEFAULT_MA
     elif (stored := decode_stored(data, max_pixels)) is not None:
         pixels = settle_alpha(stored, channels)
     else:
+        if data.startswith(jpeg.JPEG_MAGIC):
+            jpeg.check_cmyk(data, max_pixels)
         pixels = pil.open_picture(data, max_pixels, lambda picture: pil.pixels_of(picture, channels))
     return torch.from_numpy(convert_channels(pixels, channels)).permute(2, 0, 1)
 

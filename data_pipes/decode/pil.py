@@ -8,6 +8,7 @@ needed, turns some and cuts others to 8 bits without a word.
 from __future__ import annotations
 
 import io
+import threading
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
@@ -30,6 +31,7 @@ FLOAT_PICTURE = "32-bit float picture; expected 8 or 16 bits per channel"
 """What is said of Pillow's mode F."""
 _REFUSED_FORMATS = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 """EPS starts Ghostscript and WMF the system's renderer; the others are stubs without a decoder."""
+_registering = threading.Lock()
 _J2K_SIZES = b"\xff\x4f\xff\x51"
 """JPEG 2000: the start of the codestream, and of the segment with the sizes."""
 
@@ -92,8 +94,9 @@ def is_needed_chunk(name: bytes) -> bool:
 
 @lru_cache(maxsize=1)
 def pil_formats() -> tuple[str, ...]:
-    """The formats that Pillow may open."""
-    Image.init()
+    """The formats that Pillow may open; threads that ask first wait until all of them are registered."""
+    with _registering:
+        Image.init()
     return tuple(name for name in Image.ID if name not in _REFUSED_FORMATS)
 
 

@@ -135,6 +135,8 @@ def _shrink(data: bytes, header: PictureHeader, short_side: int, quality: int) -
         smaller = _resize(_as_pil(pixels, "L" if found.grey else "RGB"), (width, height))
         smaller.info = metadata.info or {}
     else:
+        if header.extension == "jpg":
+            jpeg.check_cmyk(data, _MAX_PIXELS)
         smaller = pil.open_picture(data, _MAX_PIXELS, lambda image: _resize(image, (width, height)))
     extra: dict[str, Any] = {"icc_profile": metadata.profile}
     if metadata.orientation != 1:

@@ -169,6 +169,18 @@ def test_damage_is_damage_whatever_the_crop(fault: str, scan_header: bool) -> No
         prepare_picture(data, PictureOptions(verify="decode"))
 
 
+def test_damage_of_cmyk_is_seen_and_harmless_faults_are_not() -> None:
+    """PIL, which reads CMYK, fills what is missing with grey."""
+    plain = encode(picture(160, 120), "CMYK")
+    for fault in MISSING.values():
+        with pytest.raises(DecodeError, match=r"damaged JPEG of 160 x 120|truncated"):
+            decode_image(fault(plain), 3)
+        with pytest.raises(UnreadableFile):
+            prepare_picture(fault(plain), PictureOptions(short_side=20))
+    for name in ("scan header 0, 0, 0", "64 zeros", "a trailer"):
+        assert torch.equal(decode_image(HARMLESS[name](plain), 3), decode_image(plain, 3))
+
+
 def test_every_cut_is_an_error() -> None:
     data = encode(picture(160, 120))
     header = header_of(data)
