@@ -134,8 +134,8 @@ def describe(listing: Listing, title: str, labels: LabelList | None) -> str:
     """
     counts = Counter(entry.label for entry in listing.entries)
     shown = [f"{name} ({counts[label]:,})" for label, name in enumerate(listing.classes)]
-    classes = ", ".join(shown[:6]) + (", ..." if len(shown) > 6 else "") if shown else "unlabelled"
-    found = f"{len(listing.entries):,} {listing.media} of {title}, {len(shown):,} classes: {classes}"
+    classes = f"{len(shown):,} classes: {', '.join(shown[:6])}" + (", ..." if len(shown) > 6 else "")
+    found = f"{len(listing.entries):,} {listing.media} of {title}, {classes if shown else 'unlabelled'}"
     if labels is not None:
         found += f"; {labels.place} read as {labels.understood}, {len(listing.missing):,} of its files missing"
         first = listing.entries[0]
@@ -161,6 +161,7 @@ def _chosen_files(source: Source, media: Media | None, is_listed: bool) -> tuple
         is_listed: whether a list of labels says what is packed: it may name hidden files.
     """
     of_kind: dict[Media, list[SourceFile]] = {"pictures": [], "videos": []}
+    hidden: dict[Media, list[SourceFile]] = {"pictures": [], "videos": []}
     ignored: list[str] = []
     for file in source.files():
         base = file.name.rpartition("/")[2]
@@ -169,14 +170,15 @@ def _chosen_files(source: Source, media: Media | None, is_listed: bool) -> tuple
         if kind is None or (is_hidden(file.name) and not is_listed):
             ignored.append(file.name)
         else:
-            of_kind[kind].append(file)
+            (hidden if is_hidden(file.name) else of_kind)[kind].append(file)
     if media is None and all(of_kind.values()):
         raise ValueError(
             f"{source.title}: {len(of_kind['pictures']):,} pictures and {len(of_kind['videos']):,} videos; say which "
             "of them to pack, with --media pictures or --media videos"
         )
     media = media or ("videos" if of_kind["videos"] else "pictures")
-    files = of_kind.pop(media)
+    files = of_kind.pop(media) + hidden.pop(media)
+    ignored += [file.name for others in hidden.values() for file in others]
     if not files:
         wanted = ", ".join(sorted(frozenset().union(*(SUFFIXES[kind] for kind in [media, *of_kind]))))
         raise ValueError(

@@ -67,6 +67,15 @@ def test_a_list_may_name_hidden_files(tmp_path: Path) -> None:
     assert listing.ignored == [".a/3.jpg"]
 
 
+def test_hidden_files_do_not_decide_what_is_packed(tmp_path: Path) -> None:
+    """Also where a list may name them: thumbnails of videos do not make it a folder of both."""
+    (tmp_path / "list").write_text("0.mp4,x\n1.mp4,y\n")
+    names = ("0.mp4", "1.mp4", "._0.mp4", "@eaDir/0.mp4/SYNOPHOTO_THUMB_M.jpg", ".thumbnails/1.jpg")
+    listing = list_source(files(*names), labels=read_labels(tmp_path / "list"))
+    assert (listing.media, [entry.file.name for entry in listing.entries]) == ("videos", ["0.mp4", "1.mp4"])
+    assert set(listing.ignored) == set(names[2:])
+
+
 def labels_of(text: str, folder: Path, *names: str, form: ListFormat | None = None) -> dict[str, str | None]:
     """File -> name of its class, None without a label."""
     (folder / "list").write_text(text)
