@@ -93,7 +93,7 @@ def parse_list(place: str, text: str, form: ListFormat) -> ReadList:
     Raises:
         ValueError: the text cannot be read so; the message has the number of the line.
     """
-    if text.lstrip().startswith("["):
+    if text.lstrip().startswith(("[", "{")):
         return _with_columns(place, _json_rows(place, text), form, "JSON")
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
@@ -133,12 +133,15 @@ def _json_rows(place: str, text: str) -> list[tuple[int, list[str]]]:
     """A row of titles, and one of each object."""
     try:
         objects = json.loads(text)
+        if isinstance(objects, dict):
+            pairs = [(n, [path, str(label)]) for n, (path, label) in enumerate(objects.items(), 1)]
+            return [(1, ["path", "label"]), *pairs]
         titles = list(objects[0])
         return [(1, titles)] + [(n, [str(item[title]) for title in titles]) for n, item in enumerate(objects, 1)]
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise ValueError(
             f"{place}: no list of objects with the same keys ({type(error).__name__}: {error}); expected JSON such as "
-            '[{"id": "78687", "template": "Holding [something]"}]'
+            '[{"id": "78687", "template": "Holding [something]"}] or {"78687": "Holding [something]"}'
         ) from error
 
 

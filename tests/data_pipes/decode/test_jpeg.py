@@ -117,7 +117,7 @@ KINDS: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fault", HARMLESS)
 def test_harmless_faults_change_no_pixel_of_any_crop(kind: str, fault: str) -> None:
-    if kind == "progressive" and "scan header" in fault + "scan header" * (fault == "all of them"):
+    if kind == "progressive" and (fault == "all of them" or "scan header" in fault):
         pytest.skip("the numbers in a progressive scan header mean something")
     plain = encode(picture(120, 90), "L" if kind == "L" else "RGB", **KINDS[kind])
     data = HARMLESS[fault](plain)
@@ -143,7 +143,9 @@ MISSING = {
     "cut": lambda data: data[: pixels_from(data, 0.7)],
     "cut, with an end": lambda data: data[: pixels_from(data, 0.7)] + b"\xff\xd9",
     "cut, filled, with an end": lambda data: data[: pixels_from(data, 0.7)] + bytes(500) + b"\xff\xd9",
+    "cut within the end": lambda data: data[:-1],
     "without the end": lambda data: data[:-2],
+    "without the end and some pixels": lambda data: data[:-4],
     "bytes replaced above": lambda data: changed(data, pixels_from(data, 0.2), b"\xff\x00\x13\xff\x55\x77"),
     "bytes replaced below": lambda data: changed(data, pixels_from(data, 0.9), b"\xff\x00\x13\xff\x55\x77"),
     "bytes added below": lambda data: data[: pixels_from(data, 0.8)] + b"\x55" * 200 + data[pixels_from(data, 0.8) :],

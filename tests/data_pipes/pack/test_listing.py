@@ -100,6 +100,7 @@ NAMES = ("0.jpg", "1.jpg", "a b, c.jpg")
         ("0.jpg,-1\n1.jpg,cat\n", {"0.jpg": None, "1.jpg": "cat"}),
         ("0.jpg 16 -1\n1.jpg 300 -1\n", {"0.jpg": None, "1.jpg": None}),
         ("filename\tcategory\n0.jpg\tx\n", {"0.jpg": "x"}),
+        ('{"0.jpg": "x",\n "1.jpg": -1}', {"0.jpg": "x", "1.jpg": None}),
         ('[{"id": "0", "label": "b", "template": "Holding [it]"}]', {"0.jpg": "Holding [it]"}),
     ],
 )
