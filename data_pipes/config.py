@@ -63,6 +63,9 @@ class DataConfig:
     """Bits per channel of the batches, 8 or 16."""
     video: ClipSampling | None = None
     """Which frames make a clip, for data sets of videos; null: pictures."""
+    image_member: str | None = None
+    """Which member of a sample is its picture or video: what stands behind the first dot of its name, such as left.jpg,
+    or a pattern, such as *.jpg for files with dots in their names; null: the first with a known ending."""
     label_key: str | None = None
     """Name of the label (a number or a class name) in the json member, where a sample has no cls; null: cls alone."""
     captions: bool = False

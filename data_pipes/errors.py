@@ -37,6 +37,10 @@ class ShardError(ValueError):
     """A shard or its index cannot be used: which one, what was found, what to do."""
 
 
+class EmptyShardError(ShardError):
+    """A shard is intact and holds no sample."""
+
+
 class SampleError(ValueError):
     """One sample is unusable; it is replaced and counted."""
 

@@ -23,7 +23,10 @@ from data_pipes.loading.unindexed_stream import SampleStream, expand_urls
 from data_pipes.order.mixture import MixtureOrder, SourceCounts
 from data_pipes.order.order import Order
 from data_pipes.shards.collection import Collection
+from data_pipes.shards.load_index import load_index
 from data_pipes.shards.manifest import Manifest
+from data_pipes.shards.members import no_media
+from data_pipes.shards.wanted import WantedMembers, checked_member
 from data_pipes.store.storage import Storage
 from data_pipes.transforms.clip_sampling import ClipSampling
 from data_pipes.transforms.clips import ClipTransform
@@ -73,15 +76,16 @@ def open_recipe(config: DataConfig, image_size: tuple[int, int], channels: int) 
     """
     if config.max_pixels > 2 * DEFAULT_MAX_PIXELS:
         raise ValueError(f"data.max_pixels is {config.max_pixels:,}; PIL reads at most {2 * DEFAULT_MAX_PIXELS:,}")
+    member = checked_member(config.image_member)
     if config.video is not None:
-        return ClipRecipe(_clip_transform(config, config.video, image_size, channels), config.max_pixels)
+        return ClipRecipe(_clip_transform(config, config.video, image_size, channels), config.max_pixels, member)
     if config.crop != "random" or config.interpolation == "bilinear":
         raise ValueError(
             f"data.crop is {config.crop} and data.interpolation {config.interpolation}, and the data are pictures: "
             "expected random and bicubic; these settings are for clips, see data.video"
         )
     transform = TrainTransform(image_size, config.crop_scale, config.crop_ratio, config.flip, config.scaled_decode)
-    return ImageRecipe(transform, channels, config.bit_depth, config.max_pixels)
+    return ImageRecipe(transform, channels, config.bit_depth, config.max_pixels, member)
 
 
 def _clip_transform(
@@ -170,8 +174,31 @@ def open_dataset(
         storage=Storage(config.storage),
         cache=None if config.cache.dir is None or not collection.is_remote else ChunkCache(config.cache),
     )
+    _check_some_sample_fits(dataset, config)
     _check_tiff_can_be_read(dataset)
     return dataset
+
+
+def _check_some_sample_fits(dataset: SampleDataset, config: DataConfig) -> None:
+    """Looks for the first shard of each source in which a sample has what the run reads; usually that is the first one.
+
+    Raises:
+        ValueError: no sample of a source has a picture, or a video; the message names the members that are there.
+    """
+    wanted, storage = WantedMembers(dataset.recipe.extensions), Storage(config.storage)
+    try:
+        for manifest in dataset.collection.manifests:
+            found: dict[str, None] = {}
+            for shard in range(len(manifest.shards)):
+                extensions = load_index(manifest, shard, storage).extensions
+                if any(extension in wanted for extension in extensions):
+                    break
+                found.update(dict.fromkeys(extensions))
+            else:
+                what = "picture" if config.video is None else "video"
+                raise ValueError(no_media(str(manifest.root), what, list(found), config.image_member))
+    finally:
+        storage.close()
 
 
 def _check_tiff_can_be_read(dataset: SampleDataset) -> None:

@@ -42,6 +42,7 @@ def open_samples(config: DataConfig, manifest: Manifest, objective: Objective) -
             channels=objective.in_channels,
             max_pixels=config.max_pixels,
             label_key=config.label_key,
+            image_member=config.image_member,
             storage=config.storage,
         )
     return SequentialImages(
@@ -51,6 +52,7 @@ def open_samples(config: DataConfig, manifest: Manifest, objective: Objective) -
         bit_depth=config.bit_depth,
         max_pixels=config.max_pixels,
         label_key=config.label_key,
+        image_member=config.image_member,
         storage=config.storage,
     )
 

@@ -84,10 +84,6 @@ def steps(pictures: list[bytes], rows: list[list[float]], crop: int) -> dict[str
             simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, min_factor=2.0)
             for data, (height, width) in zip(pictures, half, strict=True)
         ),
-        "  only down to the crop's last row": lambda: each(
-            jpeg.decode_top(data, header, 3, box[0] + box[2])
-            for data, header, box in zip(pictures, headers, boxes, strict=True)
-        ),
         "header": lambda: each(jpeg.read_header(data) for data in pictures),
         "crop box": lambda: each(exact.crop_box(h.height, h.width, row) for h, row in zip(headers, rows, strict=True)),
         "resize": lambda: each(resize(part, (crop, crop)) for part in crops),

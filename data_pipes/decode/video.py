@@ -9,8 +9,8 @@ claims. Then decoding starts at the keyframe before a wanted frame, passes over 
 Definitions. Frame i is the i-th in order of presentation, however long each is shown (variable frame rate). Its time
 counts from the first frame's. Frames that an edit list hides, and those before the first keyframe, do not count. A file
 without usable presentation times (AVI) counts the frames as they come out of the decoder; with B-frames, from the
-file's beginning. Rotation that the container asks for (phones) is applied, in quarter turns, as FFmpeg's own tools do;
-mirroring is not. A frame whose size differs from the declared one is scaled to it. One thread, as the workers of a
+file's beginning. What the container asks for (phones) is applied, quarter turns and mirrors, as FFmpeg's own tools do.
+A frame whose size differs from the declared one is scaled to it. One thread, as the workers of a
 loader fill the cores: two slice threads cost 6% more CPU per clip, two frame threads 28%.
 """
 
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipes.decode.limits import DEFAULT_MAX_PIXELS
+from data_pipes.decode.orientation import Orientation, orientation_of
 from data_pipes.decode.video_frames import PacketRange
 from data_pipes.decode.video_stream import choose_stream, frames_of, import_av, list_packets, open_container
 from data_pipes.errors import SampleError
@@ -67,11 +68,18 @@ class VideoInfo:
     width: int
     """As shown, after rotation."""
     rotation: int
-    """Degrees counter-clockwise that the stored frames are turned by."""
+    """Degrees counter-clockwise that the stored frames are turned by, after they were mirrored."""
     codec: str
     """FFmpeg's name of the decoder."""
     longest_gop: int
     """Frames from one keyframe to the next, at most; over 32, re-encode and halve the time of loading."""
+    mirrored: bool = False
+    """Whether left and right of the stored frames change places before they are turned."""
+
+    @property
+    def orientation(self) -> Orientation:
+        """How stored frames become upright."""
+        return Orientation(self.mirrored, self.rotation // 90)
 
 
 def probe(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> VideoInfo:
@@ -119,7 +127,7 @@ class Video:
             self.close()
             raise
         self._reformatter: Any = self._av.video.reformatter.VideoReformatter()
-        self._rotation: int | None = None
+        self._orientation: Orientation | None = None
 
     def __enter__(self) -> Video:
         return self
@@ -154,12 +162,12 @@ class Video:
 
     def info(self) -> VideoInfo:
         """What the video is; decodes the first frame where nothing was decoded yet."""
-        if self._rotation is None:
+        if self._orientation is None:
             self.frames(np.zeros(1, np.int64))
-        context, rotation = self._stream.codec_context, self._rotation or 0
-        height, width = (self._width, self._height) if rotation % 180 else (self._height, self._width)
-        codec, gop = context.codec.name, self._table.longest_gop
-        return VideoInfo(self.num_frames, self.fps, self.duration_s, height, width, rotation, codec, gop)
+        codec, (mirrored, turns) = self._stream.codec_context.codec.name, self._orientation or Orientation()
+        height, width = (self._width, self._height) if turns % 2 else (self._height, self._width)
+        gop = self._table.longest_gop
+        return VideoInfo(self.num_frames, self.fps, self.duration_s, height, width, 90 * turns, codec, gop, mirrored)
 
     def frame_at(self, times_s: NDArray[np.float64]) -> Int64s:
         """Indices of the frames that are shown at times [T] (seconds from the first frame)."""
@@ -288,11 +296,9 @@ class Video:
         """[H, W, channels], turned upright."""
         converted = self._reformatter.reformat(frame, self._width, self._height, _FORMATS[channels], threads=1)
         pixels: NDArray[np.uint8] = converted.to_ndarray()
-        if self._rotation is None:
-            self._rotation = round(frame.rotation / 90) * 90 % 360
-        if channels == 1:
-            pixels = pixels[..., None]
-        return np.rot90(pixels, self._rotation // 90) if self._rotation else pixels
+        if self._orientation is None:
+            self._orientation = orientation_of(frame)
+        return self._orientation.upright(pixels[..., None] if channels == 1 else pixels)
 
 
 def _check_frame(frame: VideoFrame) -> None:

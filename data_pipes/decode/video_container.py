@@ -17,6 +17,13 @@ _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 _FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
 
 
+def is_container(data: bytes) -> bool:
+    """Whether the first bytes are those of a video, damaged or not."""
+    is_avi = data.startswith(b"RIFF") and data[8:12] == b"AVI "
+    is_picture = data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis", b"heic", b"heix", b"mif1")
+    return (data[4:8] in _FIRST_BOXES and not is_picture) or data.startswith(_EBML) or is_avi
+
+
 def container_of(data: bytes) -> str:
     """The container, told by the first bytes.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -91,6 +92,11 @@ def list_frames(
     keys = np.array([n for n, packet in enumerate(packets) if packet.is_keyframe] or [0], np.int64)
     position = np.array([n for n in range(keys[0], len(packets)) if shown[n]], np.int64)
     times = [packets[n].pts for n in position]
+    if reorders and times and times[0] is not None:
+        # A cut open group: what was shown before its keyframe has times below zero, which Matroska cannot store, and no
+        # decoder gives it.
+        num_cut = len(list(takewhile(lambda time: time is None, times[1:])))
+        position, times = np.delete(position, slice(1, 1 + num_cut)), times[:1] + times[1 + num_cut :]
     key_times = [packets[n].pts for n in keys]
     counted = tick_s is None or None in times or None in key_times or len(set(times)) < len(times)
     if tick_s is None or counted:

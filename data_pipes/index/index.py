@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 
-from data_pipes.errors import ShardError
+from data_pipes.errors import EmptyShardError, ShardError
 from data_pipes.index.progress import IndexJournal
 from data_pipes.index.walk import index_shard
 from data_pipes.shards.index_file import ShardIndex
@@ -25,6 +25,9 @@ from data_pipes.shards.load_index import read_index
 from data_pipes.shards.manifest import Manifest, ShardEntry, check_class_names, index_url
 from data_pipes.store.storage import Storage
 from data_pipes.store.urls import check_url, is_remote, join_url, local_path, scheme_of
+
+_MAX_SHOWN = 50
+"""Shards that cannot be used whose errors are shown; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class IndexedShard:
     """Whether an index that was there is still valid, so that the shard was not walked."""
     num_skipped: int
     """Members that belong to no sample, see ShardIndex."""
+    extensions: tuple[str, ...]
+    """Of the members of its samples."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ def index_shards(
     force: bool = False,
     workers: int = 1,
     allow_missing_end: bool = False,
+    allow_empty: bool = False,
     on_shard: Callable[[IndexedShard], None] | None = None,
     storage: Storage | None = None,
 ) -> Manifest:
@@ -79,6 +85,7 @@ def index_shards(
         force: index again what has a valid index.
         workers: processes that walk the shards.
         allow_missing_end: see `walk_tar`.
+        allow_empty: leave shards without a sample out of the manifest, instead of failing.
         on_shard: called for each shard in order, for progress.
         storage: for objects; None: one with the default settings.
 
@@ -87,7 +94,8 @@ def index_shards(
 
     Raises:
         ValueError: a class name or a URL cannot be used, or `workers` is below 1.
-        ShardError: there is no shard, the same shard is given twice, nothing can be written, or see `index_shard`.
+        ShardError: there is no shard, the same shard is given twice, nothing can be written, or see `index_shard`; all
+            shards are looked at, and the message names all that cannot be used.
         StorageError: a store cannot be used.
     """
     root, places = _place(out_dir), [_place(shard) for shard in shards]
@@ -106,14 +114,18 @@ def index_shards(
         url = _relative_to(place, root)
         known = journal.known.get(url) if journal is not None else None
         jobs.append(_Job(place, index_url(place, url, index_root), url, known, storage))
-    entries = []
+    entries, errors = [], list[ShardError]()
     try:
         for indexed in _index_all(jobs, workers, force, allow_missing_end):
+            if isinstance(indexed, ShardError):
+                errors.append(indexed)
+                continue
             entries.append(indexed.entry)
             if journal is not None and not indexed.kept:
                 journal.add(indexed.entry)
             if on_shard is not None:
                 on_shard(indexed)
+        _refuse(errors, len(jobs), allow_empty)
     except BaseException:
         with suppress(ShardError):
             if journal is not None:
@@ -131,17 +143,48 @@ def index_shards(
     return manifest
 
 
-def _index_all(jobs: Sequence[_Job], workers: int, force: bool, allow_missing_end: bool) -> Iterator[IndexedShard]:
+def _refuse(errors: Sequence[ShardError], num_shards: int, allow_empty: bool) -> None:
+    """Fails with all that is wrong, so that it can be mended at once.
+
+    Args:
+        errors: of single shards.
+        num_shards: of the data set.
+        allow_empty: whether shards without a sample may be left out, as long as others have some.
+
+    Raises:
+        ShardError: there is an error that is not allowed.
+    """
+    is_rest_empty = len(errors) == num_shards
+    wrong = [e for e in errors if not allow_empty or is_rest_empty or not isinstance(e, EmptyShardError)]
+    if len(wrong) == 1:
+        raise wrong[0]
+    if wrong:
+        more = f"\n  and {len(wrong) - _MAX_SHOWN:,} more" if len(wrong) > _MAX_SHOWN else ""
+        shown = "".join(f"\n  {error}" for error in wrong[:_MAX_SHOWN])
+        raise ShardError(f"{len(wrong):,} of {num_shards:,} shards cannot be used:{shown}{more}")
+
+
+def _index_all(
+    jobs: Sequence[_Job], workers: int, force: bool, allow_missing_end: bool
+) -> Iterator[IndexedShard | ShardError]:
     """Indexes the shards in several processes and gives the reports in order; objects in memory are known to this
     process alone, so with these it works alone.
     """
     workers = 1 if any(scheme_of(job.place) == "memory" for job in jobs) else min(workers, len(jobs))
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else None
     try:
-        yield from (pool.map if pool else map)(_index_or_keep, jobs, repeat(force), repeat(allow_missing_end))
+        yield from (pool.map if pool else map)(_index_or_error, jobs, repeat(force), repeat(allow_missing_end))
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
+
+
+def _index_or_error(job: _Job, force: bool, allow_missing_end: bool) -> IndexedShard | ShardError:
+    """The report of one shard, or what is wrong with it."""
+    try:
+        return _index_or_keep(job, force, allow_missing_end)
+    except ShardError as error:
+        return error
 
 
 def _index_or_keep(job: _Job, force: bool, allow_missing_end: bool) -> IndexedShard:
@@ -152,10 +195,14 @@ def _index_or_keep(job: _Job, force: bool, allow_missing_end: bool) -> IndexedSh
     index = None if force else _valid_index(shard, index_file, allow_missing_end)
     if index is not None:
         digest = hashlib.sha256(index_file.read_bytes()).hexdigest()
-        return IndexedShard(ShardEntry(job.url, index.num_samples, index.size_bytes, digest), True, index.num_skipped)
+        return IndexedShard(
+            ShardEntry(job.url, index.num_samples, index.size_bytes, digest), True, index.num_skipped, index.extensions
+        )
     index = index_shard(shard, allow_missing_end=allow_missing_end)
     digest = _save(index, job)
-    return IndexedShard(ShardEntry(job.url, index.num_samples, index.size_bytes, digest), False, index.num_skipped)
+    return IndexedShard(
+        ShardEntry(job.url, index.num_samples, index.size_bytes, digest), False, index.num_skipped, index.extensions
+    )
 
 
 def _index_or_keep_object(job: _Job, force: bool, allow_missing_end: bool) -> IndexedShard:
@@ -167,13 +214,13 @@ def _index_or_keep_object(job: _Job, force: bool, allow_missing_end: bool) -> In
         with suppress(ShardError, OSError):
             index = read_index(job.index_place, known.index_sha256, job.storage)
         if index and index.size_bytes == info.size_bytes and (index.has_end_marker or allow_missing_end):
-            return IndexedShard(known, True, index.num_skipped)
+            return IndexedShard(known, True, index.num_skipped, index.extensions)
     index = index_shard(job.place, allow_missing_end=allow_missing_end, storage=job.storage)
     after = job.storage.info(job.place)
     if after != info or index.size_bytes != info.size_bytes:
         raise ShardError(f"{job.place}: the object was replaced while it was indexed; run `tessera index` again")
     entry = ShardEntry(job.url, index.num_samples, index.size_bytes, _save(index, job), info.etag)
-    return IndexedShard(entry, False, index.num_skipped)
+    return IndexedShard(entry, False, index.num_skipped, index.extensions)
 
 
 def _save(index: ShardIndex, job: _Job) -> str:

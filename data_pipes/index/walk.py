@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_pipes.errors import ShardError
+from data_pipes.errors import EmptyShardError, ShardError
 from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.tar import TarMember, TarProblem, walk_tar
 from data_pipes.store.storage import Storage
@@ -154,9 +154,10 @@ def index_shard(
         storage: for an object; None: one with the default settings.
 
     Raises:
+        EmptyShardError: a shard without a sample.
         ShardError: truncation anywhere, a zero block in mid-file, a bad checksum, an absolute name or one with `..`, a
-            link or a device, members of one key that are not adjacent, a repeated extension in a sample, a compressed
-            file, or a shard without a sample.
+            link or a device, members of one key that are not adjacent, a repeated extension in a sample, or a
+            compressed file.
         StorageError: the store cannot be used.
     """
     path = os.fspath(place)
@@ -178,9 +179,9 @@ def index_shard(
             ) from problem
     if not builder.keys:
         skipped = f" ({builder.num_skipped} members were skipped)" if builder.num_skipped else ""
-        raise ShardError(
-            f"{path}: the shard holds no sample{skipped}; expected members named KEY.EXTENSION; remove the "
-            "shard or pack it again"
+        raise EmptyShardError(
+            f"{path}: the shard holds no sample{skipped}; expected members named KEY.EXTENSION; remove the shard, pack "
+            "it again, or leave such shards out with --allow-empty"
         )
     return builder.finish(size_bytes, has_end_marker=size_bytes - end >= 1024)
 

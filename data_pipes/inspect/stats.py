@@ -18,9 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipes.decode import tiff
-from data_pipes.decode.picture import NUMPY_MAGIC, numpy_header, pil_formats
+from data_pipes.decode import npy, tiff, tiff_tags
+from data_pipes.decode.formats import refuse_unread
+from data_pipes.decode.pil import pil_formats
+from data_pipes.decode.video import VIDEO_EXTENSIONS
 from data_pipes.errors import DecodeError, SampleError
+from data_pipes.inspect.content import Check
 from data_pipes.order.hashing import feistel, hash_words
 from data_pipes.shards.collection import Place
 from data_pipes.shards.load_index import load_index
@@ -104,6 +107,7 @@ def dataset_statistics(
     num_read: int = 1000,
     seed: int = 0,
     label_key: str = "label",
+    member: str | None = None,
     storage: Storage | None = None,
     threads: int = 8,
     on_shard: Callable[[], None] | None = None,
@@ -115,6 +119,7 @@ def dataset_statistics(
         num_read: samples that are read for labels and picture headers, at most.
         seed: chooses these samples.
         label_key: see `label_of`.
+        member: which member is the picture, see `DataConfig.image_member`; None: what has a known ending.
         storage: for a data set in a store; None: one with the default settings.
         threads: index files that are read at once.
         on_shard: called after each shard, for progress.
@@ -142,7 +147,10 @@ def dataset_statistics(
         "shard_bytes": _spread([shard.size_bytes for shard in manifest.shards]),
         "sample_bytes": total.sizes.summary(),
         "extensions": extensions,
-        "sampled": _read_some(manifest, min(num_read, num_samples), seed, label_key, storage) if num_read else {},
+        "media": [name for name in extensions if name in Check(member=member).media],
+        "sampled": _read_some(manifest, min(num_read, num_samples), seed, label_key, member, storage)
+        if num_read
+        else {},
     }
 
 
@@ -164,14 +172,17 @@ def _spread(values: Sequence[int]) -> dict[str, float]:
     return {"min": min(values), "mean": round(sum(values) / len(values), 1), "max": max(values)}
 
 
-def _read_some(manifest: Manifest, num_read: int, seed: int, label_key: str, storage: Storage) -> dict[str, object]:
+def _read_some(
+    manifest: Manifest, num_read: int, seed: int, label_key: str, member: str | None, storage: Storage
+) -> dict[str, object]:
     """Counts labels and picture headers in `num_read` samples."""
     ends = np.cumsum([shard.num_samples for shard in manifest.shards])
     drawn = np.sort(feistel(np.arange(num_read), manifest.num_samples, hash_words(seed, _DRAW)))
     shards = np.searchsorted(ends, drawn, side="right")
     firsts = ends[shards] - np.array([manifest.shards[shard].num_samples for shard in shards.tolist()], np.int64)
     places = [Place(*place) for place in zip(shards.tolist(), (drawn - firsts).tolist(), strict=True)]
-    reader = ShardReader(manifest, (*IMAGE_EXTENSIONS, *LABEL_EXTENSIONS), storage)
+    pictures = IMAGE_EXTENSIONS if member is None else (member,)
+    reader = ShardReader(manifest, (*pictures, *LABEL_EXTENSIONS), storage)
     labels: Counter[int] = Counter()
     kinds: Counter[str] = Counter()
     bad: Counter[str] = Counter()
@@ -183,8 +194,12 @@ def _read_some(manifest: Manifest, num_read: int, seed: int, label_key: str, sto
                 labels[label_of(raw, manifest.classes, label_key)] += 1
             except SampleError as error:
                 bad[error.cause] += 1
+            video = next((name for name in raw.found if name in VIDEO_EXTENSIONS), None)
+            if video is not None and not any(name in raw.members for name in IMAGE_EXTENSIONS):
+                kinds[f"{video} (video, not opened)"] += 1
+                continue
             try:
-                kind, height, width = picture_header(raw)
+                kind, height, width = picture_header(raw, member)
             except SampleError as error:
                 bad[error.cause] += 1
             else:
@@ -219,8 +234,12 @@ def _class_name(manifest: Manifest, label: int) -> str | None:
     return manifest.classes[label] if label < len(manifest.classes) else None
 
 
-def picture_header(raw: RawSample) -> tuple[str, int, int]:
+def picture_header(raw: RawSample, member: str | None = None) -> tuple[str, int, int]:
     """What the header of a sample's picture says; nothing is decoded.
+
+    Args:
+        raw: the sample.
+        member: see `encoded_picture`.
 
     Returns:
         Format and mode in words, height and width in pixels.
@@ -228,16 +247,19 @@ def picture_header(raw: RawSample) -> tuple[str, int, int]:
     Raises:
         SampleError: the sample has no picture, or its header cannot be read.
     """
-    data = encoded_picture(raw)
-    if data.startswith(tiff.MAGICS):
+    data = encoded_picture(raw, member)
+    refuse_unread(data)
+    if data.startswith(tiff_tags.MAGICS):
         height, width, channels, bits = tiff.describe(data)
         return f"TIFF {channels} x {bits} bit", height, width
     try:
-        if data.startswith(NUMPY_MAGIC):
-            shape, dtype = numpy_header(io.BytesIO(data))
+        if data.startswith(npy.MAGIC):
+            shape, dtype, *_ = npy.read_header(data)
             return f"NPY {(*shape, 1)[2]} x {dtype.itemsize * 8} bit", shape[0], shape[1]
         with Image.open(io.BytesIO(data), formats=pil_formats()) as picture:
             depth = " 16 bit" if picture.format == "PNG" and data[24:25] == b"\x10" else ""
-            return f"{picture.format} {picture.mode}{depth}", picture.height, picture.width
+            is_moving = picture.format != "MPO" and getattr(picture, "is_animated", False)  # of MPO: thumbnails
+            moving = ", animated (the first frame is read)" if is_moving else ""
+            return f"{picture.format} {picture.mode}{depth}{moving}", picture.height, picture.width
     except Exception as error:  # as in data_pipes.decode.picture: parsers raise nearly anything
         raise DecodeError("decode", f"no readable header ({type(error).__name__}: {error})") from error

@@ -3,16 +3,15 @@
 Enters: a manifest, on any storage. Leaves: a `Verdict` per shard with its `Flaw`s. Why it exists: copies get cut, disks
 flip bits, and a run should not be where that is found out.
 
-Without decoding, these are found: a missing shard, another size, an index that is not the manifest's, and any damage to
-any header, as the strict walk must give the very index that is there. The bytes of the members have no checksum in a
-plain tar: damage there is found only by decoding, as far as the format of the picture notices (PNG always, as every
-checksum is compared; JPEG often not; arrays, BMP and uncompressed TIFF never).
+Without decoding, these are found: a missing shard, another size, an index that is not the manifest's, samples without a
+picture or video, and any damage to any header, as the strict walk must give the very index that is there. The bytes of
+the members have no checksum in a plain tar: damage there is found only by decoding, as far as the format of the picture
+notices (PNG always, as every checksum is compared; JPEG often not; arrays, BMP and uncompressed TIFF never).
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -21,31 +20,20 @@ from itertools import islice
 
 import torch
 
-from data_pipes.decode.limits import DEFAULT_MAX_PIXELS
-from data_pipes.decode.picture import PNG_MAGIC, decode_image
-from data_pipes.errors import DecodeError, SampleError, ShardError
+from data_pipes.errors import ShardError
 from data_pipes.index.walk import index_shard
+from data_pipes.inspect.content import NO_MEDIA, Check, Decoded, Found, sample_flaws, samples_without_media
 from data_pipes.shards.collection import Place
 from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.load_index import load_index
 from data_pipes.shards.manifest import Manifest
-from data_pipes.shards.members import (
-    CAPTION_EXTENSIONS,
-    IMAGE_EXTENSIONS,
-    LABEL_EXTENSIONS,
-    caption_of,
-    encoded_picture,
-    label_of,
-)
-from data_pipes.shards.reader import RawSample, ShardReader
+from data_pipes.shards.reader import ShardReader
 from data_pipes.store.storage import Storage
 
 _MAX_FLAWS = 10_000
 """Flaws that are listed per shard; all are counted."""
 _AT_ONCE = 64
 """Samples that are requested together."""
-_Found = tuple[str | None, str, str]
-"""Key, cause and error of a `Flaw`."""
 
 
 @dataclass(frozen=True)
@@ -72,22 +60,16 @@ class Verdict:
     num_samples: int
     """Number of samples that the manifest says."""
     num_decoded: int
-    """Pictures that were decoded."""
+    """Pictures and videos that were decoded."""
     num_flaws: int
     flaws: tuple[Flaw, ...]
     """The first flaws, at most `_MAX_FLAWS`."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """What is checked beyond the headers."""
-
-    decode: bool = False
-    """Whether every picture is decoded, and every label and caption read."""
-    label_key: str = "label"
-    """The key of labels in `json` members."""
-    max_pixels: int = DEFAULT_MAX_PIXELS
-    """Pixels of a picture (height * width), at most."""
+    extensions: tuple[str, ...] = ()
+    """Of the shard's members."""
+    num_videos: int = 0
+    """Of what was decoded."""
+    num_without_media: int = 0
+    """Samples that have no picture, no video and no tensor; each is a flaw too."""
 
 
 def verify(manifest: Manifest, check: Check, workers: int = 1) -> Iterator[Verdict]:
@@ -148,19 +130,25 @@ def verify_shard(manifest: Manifest, check: Check, shard: int, storage: Storage)
     """
     entry = manifest.shards[shard]
     flaws: list[Flaw] = []
-    num_decoded = num_flaws = 0
+    num_decoded = num_videos = num_flaws = num_without_media = 0
     for found in _flaws(manifest, check, shard, storage):
-        if found is None:
-            num_decoded += 1
+        if isinstance(found, str):
+            num_decoded, num_videos = num_decoded + 1, num_videos + (found == "video")
             continue
         num_flaws += 1
+        num_without_media += found[1] == NO_MEDIA
         if len(flaws) < _MAX_FLAWS:
             flaws.append(Flaw(entry.url, *found))
-    return Verdict(entry.url, entry.num_samples, num_decoded, num_flaws, tuple(flaws))
+    extensions: tuple[str, ...] = ()
+    if num_without_media:
+        extensions = load_index(manifest, shard, storage).extensions
+    return Verdict(
+        entry.url, entry.num_samples, num_decoded, num_flaws, tuple(flaws), extensions, num_videos, num_without_media
+    )
 
 
-def _flaws(manifest: Manifest, check: Check, shard: int, storage: Storage) -> Iterator[_Found | None]:
-    """Gives each flaw of a shard, and None for each picture that was decoded."""
+def _flaws(manifest: Manifest, check: Check, shard: int, storage: Storage) -> Iterator[Found | Decoded]:
+    """Gives each flaw of a shard, and what was decoded."""
     url, entry, index = manifest.shard_url(shard), manifest.shards[shard], None
     try:
         index = load_index(manifest, shard, storage)
@@ -181,6 +169,7 @@ def _flaws(manifest: Manifest, check: Check, shard: int, storage: Storage) -> It
     if walked.to_bytes() != index.to_bytes():
         yield None, "index", f"{url}: {_difference(walked, index)}; run `tessera index` again"
         return
+    yield from samples_without_media(index, check)
     if check.decode:
         yield from _content_flaws(manifest, check, shard, storage)
 
@@ -195,54 +184,13 @@ def _difference(walked: ShardIndex, index: ShardIndex) -> str:
     return "its headers are not those that were indexed"
 
 
-def _content_flaws(manifest: Manifest, check: Check, shard: int, storage: Storage) -> Iterator[_Found | None]:
-    """Gives each flaw in the samples of a shard, and None for each picture that was decoded."""
-    reader = ShardReader(manifest, {*IMAGE_EXTENSIONS, *LABEL_EXTENSIONS, *CAPTION_EXTENSIONS}, storage)
+def _content_flaws(manifest: Manifest, check: Check, shard: int, storage: Storage) -> Iterator[Found | Decoded]:
+    """Gives each flaw in the samples of a shard, and what was decoded."""
+    reader = ShardReader(manifest, check.read, storage)
     places = [Place(shard, sample) for sample in range(manifest.shards[shard].num_samples)]
     try:
         for start in range(0, len(places), _AT_ONCE):
             for raw in reader.read_many(places[start : start + _AT_ONCE]):
-                yield from _sample_flaws(raw, manifest, check)
+                yield from sample_flaws(raw, manifest.classes, check)
     except (ShardError, OSError) as error:  # its storage fails, or another object stands there now
         yield None, "shard", str(error)
-
-
-def _check_picture(data: bytes, max_pixels: int) -> None:
-    """Decodes a picture; of a PNG also every checksum is compared, which decoding does not do once the pixels are
-    complete.
-
-    Raises:
-        DecodeError: see `decode_image`; "checksum" for a damaged PNG that still decodes.
-    """
-    decode_image(data, None, max_pixels)
-    if not data.startswith(PNG_MAGIC):
-        return
-    start, part = len(PNG_MAGIC), b""
-    while part != b"IEND":
-        length = int.from_bytes(data[start : start + 4], "big")
-        part, checksum = data[start + 4 : start + 8 + length], data[start + 8 + length : start + 12 + length]
-        if len(checksum) < 4 or zlib.crc32(part) != int.from_bytes(checksum, "big"):
-            found = f"the part {part[:4]!r} at byte {start:,} is cut or has a wrong checksum"
-            raise DecodeError("checksum", f"damaged PNG that still decodes: {found}")
-        start += 12 + length
-
-
-def _sample_flaws(raw: RawSample, manifest: Manifest, check: Check) -> Iterator[_Found | None]:
-    """Gives each flaw of a sample, and None for a picture that was decoded."""
-    has_picture = any(extension in raw.members for extension in IMAGE_EXTENSIONS)
-    checks = (
-        lambda: label_of(raw, manifest.classes, check.label_key),
-        lambda: caption_of(raw),
-        lambda: _check_picture(encoded_picture(raw), check.max_pixels) if has_picture else None,
-    )
-    seen: set[tuple[str, str]] = set()
-    for part in checks:
-        try:
-            part()
-        except SampleError as error:
-            if (error.cause, str(error)) not in seen:  # broken JSON is met as label and as caption
-                seen.add((error.cause, str(error)))
-                yield raw.key, error.cause, str(error)
-            has_picture = has_picture and part is not checks[2]
-    if has_picture:
-        yield None

@@ -34,6 +34,7 @@ from data_pipes.order.hashing import feistel, hash64, hash_words
 from data_pipes.shards.reader import RawSample
 from data_pipes.shards.tar import TarMember, TarProblem
 from data_pipes.shards.tar_stream import walk_tar_stream
+from data_pipes.shards.wanted import WantedMembers
 from data_pipes.store.counters import Counters
 from data_pipes.store.errors import StorageError
 from data_pipes.store.storage import Storage
@@ -123,7 +124,7 @@ class SampleStream:
         self.urls, self.storage, self.config = list(urls), storage, config
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.counters = Counters()
-        self._extensions = frozenset(extensions)
+        self._extensions = WantedMembers(extensions)
 
     def samples(self, position: int) -> Iterator[tuple[str, RawSample]]:
         """The samples, a pure function of (urls, seed, rank, world size, position).
@@ -177,7 +178,7 @@ class SampleStream:
 
 
 def read_members(
-    url: str, storage: Storage, extensions: frozenset[str], max_member_bytes: int
+    url: str, storage: Storage, extensions: WantedMembers, max_member_bytes: int
 ) -> Iterator[tuple[str, bytes | None]]:
     """The members of a shard that belong to samples.
 

@@ -1,31 +1,42 @@
 """Labels from a list, as Kinetics and Something-Something come with: one line per file.
 
-Enters: a text file of `path,label` or `path label` lines. Leaves: which class each file of a source has. Why it exists:
+Enters: a text file (see data_pipes.pack.list_format). Leaves: which class each file of a source has. Why it exists:
 video sets are handed out as one folder of files and a list per split.
 
-With commas the file is read as CSV, and a first line that names the columns (path, video, file or id; label or class)
-chooses among more than two. Without commas, a line is a path, white space, and a label without white space. Labels that
-are all numbers are the classes 0, 1, ... up to the largest; names are sorted. A path is that of a file below the
-source; its suffix may be left out (Something-Something: `78687` for `78687.webm`), and folders that lie above the
-source may stand before it.
+Labels that are all numbers without a leading zero are the classes 0, 1, ... up to the largest; all others are names,
+`001` too, and names are sorted. `-1` means that a file has no label. A path is that of a file below the source; its
+suffix may be left out (Something-Something: `78687` for `78687.webm`), and folders that lie above the source may stand
+before it.
 """
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
+from data_pipes.decode.formats import FILE_EXTENSIONS
+from data_pipes.decode.video import VIDEO_EXTENSIONS
+from data_pipes.pack.list_format import ListFormat, Row, parse_list
 from data_pipes.pack.sources import natural_key
 from data_pipes.shards.manifest import check_class_names
 
-_PATH_COLUMNS = ("path", "video", "video_path", "file", "filename", "id", "video_id")
-"""Titles of the column with the paths."""
-_LABEL_COLUMNS = ("label", "class", "class_name")
-"""Titles of the column with the labels."""
+NO_LABEL = "-1"
+"""The label of files that have none."""
 _MAX_CLASSES = 1_000_000
 """Numbers of classes are below this; a larger one is taken for something else, such as an id."""
+
+
+class Matched(NamedTuple):
+    """A list of labels and the files of a source."""
+
+    label_of: dict[str, str]
+    """Name of a file -> its label."""
+    missing: list[str]
+    """Paths of the list that are no file of the source."""
+    unlabelled: list[str]
+    """Files that are in the list and have no label."""
 
 
 @dataclass(frozen=True)
@@ -36,27 +47,28 @@ class LabelList:
     """The path of the list, for messages."""
     label_of: dict[str, str]
     """Path of a file, as the list has it -> label."""
+    understood: str = ""
+    """How the list was read, in words."""
+    first: Row | None = None
+    """The first line, where nothing says whether it has titles."""
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes; numbers count from 0 to the largest."""
-        names = set(self.label_of.values())
-        if all(map(_is_number, names)):
+        names = set(self.label_of.values()) - {NO_LABEL}
+        if names and all(map(_is_number, names)):
             return tuple(str(number) for number in range(max(map(int, names)) + 1))
-        return check_class_names(sorted(names, key=natural_key))
+        return check_class_names(sorted(names, key=natural_key)) if names else ()
 
-    def match(self, names: Sequence[str], title: str) -> tuple[dict[str, str], list[str]]:
+    def match(self, names: Sequence[str], title: str) -> Matched:
         """Finds the files that the list is about.
 
         Args:
             names: of the source's files.
             title: of the source, for messages.
 
-        Returns:
-            The label of each file by its name, and the paths of the list that are no file of the source.
-
         Raises:
-            ValueError: no path fits, or two lines give one file two labels.
+            ValueError: no path fits, two lines give one file two labels, or the first line looks like titles.
         """
         known = set(names)
         by_stem: dict[str, str | None] = {}
@@ -74,9 +86,24 @@ class LabelList:
         if not found:
             raise ValueError(
                 f"{self.place}: none of its {len(missing):,} paths is a file of {title}, e.g. {missing[0]!r}; expected "
-                f"paths below it, as {names[0]!r}"
+                f"paths below it, as {names[0]!r}; the list was read as {self.understood}; if that is wrong, use "
+                "--columns and --delimiter"
             )
-        return found, missing
+        if self.first is not None and self.first.path in missing:
+            self._refuse_titles(self.first)
+        unlabelled = [name for name, label in found.items() if label == NO_LABEL]
+        labelled = {name: label for name, label in found.items() if label != NO_LABEL}
+        return Matched(labelled, missing, unlabelled)
+
+    def _refuse_titles(self, first: Row) -> None:
+        """Refuses a first line that looks like titles which nobody declared: its label would become a class."""
+        suffix = PurePosixPath(first.path.lower()).suffix[1:]
+        is_alone = list(self.label_of.values()).count(first.label) == 1
+        if is_alone and suffix not in (*FILE_EXTENSIONS, *VIDEO_EXTENSIONS) and not any(map(str.isdigit, first.path)):
+            raise ValueError(
+                f"{self.place}, line {first.line}: {first.path!r} is no file and looks like a title; say "
+                f"--columns image={first.path},label={first.label}, or --columns image=0,label=1 if it is a file"
+            )
 
 
 def _find(path: str, known: set[str], by_stem: dict[str, str | None]) -> str | None:
@@ -97,9 +124,12 @@ def _find(path: str, known: set[str], by_stem: dict[str, str | None]) -> str | N
     return None
 
 
-def read_labels(path: Path) -> LabelList:
+def read_labels(path: Path, form: ListFormat | None = None) -> LabelList:
     """Reads a list of labels.
 
+    Args:
+        path: of the list.
+        form: what is said about its form; None: nothing.
     Raises:
         ValueError: the file is no list of labels; the message has the number of the line.
         OSError: the file cannot be read.
@@ -108,53 +138,26 @@ def read_labels(path: Path) -> LabelList:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: no UTF-8 text ({error.reason} at byte {error.start})") from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not lines:
-        raise ValueError(f"{path}: the list of labels is empty; expected lines of `path,label` or `path label`")
-    pairs = _from_csv(path, lines) if "," in lines[0][1] else _from_words(path, lines)
+    form = form or ListFormat()
+    rows, has_titles, understood = parse_list(str(path), text, form)
     label_of: dict[str, str] = {}
-    for number, name, label in pairs:
+    for number, name, label in rows:
         if not name or not label:
             raise ValueError(
                 f"{path}, line {number}: found {name!r} with the label {label!r}; expected a path and a label"
             )
         if label_of.setdefault(name, label) != label:
             raise ValueError(f"{path}, line {number}: {name} has the labels {label_of[name]!r} and {label!r}")
-    largest = max((int(label) for label in label_of.values() if _is_number(label)), default=0)
+    if not label_of:
+        raise ValueError(f"{path}: the list of labels has titles and no line behind them")
+    labels = LabelList(str(path), label_of, understood, None if has_titles or form.image is not None else rows[0])
+    names = set(label_of.values()) - {NO_LABEL}
+    largest = max(map(int, names), default=0) if all(map(_is_number, names)) else 0
     if largest >= _MAX_CLASSES:
         raise ValueError(f"{path}: the label {largest}; expected numbers of classes, counted from 0")
-    return LabelList(str(path), label_of)
-
-
-def _from_csv(path: Path, lines: list[tuple[int, str]]) -> Iterator[tuple[int, str, str]]:
-    """The number of each line, its path and its label."""
-    rows = [(number, [cell.strip() for cell in next(csv.reader([line]))]) for number, line in lines]
-    titles = [cell.lower() for cell in rows[0][1]]
-    paths = [column for column, title in enumerate(titles) if title in _PATH_COLUMNS]
-    labels = [column for column, title in enumerate(titles) if title in _LABEL_COLUMNS]
-    has_titles = bool(paths and labels)
-    if not has_titles and len(titles) != 2:
-        raise ValueError(
-            f"{path}, line {rows[0][0]}: {len(titles)} columns; expected `path,label`, or a first line that names the "
-            f"columns, one of {', '.join(_PATH_COLUMNS)} and one of {', '.join(_LABEL_COLUMNS)}"
-        )
-    path_column, label_column = (paths[0], labels[0]) if has_titles else (0, 1)
-    for number, row in rows[has_titles:]:
-        if len(row) != len(titles):
-            raise ValueError(f"{path}, line {number}: {len(row)} columns; expected {len(titles)} as in the first line")
-        yield number, row[path_column], row[label_column]
-
-
-def _from_words(path: Path, lines: list[tuple[int, str]]) -> Iterator[tuple[int, str, str]]:
-    """The number of each line, its path, which may have blanks, and its label."""
-    for number, line in lines:
-        words = line.strip().rsplit(maxsplit=1)
-        if len(words) != 2:
-            raise ValueError(
-                f"{path}, line {number}: found {line.strip()[:80]!r}; expected a path, a blank and a label"
-            )
-        yield number, words[0], words[1]
+    return labels
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 9
+    """Whether it is the number of a class: with a leading zero it is a name."""
+    return text.isascii() and text.isdigit() and len(text) <= 9 and (text == "0" or text[0] != "0")

@@ -10,26 +10,33 @@ Files in one single folder are unlabelled. With a list of labels, folders mean n
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Literal
 
+from data_pipes.decode.formats import FILE_EXTENSIONS
 from data_pipes.decode.video import VIDEO_EXTENSIONS
-from data_pipes.pack.label_lists import LabelList
+from data_pipes.pack.label_lists import NO_LABEL, LabelList
 from data_pipes.pack.sources import Source, SourceFile, natural_key
 from data_pipes.shards.manifest import check_class_names
 
 Media = Literal["pictures", "videos"]
 SUFFIXES: Mapping[Media, frozenset[str]] = {
-    "pictures": frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}),
+    "pictures": frozenset(f".{extension}" for extension in FILE_EXTENSIONS),
     "videos": frozenset(f".{extension}" for extension in VIDEO_EXTENSIONS),
 }
 """Suffixes of the files of each kind, in lower case."""
 MAX_FILE_BYTES = 1 << 30
 """A picture or a short video is smaller; a larger declared size is an attack on the memory or a mistake."""
 
+_SYSTEM_FOLDERS = frozenset({
+    "@eaDir", "@tmp", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "__MACOSX",
+    "lost+found",
+})  # fmt: skip
+"""Folders that network storage, Windows, macOS and Linux make: thumbnails, waste, the forks of zips."""
 _SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
 """Folders with these names only are taken for splits, not for classes."""
 
@@ -85,7 +92,7 @@ def list_source(
         ValueError: the source has neither pictures nor videos, or has both; files lie beside class folders; folders are
             splits and not classes; a file is larger than `MAX_FILE_BYTES`; a class is not in `classes`.
     """
-    media, files, ignored = _chosen_files(source, media)
+    media, files, ignored = _chosen_files(source, media, labels is not None)
     files.sort(key=lambda file: natural_key(file.name))
     for before, after in pairwise(files):
         if before.name == after.name:
@@ -93,19 +100,23 @@ def list_source(
     label_names: dict[str, str] = {}
     missing: list[str] = []
     if labels is not None:
-        label_names, missing = labels.match([file.name for file in files], source.title)
-        ignored += [file.name for file in files if file.name not in label_names]
-        files = [file for file in files if file.name in label_names]
+        label_names, missing, unlabelled = labels.match([file.name for file in files], source.title)
+        listed = {*label_names, *unlabelled}
+        ignored += [file.name for file in files if file.name not in listed]
+        files = [file for file in files if file.name in listed]
     depth = _wrapping_depth([file.name for file in files], frozenset(classes or ()))
     names = ["/".join(file.name.split("/")[depth:]) for file in files]
     if labels is not None:
-        found, of_file = labels.classes, [label_names[file.name] for file in files]
+        found, of_file = labels.classes, [label_names.get(file.name, NO_LABEL) for file in files]
     else:
         found, of_file = _class_names(source, names, media), [name.split("/")[0] for name in names]
     if classes is not None:
-        _check_known(source, sorted(set(of_file), key=natural_key) if found else (), classes)
+        known = {*of_file} - {NO_LABEL} if labels is not None else {*of_file}
+        _check_known(source, sorted(known, key=natural_key) if found else (), classes)
         found = tuple(classes)
     label_of = {name: label for label, name in enumerate(found)}
+    if labels is not None:
+        label_of[NO_LABEL] = -1
     entries = [
         Entry(key, label_of[class_name] if found else -1, file)
         for key, class_name, file in zip(_keys(names), of_file, files, strict=True)
@@ -113,25 +124,61 @@ def list_source(
     return Listing(media, entries, found, sorted(ignored, key=natural_key), missing)
 
 
-def _chosen_files(source: Source, media: Media | None) -> tuple[Media, list[SourceFile], list[str]]:
-    """The kind of files to pack, the files of that kind, and the names of all other files."""
+def describe(listing: Listing, title: str, labels: LabelList | None) -> str:
+    """What was found in a source, in words.
+
+    Args:
+        listing: of the source.
+        title: of the source.
+        labels: the list of labels, where there is one.
+    """
+    counts = Counter(entry.label for entry in listing.entries)
+    shown = [f"{name} ({counts[label]:,})" for label, name in enumerate(listing.classes)]
+    classes = f"{len(shown):,} classes: {', '.join(shown[:6])}" + (", ..." if len(shown) > 6 else "")
+    found = f"{len(listing.entries):,} {listing.media} of {title}, {classes if shown else 'unlabelled'}"
+    if labels is not None:
+        found += f"; {labels.place} read as {labels.understood}, {len(listing.missing):,} of its files missing"
+        first = listing.entries[0]
+        label = listing.classes[first.label] if first.label >= 0 else "no label"
+        found += f"; e.g. {first.file.name} is {label}"
+    num_unlabelled = counts[-1] if shown else 0
+    num_hidden = sum(map(is_hidden, listing.ignored))
+    found += f"; {num_unlabelled:,} without a label" if num_unlabelled else ""
+    return found + (f"; {num_hidden:,} hidden files left out" if num_hidden else "")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file lies in a hidden folder, in one that a system keeps for itself, or is hidden itself."""
+    return any(part.startswith(".") or part in _SYSTEM_FOLDERS for part in name.split("/"))
+
+
+def _chosen_files(source: Source, media: Media | None, is_listed: bool) -> tuple[Media, list[SourceFile], list[str]]:
+    """The kind of files to pack, the files of that kind, and the names of all other files.
+
+    Args:
+        source: the files.
+        media: see `list_source`.
+        is_listed: whether a list of labels says what is packed: it may name hidden files.
+    """
     of_kind: dict[Media, list[SourceFile]] = {"pictures": [], "videos": []}
+    hidden: dict[Media, list[SourceFile]] = {"pictures": [], "videos": []}
     ignored: list[str] = []
     for file in source.files():
         base = file.name.rpartition("/")[2]
         suffix = PurePosixPath(base.lower()).suffix
         kind = next((kind for kind, suffixes in SUFFIXES.items() if suffix in suffixes), None)
-        if kind is None or base.startswith("."):
+        if kind is None or (is_hidden(file.name) and not is_listed):
             ignored.append(file.name)
         else:
-            of_kind[kind].append(file)
+            (hidden if is_hidden(file.name) else of_kind)[kind].append(file)
     if media is None and all(of_kind.values()):
         raise ValueError(
             f"{source.title}: {len(of_kind['pictures']):,} pictures and {len(of_kind['videos']):,} videos; say which "
             "of them to pack, with --media pictures or --media videos"
         )
     media = media or ("videos" if of_kind["videos"] else "pictures")
-    files = of_kind.pop(media)
+    files = of_kind.pop(media) + hidden.pop(media)
+    ignored += [file.name for others in hidden.values() for file in others]
     if not files:
         wanted = ", ".join(sorted(frozenset().union(*(SUFFIXES[kind] for kind in [media, *of_kind]))))
         raise ValueError(

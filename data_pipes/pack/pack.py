@@ -25,7 +25,8 @@ import PIL
 from data_pipes.decode.video_stream import import_av
 from data_pipes.index.index import index_shards
 from data_pipes.pack.label_lists import read_labels
-from data_pipes.pack.listing import Listing, Media, list_source
+from data_pipes.pack.list_format import ListFormat
+from data_pipes.pack.listing import Listing, Media, describe, list_source
 from data_pipes.pack.open_sources import Place, open_sources
 from data_pipes.pack.plan import PackOptions, packing_order, plan_shards, shrink_factors, split_entries
 from data_pipes.pack.record import RECORD_NAME, WORK_FOLDER, begin, locked, refuse_foreign
@@ -65,8 +66,10 @@ def pack(
     media: Media | None = None,
     labels: Place | None = None,
     val_labels: Place | None = None,
+    list_format: ListFormat | None = None,
     options: PackOptions | None = None,
     workers: int = 1,
+    on_understood: Callable[[str], None] | None = None,
     on_plan: Callable[[int, int], None] | None = None,
     on_sample: Callable[[int], None] | None = None,
 ) -> PackResult:
@@ -82,8 +85,10 @@ def pack(
         media: which kind of files; None takes the pictures or the videos, whichever the source has.
         labels: a list of labels (data_pipes.pack.label_lists) instead of class folders.
         val_labels: a list of labels for validation; without `val`, a second list over `source`.
+        list_format: how the lists of labels are written; None: as their lines have it in common.
         options: None means the defaults.
         workers: threads; each of them writes one shard at a time.
+        on_understood: called for each split, before anything is written, with what was found in its source, in words.
         on_plan: called once with the number of files to pack and their bytes in the sources.
         on_sample: called for each file that was handled, with its bytes in its source, from any thread.
 
@@ -99,7 +104,7 @@ def pack(
     root = Path(out)
     refuse_foreign(root)
     opened = open_sources(source, val, val_labels, options.val_fraction)
-    listings = _list_sources(opened, media, {"train": labels, "val": val_labels})
+    listings = _list_sources(opened, media, {"train": labels, "val": val_labels}, list_format, on_understood)
     media = listings["train"].media
     missing = _missing(opened, listings, options)
     identity = _identity(opened, listings, options)
@@ -129,7 +134,11 @@ def pack(
 
 
 def _list_sources(
-    opened: dict[str, Source], media: Media | None, labels: dict[str, Place | None]
+    opened: dict[str, Source],
+    media: Media | None,
+    labels: dict[str, Place | None],
+    list_format: ListFormat | None,
+    on_understood: Callable[[str], None] | None,
 ) -> dict[str, Listing]:
     """What is packed of each source; the kind of files and the classes of validation are those of training.
 
@@ -137,15 +146,19 @@ def _list_sources(
         opened: the source of each split, training first.
         media: see `pack`.
         labels: the list of labels of each split, where there is one.
+        list_format: see `pack`.
+        on_understood: see `pack`.
     """
     listings: dict[str, Listing] = {}
     for split, source in opened.items():
         place = labels[split]
-        lines = None if place is None else read_labels(Path(place))
+        lines = None if place is None else read_labels(Path(place), list_format)
         first = listings.get("train")
         listings[split] = list_source(
             source, first.media if first else media, first.classes if first else None, labels=lines
         )
+        if on_understood is not None:
+            on_understood(f"{split}: {describe(listings[split], source.title, lines)}")
     return listings
 
 
@@ -153,17 +166,17 @@ def _missing(opened: dict[str, Source], listings: dict[str, Listing], options: P
     """The files that a list of labels names and its source does not have.
 
     Raises:
-        UnreadableFile: there are some, and `options.skip_unreadable` is off.
+        UnreadableFile: there are some, and `options.skip_missing` is off.
     """
     missing = [
         {"split": split, "name": name, "cause": "missing", "error": f"{opened[split].title}: {name} is not there"}
         for split, listing in listings.items()
         for name in listing.missing
     ]
-    if missing and not options.skip_unreadable:
+    if missing and not options.skip_missing:
         raise UnreadableFile(
             f"{missing[0]['error']}, and {len(missing) - 1:,} more of the list of labels; complete the source, or "
-            "leave out and list such files with --skip-unreadable",
+            "leave out and list such files with --skip-missing",
             "missing",
         )
     return missing
@@ -187,6 +200,8 @@ def _identity(opened: dict[str, Source], listings: dict[str, Listing], options: 
     """
     media = listings["train"].media
     settings = asdict(options)
+    if not settings["skip_missing"]:  # packs that began before it was an option go on
+        del settings["skip_missing"]
     of_kind: dict[Media, dict[str, Any]] = {"pictures": settings.pop("pictures"), "videos": settings.pop("videos")}
     other: Media = "pictures" if media == "videos" else "videos"
     defaults = asdict(PackOptions().of(other))

@@ -43,7 +43,9 @@ class PackOptions:
     seed: int = 0
     """Seed of the packing order; the validation split does not depend on it."""
     skip_unreadable: bool = False
-    """Leave out files that cannot be read or are listed and missing, and list them in pack.json, instead of
+    """Leave out files that cannot be read, and list them in pack.json, instead of stopping."""
+    skip_missing: bool = False
+    """Leave out files that a list of labels names and the source does not have, and list them in pack.json, instead of
     stopping."""
     pictures: PictureOptions = field(default_factory=PictureOptions)
     """How pictures are checked and re-encoded."""

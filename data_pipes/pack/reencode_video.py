@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from data_pipes.decode.orientation import Orientation
 from data_pipes.decode.video import Video, VideoInfo
 from data_pipes.decode.video_container import extension_of
 from data_pipes.decode.video_stream import import_av
@@ -112,7 +113,7 @@ def _encode(video: Video, info: VideoInfo, options: VideoOptions) -> bytes:
     indices, ticks, time_base = _kept_frames(video, info, options)
     height, width = _target_size(info, options)
     encoder = H264Options(options.gop or _GOP, _CRF if options.crf is None else options.crf, _PRESET)
-    convert = _Converter(height, width, info.rotation)
+    convert = _Converter(height, width, info.orientation)
 
     def frames() -> Iterator[VideoFrame]:
         for frame, tick in zip(video.each_frame(indices, convert), ticks, strict=True):
@@ -153,24 +154,24 @@ def _target_size(info: VideoInfo, options: VideoOptions) -> tuple[int, int]:
 
 class _Converter:
     """From frames as they come out of the decoder to frames as they are encoded: resized (bicubic; FFmpeg widens the
-    filter with the factor, which is antialias) and turned upright.
+    filter with the factor, which is antialias), mirrored and turned upright.
     """
 
-    def __init__(self, height: int, width: int, rotation: int) -> None:
+    def __init__(self, height: int, width: int, orientation: Orientation) -> None:
         """Prepares the conversion.
 
         Args:
             height: of the result, in pixels.
             width: of the result, in pixels.
-            rotation: of the stored frames, in degrees; a multiple of 90.
+            orientation: of the stored frames.
         """
-        self._height, self._width, self._quarter_turns = height, width, rotation // 90
+        self._height, self._width, self._orientation = height, width, orientation
         self._av = import_av()
         self._reformatter: Any = self._av.video.reformatter.VideoReformatter()
 
     def __call__(self, frame: VideoFrame) -> VideoFrame:
-        if self._quarter_turns:
-            upright = np.rot90(self._resized(frame, "rgb24").to_ndarray(), self._quarter_turns)
+        if self._orientation != Orientation():
+            upright = self._orientation.upright(self._resized(frame, "rgb24").to_ndarray())
             frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(upright), "rgb24")
             return self._reformatter.reformat(frame, format=PIXELS, threads=1)
         return self._resized(frame, PIXELS)
@@ -178,6 +179,6 @@ class _Converter:
     def _resized(self, frame: VideoFrame, pixels: str) -> VideoFrame:
         """The frame in its new size, before it is turned, in the pixel format `pixels`."""
         height, width = self._height, self._width
-        if self._quarter_turns % 2:
+        if self._orientation.quarter_turns % 2:
             height, width = width, height
         return self._reformatter.reformat(frame, width, height, pixels, interpolation="BICUBIC", threads=1)

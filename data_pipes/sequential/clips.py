@@ -49,6 +49,7 @@ class SequentialClips(Sequential):
         short_side: int | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         label_key: str | None = None,
+        image_member: str | None = None,
         storage: StorageConfig | None = None,
     ) -> None:
         """Opens a data set of videos.
@@ -62,6 +63,7 @@ class SequentialClips(Sequential):
             short_side: of the resized frames, in pixels; None: the smallest that `size` fits into.
             max_pixels: of a frame (height * width), at most.
             label_key: see `Sequential`.
+            image_member: see `Sequential`.
             storage: see `Sequential`.
 
         Raises:
@@ -78,13 +80,13 @@ class SequentialClips(Sequential):
             )
         if channels not in (1, 3):
             raise ValueError(f"views of {channels} channels; expected 3 (RGB) or 1 (luma)")
-        super().__init__(source, VIDEO_EXTENSIONS, label_key=label_key, storage=storage)
+        super().__init__(source, VIDEO_EXTENSIONS, label_key=label_key, image_member=image_member, storage=storage)
         self.sampling = replace(sampling, repeats=views[0], shared_window=False)
         self.size, self.views, self.short_side = (size[0], size[1]), (views[0], views[1]), short_side
         self.channels, self.max_pixels = channels, max_pixels
 
     def decoded(self, raw: RawSample) -> Tensor:
-        with Video(encoded_video(raw), max_pixels=self.max_pixels) as video:
+        with Video(encoded_video(raw, self.member), max_pixels=self.max_pixels) as video:
             return self._views_of(video)
 
     def _views_of(self, video: Video) -> Tensor:

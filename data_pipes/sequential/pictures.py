@@ -21,6 +21,7 @@ from data_pipes.shards.collection import Place
 from data_pipes.shards.manifest import Manifest
 from data_pipes.shards.members import IMAGE_EXTENSIONS, label_of, picture_of
 from data_pipes.shards.reader import RawSample, ShardReader
+from data_pipes.shards.wanted import WantedMembers, checked_member
 from data_pipes.store.storage import Storage
 from data_pipes.store.transport import StorageConfig
 from data_pipes.transforms.image import EvalTransform
@@ -38,6 +39,7 @@ class Sequential(Dataset[tuple[Tensor, int]], ABC):
         extensions: Sequence[str],
         *,
         label_key: str | None,
+        image_member: str | None,
         storage: StorageConfig | None,
     ) -> None:
         """Opens a data set.
@@ -46,6 +48,8 @@ class Sequential(Dataset[tuple[Tensor, int]], ABC):
             source: a data set's folder or URL, or its manifest.
             extensions: the members that are read beside the label.
             label_key: the key of labels in `json` members, see `DataConfig`; None: these members are not read.
+            image_member: which member is the picture or video, see `DataConfig`, where the data set has it: sets of
+                evaluation need not be named as those of training.
             storage: how shards in a store are requested; None: the default settings.
 
         Raises:
@@ -54,7 +58,12 @@ class Sequential(Dataset[tuple[Tensor, int]], ABC):
         self.manifest = source if isinstance(source, Manifest) else Manifest.load(source, Storage(storage))
         self.label_key = label_key
         self._ends = np.cumsum([shard.num_samples for shard in self.manifest.shards])
-        members = (*extensions, "cls", *(() if label_key is None else ("json",)))
+        self.member = checked_member(image_member)
+        if self.member is not None:
+            first = ShardReader(self.manifest, (), Storage(storage)).extensions(0)
+            self.member = self.member if any(name in WantedMembers([self.member]) for name in first) else None
+        pictures = extensions if self.member is None else (self.member,)
+        members = (*pictures, "cls", *(() if label_key is None else ("json",)))
         self._reader = ShardReader(self.manifest, members, Storage(storage))
 
     @abstractmethod
@@ -122,6 +131,7 @@ class SequentialImages(Sequential):
         bit_depth: int = 8,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         label_key: str | None = None,
+        image_member: str | None = None,
         storage: StorageConfig | None = None,
     ) -> None:
         """Opens a data set of pictures.
@@ -133,6 +143,7 @@ class SequentialImages(Sequential):
             bit_depth: of the pictures returned, 8 or 16.
             max_pixels: see `decode_image`.
             label_key: see `Sequential`.
+            image_member: see `Sequential`.
             storage: see `Sequential`.
 
         Raises:
@@ -140,9 +151,11 @@ class SequentialImages(Sequential):
         """
         if bit_depth not in DTYPES:
             raise ValueError(f"bit_depth is {bit_depth}; expected 8 or 16")
-        super().__init__(source, tuple(IMAGE_EXTENSIONS), label_key=label_key, storage=storage)
+        super().__init__(
+            source, tuple(IMAGE_EXTENSIONS), label_key=label_key, image_member=image_member, storage=storage
+        )
         self.transform, self.channels, self.max_pixels = transform, channels, max_pixels
         self._dtype = DTYPES[bit_depth]
 
     def decoded(self, raw: RawSample) -> Tensor:
-        return self.transform(picture_of(raw, self.channels, self._dtype, self.max_pixels)).contiguous()
+        return self.transform(picture_of(raw, self.channels, self._dtype, self.max_pixels, self.member)).contiguous()

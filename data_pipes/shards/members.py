@@ -4,8 +4,9 @@ Enters: a `RawSample`. Leaves: a tensor, a label, a text, an object. Why it exis
 that look at data sets must agree on which member is what. Nothing here runs code that a member holds: there is no
 pickle, and a member of an unknown kind is left alone.
 
-JSON is read strictly, since two readers of a lenient dialect see two data sets: UTF-8, one object, no NaN or infinity,
-no key twice in an object, bounded in bytes and depth.
+JSON is read strictly, since two readers of a lenient dialect see two data sets: UTF-8, one object, no key twice in an
+object, bounded in bytes and depth. Numbers that are none (NaN, which Python writes for a missing one, and infinities)
+are null: they are a gap in the metadata, and no fault of the picture.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from data_pipes.decode import formats
 from data_pipes.decode.picture import decode_image
 from data_pipes.decode.video import VIDEO_EXTENSIONS
 from data_pipes.errors import Cause, SampleError
 from data_pipes.shards.reader import RawSample
+from data_pipes.shards.wanted import is_pattern
 
-IMAGE_EXTENSIONS = (
-    "jpg jpeg png webp npy tif tiff bmp gif ppm pgm pbm pnm jp2 avif tga qoi".split()  # noqa: SIM905
-)
+IMAGE_EXTENSIONS = formats.IMAGE_EXTENSIONS
 """Extensions of members that are pictures, in the order of preference where a sample has several."""
 LABEL_EXTENSIONS = ("cls", "json")
 """Extensions of members that hold a label; the first that is there counts."""
@@ -40,30 +42,69 @@ MAX_CAPTION_BYTES = 1 << 16
 """Bytes of a caption in UTF-8, at most."""
 
 
-def encoded_picture(raw: RawSample) -> bytes:
+def encoded_picture(raw: RawSample, member: str | None = None) -> bytes:
     """The bytes of a sample's picture.
+
+    Args:
+        raw: the sample.
+        member: which member it is, a name or a pattern; None: the first of `IMAGE_EXTENSIONS`.
 
     Raises:
         SampleError: "no_image".
     """
-    return _first_of(raw, IMAGE_EXTENSIONS, "no_image", "picture")
+    return _first_of(raw, IMAGE_EXTENSIONS, member, "no_image", "picture")
 
 
-def encoded_video(raw: RawSample) -> bytes:
+def encoded_video(raw: RawSample, member: str | None = None) -> bytes:
     """The bytes of a sample's video.
+
+    Args:
+        raw: the sample.
+        member: which member it is, a name or a pattern; None: the first of `VIDEO_EXTENSIONS`.
 
     Raises:
         SampleError: "no_video".
     """
-    return _first_of(raw, VIDEO_EXTENSIONS, "no_video", "video")
+    return _first_of(raw, VIDEO_EXTENSIONS, member, "no_video", "video")
 
 
-def _first_of(raw: RawSample, extensions: Sequence[str], cause: Cause, what: str) -> bytes:
-    """The member with the first of the extensions that the sample has; an error with the given cause without one."""
+def _first_of(raw: RawSample, extensions: Sequence[str], member: str | None, cause: Cause, what: str) -> bytes:
+    """The named member, else that with the first of the extensions that the sample has; an error with the given cause
+    without one.
+    """
+    if member is not None and is_pattern(member):
+        extensions = [extension for extension in raw.found if fnmatchcase(extension, member)]
+    elif member is not None:
+        extensions = (member,)
     for extension in extensions:
         if extension in raw.members:
             return raw.members[extension]
-    raise SampleError(cause, f"no {what} among the members {list(raw.found)}")
+    named = "" if member is None else f" of the name {member} (data.image_member)"
+    raise SampleError(cause, f"no {what}{named} among the members {list(raw.found)}")
+
+
+def no_media(place: str, what: str, extensions: Sequence[str], member: str | None = None) -> str:
+    """What is said of a data set in which no sample has a picture or a video.
+
+    Args:
+        place: of the data set.
+        what: that no sample has, in words.
+        extensions: of the members that are there.
+        member: as which it was searched for; None: by the known endings.
+    """
+    known = formats.FILE_EXTENSIONS + VIDEO_EXTENSIONS
+    likely = next((name for name in extensions if name.rpartition(".")[2] in known), None)
+    advice = "no ending is one of a picture or video: were the files downloaded?"
+    if likely is not None and likely.rpartition(".")[2] in VIDEO_EXTENSIONS and what == "picture":
+        advice = "these are videos: see data.video"
+    elif likely is not None:
+        advice = (
+            f"say which of them it is, e.g. data.image_member={likely}, or by a pattern such as *.jpg (`tessera data` "
+            "takes it as --image-member)"
+        )
+    named = "" if member is None else f" named {member} (data.image_member)"
+    shown = ", ".join(f".{name}" for name in extensions[:8]) + (", ..." if len(extensions) > 8 else "")
+    return f"{place}: no sample has a {what}{named}; the members are {shown}; {advice}"
 
 
 def with_bit_depth(image: Tensor, dtype: torch.dtype) -> Tensor:
@@ -83,7 +124,9 @@ def with_bit_depth(image: Tensor, dtype: torch.dtype) -> Tensor:
     return (image.to(torch.int32) * 257).to(dtype)
 
 
-def picture_of(raw: RawSample, channels: int | None, dtype: torch.dtype, max_pixels: int) -> Tensor:
+def picture_of(
+    raw: RawSample, channels: int | None, dtype: torch.dtype, max_pixels: int, member: str | None = None
+) -> Tensor:
     """The decoded picture of a sample.
 
     Args:
@@ -91,6 +134,7 @@ def picture_of(raw: RawSample, channels: int | None, dtype: torch.dtype, max_pix
         channels: see `decode_image`.
         dtype: torch.uint8 or torch.uint16.
         max_pixels: see `decode_image`.
+        member: see `encoded_picture`.
 
     Returns:
         [C, H, W] of `dtype`.
@@ -98,7 +142,7 @@ def picture_of(raw: RawSample, channels: int | None, dtype: torch.dtype, max_pix
     Raises:
         SampleError: "no_image", "bit_depth", or see `decode_image`.
     """
-    return with_bit_depth(decode_image(encoded_picture(raw), channels, max_pixels), dtype)
+    return with_bit_depth(decode_image(encoded_picture(raw, member), channels, max_pixels), dtype)
 
 
 def label_of(raw: RawSample, classes: Sequence[str] | int, label_key: str = "label") -> int:
@@ -185,7 +229,7 @@ def caption_of(raw: RawSample) -> str | None:
 
 
 def metadata_of(raw: RawSample) -> dict[str, Any] | None:
-    """The object in the member `json`; None without such a member.
+    """The object in the member `json`, with null for numbers that are not finite; None without such a member.
 
     Raises:
         SampleError: "metadata" where the JSON is not as strict as the module's head says.
@@ -198,7 +242,7 @@ def metadata_of(raw: RawSample) -> dict[str, Any] | None:
     try:
         value = json.loads(
             data.decode("utf-8-sig"),
-            parse_constant=_refuse_constant,
+            parse_constant=lambda name: None,  # NaN, Infinity, -Infinity
             parse_float=_finite,
             object_pairs_hook=_without_repeats,
         )
@@ -215,15 +259,9 @@ def _bad_metadata(found: str) -> SampleError:
     return SampleError("metadata", f"the metadata (.json) cannot be used: {found[:400]}")
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _finite(text: str) -> float:
+def _finite(text: str) -> float | None:
     number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:40]} is beyond a 64-bit float")
-    return number
+    return number if math.isfinite(number) else None
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.load_index import load_index
 from data_pipes.shards.manifest import Manifest
 from data_pipes.shards.tar import BLOCK, is_header_of
+from data_pipes.shards.wanted import WantedMembers
 from data_pipes.store.counters import CounterName, Counters
 from data_pipes.store.errors import StorageError
 from data_pipes.store.files import LocalFile
@@ -83,14 +84,16 @@ class ShardReader:
 
         Args:
             source: the data set, or several of them.
-            extensions: the members to read, None for all; the others are passed over where that saves reading.
+            extensions: the members to read (see `WantedMembers`), None for all; the others are passed over where that
+                saves reading.
             storage: for objects in a store; None: one with the default settings.
             cache: where chunks and indexes of a store are looked up first; None: nowhere.
         """
         self.collection = Collection.of(source)
         self.storage, self.cache = storage or Storage(), cache
         self.counters = Counters()
-        self._wanted = None if extensions is None else frozenset(extensions)
+        self._wanted = None if extensions is None else tuple(extensions)
+        self._is_wanted = None if self._wanted is None else WantedMembers(self._wanted)
         self._lock = threading.Lock()
         # What is dropped while somebody uses it lives until that one forgets it.
         self._files: LRUCache[int, LocalFile] = LRUCache(_MAX_OPEN_SHARDS)
@@ -176,7 +179,8 @@ class ShardReader:
         if place.size and index.num_samples == place.size:  # a part begins at the chunk's first sample
             sample -= place.first
         key, places = index.key(sample), index.members(sample)
-        members = places if self._wanted is None else {name: places[name] for name in places if name in self._wanted}
+        wanted = self._is_wanted
+        members = places if wanted is None else {name: places[name] for name in places if name in wanted}
         if not members:
             return _Wanted(place, key, tuple(places), {}, 0, 0, 0, 0)
         begin = min(offset for offset, _ in members.values()) - BLOCK

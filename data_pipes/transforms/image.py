@@ -107,7 +107,7 @@ class TrainTransform:
         top, left, height, width = self.crop_box(header.height, header.width, uniforms)
         shrink = self._shrink(height, width) if self.scaled_decode else 1
         grey = channels == 1 or (channels is None and header.grey)
-        pixels = jpeg.decode_top(data, header, 1 if grey else 3, top + height, shrink)
+        pixels = jpeg.decode(data, header, 1 if grey else 3, shrink)
         rows, columns = _nearest(top, height, shrink), _nearest(left, width, shrink)
         part = resize(torch.from_numpy(pixels[rows, columns]).permute(2, 0, 1), self.size)
         return part.flip(-1) if uniforms[2 * _TRIES + 2] < self.flip else part

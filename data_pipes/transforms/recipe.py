@@ -78,6 +78,8 @@ class ImageRecipe(Recipe):
     """8 or 16; in a data set of 16 bits, 8-bit pictures are widened."""
     max_pixels: int = DEFAULT_MAX_PIXELS
     """Pixels of an encoded picture (height * width), at most."""
+    member: str | None = None
+    """Which member is the picture, a name or a pattern; None: the first that is known as one."""
 
     def __post_init__(self) -> None:
         if self.bit_depth not in DTYPES:
@@ -85,7 +87,7 @@ class ImageRecipe(Recipe):
 
     @property
     def extensions(self) -> tuple[str, ...]:
-        return tuple(IMAGE_EXTENSIONS)
+        return tuple(IMAGE_EXTENSIONS) if self.member is None else (self.member,)
 
     @property
     def num_uniforms(self) -> int:
@@ -101,8 +103,10 @@ class ImageRecipe(Recipe):
 
     def __call__(self, raw: RawSample, uniforms: Sequence[float]) -> Tensor:
         if self.bit_depth == 16:  # widened before it is resized: 8-bit rounding would stay visible
-            return self.transform(picture_of(raw, self.channels, torch.uint16, self.max_pixels), uniforms)
-        image = self.transform.load(encoded_picture(raw), uniforms, channels=self.channels, max_pixels=self.max_pixels)
+            wide = picture_of(raw, self.channels, torch.uint16, self.max_pixels, self.member)
+            return self.transform(wide, uniforms)
+        data = encoded_picture(raw, self.member)
+        image = self.transform.load(data, uniforms, channels=self.channels, max_pixels=self.max_pixels)
         return with_bit_depth(image, self.dtype)
 
     def empty_batch(self, size: int) -> Tensor:
@@ -116,10 +120,12 @@ class ClipRecipe(Recipe):
     transform: ClipTransform
     max_pixels: int = DEFAULT_MAX_PIXELS
     """Pixels of a frame (height * width), at most."""
+    member: str | None = None
+    """Which member is the video, a name or a pattern; None: the first that is known as one."""
 
     @property
     def extensions(self) -> tuple[str, ...]:
-        return tuple(VIDEO_EXTENSIONS)
+        return tuple(VIDEO_EXTENSIONS) if self.member is None else (self.member,)
 
     @property
     def num_uniforms(self) -> int:
@@ -134,7 +140,7 @@ class ClipRecipe(Recipe):
         return torch.uint8
 
     def __call__(self, raw: RawSample, uniforms: Sequence[float]) -> Tensor:
-        return self.transform.load(encoded_video(raw), uniforms, max_pixels=self.max_pixels)
+        return self.transform.load(encoded_video(raw, self.member), uniforms, max_pixels=self.max_pixels)
 
     def empty_batch(self, size: int) -> Tensor:
         return _channels_last(size, self.shape, self.dtype, axis=1)

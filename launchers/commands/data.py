@@ -24,7 +24,7 @@ EXAMPLES = """\
 tessera data stats data/in1k/train                        counts and sizes; labels and formats of 1,000 samples
 tessera data stats s3://bucket/laion --read 0             from the index files alone
 tessera data verify data/in1k/train                       every shard: size, index, all headers
-tessera data verify data/in1k/train --decode --workers 16 and every picture, label and caption
+tessera data verify data/in1k/train --decode --workers 16 and every picture, video, label and caption
 tessera data peek data/in1k/train --out sheet.png         64 samples, cropped and mirrored, in training order
 
 verify exits with 1 when something is wrong, and lists it as JSON lines in --out. A plain tar has no checksums for its
@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     verify = actions.add_parser("verify", help="is every shard what the manifest says")
     verify.add_argument("source", metavar="DIR_OR_URL", help="the data set: its folder, with manifest.json")
-    verify.add_argument("--decode", action="store_true", help="decode every picture; read every label and caption")
+    verify.add_argument(
+        "--decode", action="store_true", help="decode every picture and video; read every label and caption"
+    )
     verify.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default %(default)s)")
     verify.add_argument(
         "--out", default="corrupt.jsonl", metavar="FILE", help="what is wrong, if anything is (default %(default)s)"
@@ -62,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     peek.add_argument("--bit-depth", type=int, default=8, choices=(8, 16), help="of the batches (default %(default)s)")
     for action in (stats, verify, peek):
         action.add_argument("--label-key", default="label", metavar="KEY", help="of labels in .json (default label)")
+        action.add_argument(
+            "--image-member", metavar="NAME", help="which member is the picture or video: left.jpg, *.jpg (a pattern)"
+        )
         action.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object")
 
 
@@ -85,6 +90,7 @@ def _say(console: Console, *lines: str) -> None:
 def _stats(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
     from data_pipes.inspect.stats import dataset_statistics
     from data_pipes.shards.manifest import Manifest
+    from data_pipes.shards.wanted import checked_member
 
     manifest = Manifest.load(arguments.source)
     with progress_bar(console, "shards") as progress:
@@ -94,14 +100,17 @@ def _stats(arguments: argparse.Namespace, console: Console) -> dict[str, object]
             num_read=arguments.read,
             seed=arguments.seed,
             label_key=arguments.label_key,
+            member=checked_member(arguments.image_member),
             on_shard=lambda: progress.advance(task),
         )
-    _say(console, *_describe(arguments.source, statistics))
+    _say(console, *_describe(arguments.source, statistics, arguments.image_member))
     return {"source": arguments.source, **statistics}
 
 
-def _describe(source: str, statistics: dict[str, Any]) -> list[str]:
+def _describe(source: str, statistics: dict[str, Any], member: str | None) -> list[str]:
     """The statistics in lines for people."""
+    from data_pipes.shards.members import no_media
+
     sizes, members = statistics["sample_bytes"], list(statistics["extensions"].items())[:20]
     lines = [
         f"{source}: {statistics['num_samples']:,} samples in {statistics['num_shards']:,} shards, "
@@ -110,6 +119,8 @@ def _describe(source: str, statistics: dict[str, Any]) -> list[str]:
         + ", ".join(f"{name} {decimal(sizes[name])}" for name in ("min", "p1", "p10", "p50", "p90", "p99", "max")),
         "members: " + ", ".join(f".{name} {100 * part['share']:.4g} %" for name, part in members),
     ]
+    if not statistics["media"]:
+        lines.append("warning: " + no_media(source, "picture or video", list(statistics["extensions"]), member))
     sampled = statistics["sampled"]
     if not sampled:
         return lines
@@ -123,30 +134,39 @@ def _describe(source: str, statistics: dict[str, Any]) -> list[str]:
         least = "; least: " + ", ".join(names[10:][-5:]) if len(names) > 10 else ""
         lines.append("most frequent: " + ", ".join(names[:10]) + least)
     if sampled["pictures"]:
+        lines.append("pictures: " + ", ".join(f"{kind} {count:,}" for kind, count in sampled["pictures"].items()))
+    if sampled["height"]:
         height, width = sampled["height"], sampled["width"]
-        lines += [
-            "pictures: " + ", ".join(f"{kind} {count:,}" for kind, count in sampled["pictures"].items()),
+        lines.append(
             f"height: {height['min']} to {height['max']}, median {height['p50']}; "
-            f"width: {width['min']} to {width['max']}, median {width['p50']}",
-        ]
+            f"width: {width['min']} to {width['max']}, median {width['p50']}"
+        )
     if sampled["bad"]:
         lines.append("unusable: " + ", ".join(f"{cause} {count:,}" for cause, count in sampled["bad"].items()))
     return lines
 
 
 def _verify(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
-    from data_pipes.inspect.verify import Check, verify
+    from data_pipes.inspect.content import Check
+    from data_pipes.inspect.verify import verify
     from data_pipes.shards.manifest import Manifest
+    from data_pipes.shards.members import no_media
+    from data_pipes.shards.wanted import checked_member
 
     manifest = Manifest.load(arguments.source)
     out, start = Path(arguments.out), time.monotonic()
     causes: Counter[str] = Counter()
-    num_decoded = num_flaws = num_bad_shards = 0
+    num_decoded = num_videos = num_flaws = num_bad_shards = num_without = 0
+    found: dict[str, None] = {}
+    check = Check(arguments.decode, arguments.label_key, member=checked_member(arguments.image_member))
     with progress_bar(console, "samples") as progress:
         task = progress.add_task("verify", total=manifest.num_samples)
-        for verdict in verify(manifest, Check(arguments.decode, arguments.label_key), arguments.workers):
+        for verdict in verify(manifest, check, arguments.workers):
             num_decoded, num_flaws = num_decoded + verdict.num_decoded, num_flaws + verdict.num_flaws
             causes.update(flaw.cause for flaw in verdict.flaws)
+            num_videos += verdict.num_videos
+            num_without += verdict.num_without_media
+            found.update(dict.fromkeys(verdict.extensions))
             _write_flaws(out, verdict, append=num_bad_shards > 0)
             num_bad_shards += verdict.num_flaws > 0
             progress.advance(task, verdict.num_samples)
@@ -157,13 +177,16 @@ def _verify(arguments: argparse.Namespace, console: Console) -> dict[str, object
         "num_shards": len(manifest.shards),
         "num_bad_shards": num_bad_shards,
         "num_decoded": num_decoded,
+        "num_videos": num_videos,
         "num_flaws": num_flaws,
+        "num_without_media": num_without,
         "causes": dict(causes.most_common()),
         "list": str(out) if num_flaws else None,
         "seconds": round(time.monotonic() - start, 3),
     }
     checked = f"{manifest.num_samples:,} samples in {len(manifest.shards):,} shards"
-    pictures = f", {num_decoded:,} pictures decoded" if arguments.decode else ""
+    pictures = f", {num_decoded - num_videos:,} pictures decoded" if arguments.decode else ""
+    pictures += f", {num_videos:,} videos decoded" if num_videos else ""
     if not num_flaws:
         _say(console, f"{arguments.source}: intact; {checked}{pictures}; {result['seconds']} s")
         return result
@@ -173,6 +196,8 @@ def _verify(arguments: argparse.Namespace, console: Console) -> dict[str, object
         f"{arguments.source}: {num_flaws:,} flaws in {num_bad_shards:,} of {len(manifest.shards):,} shards ({counts}); "
         f"{checked}{pictures}; listed in {out}",
     )
+    if num_without == manifest.num_samples:
+        _say(console, no_media(arguments.source, "picture or video", list(found), check.member))
     if arguments.json:
         print(json.dumps(result), flush=True)
     raise SystemExit(1)
@@ -224,6 +249,7 @@ def _peek(arguments: argparse.Namespace, console: Console) -> dict[str, object]:
 def _training_set(arguments: argparse.Namespace) -> SampleDataset:
     """The data set as a run with the default transform would open it; videos become clips."""
     from data_pipes.config import DataConfig
+    from data_pipes.decode.video import VIDEO_EXTENSIONS
     from data_pipes.open import open_collection, open_dataset
     from data_pipes.order.order import OrderConfig
     from data_pipes.shards.load_index import load_index
@@ -236,10 +262,12 @@ def _training_set(arguments: argparse.Namespace) -> SampleDataset:
         order=OrderConfig(seed=arguments.seed),
         bit_depth=arguments.bit_depth,
         label_key=arguments.label_key,
+        image_member=arguments.image_member,
     )
     collection = open_collection(config)
     extensions = load_index(collection.manifests[0], 0, Storage()).extensions
-    if not set(extensions) & set(IMAGE_EXTENSIONS):
+    has_pictures, has_videos = (not set(known).isdisjoint(extensions) for known in (IMAGE_EXTENSIONS, VIDEO_EXTENSIONS))
+    if arguments.image_member is None and has_videos and not has_pictures:
         config = DataConfig(**{**vars(config), "video": ClipSampling()})
     size = (arguments.size, arguments.size)
     return open_dataset(config, image_size=size, channels=arguments.channels, global_batch=256, collection=collection)

@@ -60,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="accept tars without the two zero blocks at their end, which look the same as truncated ones",
     )
     parser.add_argument(
+        "--allow-empty", action="store_true", help="leave out shards without a sample, which are errors otherwise"
+    )
+    parser.add_argument(
         "--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes (default %(default)s)"
     )
 
@@ -82,6 +85,8 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 def _run(arguments: argparse.Namespace, storage: Storage) -> dict[str, object]:
     from data_pipes.index.index import index_shards
+    from data_pipes.inspect.content import Check
+    from data_pipes.shards.members import no_media
 
     shards = find_shards(arguments.shards, storage)
     out = _as_place(arguments.out) if arguments.out else _common_folder(shards)
@@ -104,6 +109,7 @@ def _run(arguments: argparse.Namespace, storage: Storage) -> dict[str, object]:
             force=arguments.force,
             workers=arguments.workers,
             allow_missing_end=arguments.allow_missing_end,
+            allow_empty=arguments.allow_empty,
             on_shard=on_shard,
             storage=storage,
         )
@@ -114,12 +120,20 @@ def _run(arguments: argparse.Namespace, storage: Storage) -> dict[str, object]:
         f"{f'{len(classes):,} classes' if classes else 'no class names'}; {num_kept:,} indexes were still valid; "
         f"{num_skipped:,} members belong to no sample (folders, hidden files, no extension); {seconds:.1f} s"
     )
+    num_empty = len(shards) - len(manifest.shards)
+    line += f"\n{num_empty:,} shards hold no sample and were left out" if num_empty else ""
+    extensions = list(dict.fromkeys(name for report in reports for name in report.extensions))
+    has_media = any(name in Check().media for name in extensions)
+    if not has_media:
+        line += f"\nwarning: {no_media(str(out), 'picture or video', extensions)}"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
     return {
         "out": str(out),
         **manifest.summary(),
+        "has_media": has_media,
         "num_kept_indexes": num_kept,
         "num_skipped_members": num_skipped,
+        "num_empty_shards": num_empty,
         "seconds": round(seconds, 3),
     }
 

@@ -25,6 +25,7 @@ tessera pack cifar10_train.zip data/cifar10 --val cifar10_test.zip
 tessera pack photos.zip data/photos                             pictures without class folders: unlabelled
 tessera pack kinetics/train data/k400 --val kinetics/val --short-side 256 --gop 32 --skip-unreadable
 tessera pack ssv2/videos data/ssv2 --labels train.csv --val-labels val.csv --short-side 256 --gop 32
+tessera pack photos data/photos --labels list.tsv --columns image=path,label=category --delimiter tab
 tessera pack builtin:motion data/motion                         2,400 small videos, labelled by what moves how
 tessera pack builtin:motion,videos=8000,size=96,frames=32 data/motion96
 
@@ -54,6 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--val-labels", metavar="FILE", help="the same for OUT/val, from SRC2 or from SRC")
     parser.add_argument(
+        "--columns",
+        metavar="image=A,label=B",
+        help="titles of the columns with paths and labels, or their numbers from 0 in lists without titles",
+    )
+    parser.add_argument(
+        "--delimiter", metavar="D", help="between the columns of the lists: a character, comma, tab, semicolon or blank"
+    )
+    parser.add_argument(
         "--short-side",
         type=int,
         metavar="PX",
@@ -75,7 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "packets and the first frame; or all pixels of all frames",
     )
     parser.add_argument(
-        "--skip-unreadable", action="store_true", help="list bad and missing files in pack.json, don't stop"
+        "--skip-unreadable", action="store_true", help="list files that cannot be read in pack.json, don't stop"
+    )
+    parser.add_argument(
+        "--skip-missing",
+        action="store_true",
+        help="list files of the lists that are not there in pack.json, don't stop",
     )
     parser.add_argument(
         "--shard-size", type=float, default=256, metavar="MIB", help="MiB per shard, at most (default %(default)s)"
@@ -103,9 +117,13 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         OSError: OUT cannot be written.
         ImportError: the files are videos, and PyAV is missing.
     """
+    from data_pipes.pack.list_format import ListFormat, parse_columns
     from data_pipes.pack.pack import pack
 
     options = _options(arguments)
+    columns = (None, None) if arguments.columns is None else parse_columns(arguments.columns)
+    if (arguments.columns or arguments.delimiter) and not (arguments.labels or arguments.val_labels):
+        raise ValueError("--columns and --delimiter are about lists of labels; give one with --labels or --val-labels")
     console = Console(stderr=True)
     start = time.monotonic()
     with progress_bar(console, "files") as progress:
@@ -117,8 +135,10 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
             media=arguments.media,
             labels=arguments.labels,
             val_labels=arguments.val_labels,
+            list_format=ListFormat(arguments.delimiter, *columns),
             options=options,
             workers=arguments.workers,
+            on_understood=lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
             on_plan=lambda num_files, size_bytes: progress.update(task, description="pack", total=num_files),
             on_sample=lambda size_bytes: progress.advance(task),
         )
@@ -151,6 +171,7 @@ def _options(arguments: argparse.Namespace) -> PackOptions:
         shuffle=not arguments.no_shuffle,
         seed=arguments.seed,
         skip_unreadable=arguments.skip_unreadable,
+        skip_missing=arguments.skip_missing,
         pictures=PictureOptions(side, arguments.quality, verify),
         videos=VideoOptions(side, arguments.gop, arguments.fps, arguments.crf, verify),
     )
@@ -167,7 +188,7 @@ def _print_result(console: Console, out: str, result: PackResult, seconds: float
     if result.ignored:
         lines.append(
             f"not packed, since they are no {result.media}, or not in the list of labels: "
-            f"{len(result.ignored):,} files, e.g. {result.ignored[0]}"
+            f"{len(result.ignored):,} files, e.g. {result.ignored[0]}{_by_ending(result)}"
         )
     if result.skipped:
         causes = ", ".join(f"{cause}: {count:,}" for cause, count in _by_cause(result).items())
@@ -175,6 +196,12 @@ def _print_result(console: Console, out: str, result: PackResult, seconds: float
         lines.append(f"  {result.skipped[0]['error']}")
     lines.append(f"done in {seconds:.1f} s")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _by_ending(result: PackResult) -> str:
+    """The endings of the files that were not packed, the most frequent first."""
+    endings = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in result.ignored)
+    return f" ({', '.join(f'{ending} {count:,}' for ending, count in endings.most_common(5))})"
 
 
 def _by_cause(result: PackResult) -> dict[str, int]:

@@ -137,7 +137,8 @@ def test_settings_of_the_crop_reach_the_clips(good: Path) -> None:
     for fields in ({"crop": "multi_scale"}, {"interpolation": "bilinear"}):
         with pytest.raises(ValueError, match="the data are pictures: expected random and bicubic"):
             recipe(video=None, **fields)
-    recipe(video=None, interpolation="bicubic")
+    with pytest.raises(ValueError, match=r"no sample has a picture; .*these are videos: see data\.video"):
+        recipe(video=None, interpolation="bicubic")
 
 
 # --- every kind of broken file in one shard set

@@ -132,7 +132,30 @@ def decode_all(data: bytes) -> NDArray[np.uint8]:
 def rotated(data: bytes, quarter_turns: int) -> bytes:
     """An mp4 with the matrix that turns the picture clockwise when it is shown, as phones write it."""
     matrices = {1: (0, 1, -1, 0), 2: (-1, 0, 0, -1), 3: (0, -1, 1, 0)}
-    a, b, c, d = (value << 16 for value in matrices[quarter_turns])
+    return with_matrix(data, *matrices[quarter_turns])
+
+
+def with_matrix(data: bytes, a: float, b: float, c: float, d: float) -> bytes:
+    """An mp4 whose pixel (x, y) is shown at (a x + c y, b x + d y)."""
+    a, b, c, d = (round(value * 65536) for value in (a, b, c, d))
     place = data.index(b"tkhd") + 4 + 4 + 4 * 5 + 8 + 8  # version 0: times, id, reserved, duration; layer .. volume
     matrix = b"".join((value % (1 << 32)).to_bytes(4, "big") for value in (a, b, 0, c, d, 0, 0, 0, 1 << 30))
     return data[:place] + matrix + data[place + 36 :]
+
+
+def cut(data: bytes, start_s: float, kind: str = "matroska") -> bytes:
+    """The packets from the keyframe before a time on, in another container, as `ffmpeg -ss -c copy` writes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video"
+        with av.open(io.BytesIO(data)) as source, av.open(path, "w", format=kind) as target:
+            stream = source.streams.video[0]
+            copied = target.add_stream_from_template(stream)
+            source.seek(round(start_s / stream.time_base), stream=stream, backward=True)
+            first: int | None = None
+            for packet in source.demux(stream):
+                if packet.dts is None or (first is None and not packet.is_keyframe):
+                    continue
+                first = packet.pts if first is None else first
+                packet.pts, packet.dts, packet.stream = packet.pts - first, packet.dts - first, copied
+                target.mux(packet)
+        return path.read_bytes()

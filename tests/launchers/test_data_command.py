@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,14 @@ from data_pipes.index.index import index_shards
 from data_pipes.inspect.stats import SizeHistogram
 from data_pipes.open import open_dataset
 from data_pipes.order.order import OrderConfig
+from data_pipes.sequential.pictures import SequentialImages
 from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.manifest import Manifest
 from data_pipes.store.storage import Storage
+from data_pipes.transforms.image import EvalTransform
+from launchers.cli import main
 from launchers.commands import data as data_command
+from tests.data_pipes.tiny_videos import video
 
 
 def call(*argv: str | Path) -> dict[str, Any]:
@@ -104,9 +109,9 @@ def test_stats_of_mixed_members(tmp_path: Path) -> None:
     index_shards([tmp_path / "s.tar"], tmp_path, classes=("cat", "dog"))
     sampled = call("stats", tmp_path, "--label-key", "target")["sampled"]
     assert sampled["labels"] == [{"label": 1, "name": "dog", "num_samples": 1}]
-    assert sampled["num_unlabelled"] == 1
+    assert sampled["num_unlabelled"] == 2  # a label of NaN is a missing one, as null is
     assert sampled["pictures"] == {"TIFF 1 x 16 bit": 1, "NPY 6 x 16 bit": 1}
-    assert sampled["bad"] == {"decode": 1, "label": 1, "metadata": 1, "no_image": 1}
+    assert sampled["bad"] == {"decode": 1, "label": 1, "no_image": 1}
 
 
 def test_percentiles_are_exact_to_a_percent() -> None:
@@ -264,3 +269,107 @@ def test_a_data_set_in_a_store(dataset: Path, tmp_path: Path, capsys: pytest.Cap
     storage.write_whole(f"{url}/shard-000000.tar", damaged)
     result = failing(capsys, "verify", url, "--out", tmp_path / "corrupt.jsonl")
     assert sum(result["causes"].values()) == result["num_bad_shards"] == 1
+
+
+def coloured(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((40, 56, 3), value, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def indexed(folder: Path, members: list[tuple[str, bytes]]) -> Path:
+    """A data set of one shard with these members."""
+    folder.mkdir()
+    with tarfile.open(folder / "s.tar", "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    index_shards([folder / "s.tar"], folder)
+    return folder
+
+
+NAMELESS = {
+    "two pictures": (
+        [(f"{n}.{part}", coloured(n)) for n in range(3) for part in ("left.png", "Right.png")],
+        "left.png",
+    ),
+    "dots in the names": ([(f"{n} track 2.{n}.png", coloured(n)) for n in range(3)], "*.png"),
+    "another ending": ([(f"{n}.jfif", coloured(n)) for n in range(3)], "jfif"),
+    "no ending of a picture": ([(f"{n}.image", coloured(n)) for n in range(3)], "image"),
+    "only texts": ([(f"{n}.{part}", b"{}") for n in range(3) for part in ("json", "txt")], None),
+}
+
+
+@pytest.mark.parametrize("name", NAMELESS)
+def test_a_set_without_known_pictures_is_not_intact(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """verify, stats, index and a run say so at once; and data.image_member makes it usable."""
+    members, member = NAMELESS[name]
+    folder = indexed(tmp_path / "set", members)
+    out = ("--out", tmp_path / "flaws.jsonl")
+    for options in ((), ("--decode",)):
+        result = failing(capsys, "verify", folder, *out, *options)
+        assert (result["num_without_media"], result["num_decoded"], result["causes"]) == (3, 0, {"no_image": 3})
+    flaws = [json.loads(line) for line in (tmp_path / "flaws.jsonl").read_text().splitlines()]
+    assert {flaw["cause"] for flaw in flaws} == {"no_image"}
+    assert call("stats", folder)["media"] == []
+    assert "warning: " in capsys.readouterr().err
+    assert main(["index", str(folder), "--workers", "1"]) == 0
+    assert "no sample has a picture or video; the members are ." in capsys.readouterr().err
+    config = DataConfig(train=str(folder))
+    with pytest.raises(ValueError, match="no sample has a picture; the members are "):
+        open_dataset(config, image_size=(20, 28), channels=3, global_batch=2)
+    if member is None:
+        return
+    assert call("verify", folder, "--decode", "--image-member", member)["num_decoded"] == 3
+    assert call("stats", folder, "--image-member", member)["sampled"]["pictures"] == {"PNG RGB": 3}
+    named = replace(config, image_member=member)
+    dataset = open_dataset(named, image_size=(20, 28), channels=3, global_batch=2)
+    seen = {key: set(image.unique().tolist()) for image, _, key in (dataset.item(position) for position in range(3))}
+    assert sorted(seen.values(), key=min) == [{0}, {1}, {2}]
+    sequential = SequentialImages(str(folder), EvalTransform((20, 28), 28), image_member=member)
+    assert [set(sequential[n][0].unique().tolist()) for n in range(3)] == [{0}, {1}, {2}]
+    with pytest.raises(ValueError, match=r"no sample has a picture named other\.png \(data\.image_member\)"):
+        open_dataset(replace(config, image_member="other.png"), image_size=(20, 28), channels=3, global_batch=2)
+
+
+def test_single_samples_without_a_picture_are_flaws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = indexed(
+        tmp_path / "set", [("0.png", coloured(0)), ("0.txt", b"a"), ("1.txt", b"b"), ("2.png", coloured(2))]
+    )
+    result = failing(capsys, "verify", folder, "--out", tmp_path / "flaws.jsonl")
+    assert (result["num_flaws"], result["num_without_media"]) == (1, 1)
+    flaw = json.loads((tmp_path / "flaws.jsonl").read_text())
+    assert (flaw["key"], flaw["error"]) == ("1", "no picture or video among the members ['txt']")
+
+
+def test_tensors_of_encode_are_no_absence(tmp_path: Path) -> None:
+    assert call("verify", indexed(tmp_path / "set", [("0.latent.safetensors", b"x"), ("0.cls", b"1")]))["intact"]
+
+
+def test_verify_opens_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = video(12)
+    broken = bytearray(good)
+    place = good.index(b"mdat") + 2000
+    broken[place : place + 400] = bytes(400)
+    intact = indexed(tmp_path / "good", [("0.mp4", good), ("1.mp4", good)])
+    result = call("verify", intact, "--decode")
+    assert (result["intact"], result["num_decoded"], result["num_videos"]) == (True, 2, 2)
+    assert "0 pictures decoded, 2 videos decoded" in capsys.readouterr().err
+    assert call("stats", intact)["sampled"]["pictures"] == {"mp4 (video, not opened)": 2}
+    damaged = indexed(tmp_path / "bad", [("0.mp4", good), ("1.mp4", bytes(broken)), ("2.mp4", good[:-300])])
+    found = failing(capsys, "verify", damaged, "--decode", "--out", tmp_path / "flaws.jsonl")
+    assert (found["num_flaws"], found["num_decoded"]) == (2, 1)
+    assert found["causes"] == {"frames": 1, "video": 1}
+    named = indexed(tmp_path / "named", [("0.front.bin", good), ("1.front.bin", good[:-300])])
+    found = failing(capsys, "verify", named, "--decode", "--image-member", "front.bin", "--out", tmp_path / "f.jsonl")
+    assert (found["num_videos"], found["causes"]) == (1, {"video": 1})
+
+
+@pytest.mark.parametrize("member", ["", ".jpg", "a/b.jpg"])
+def test_members_that_cannot_be(member: str, tmp_path: Path) -> None:
+    folder = indexed(tmp_path / "set", [("0.png", coloured(0))])
+    with pytest.raises(ValueError, match=r"data\.image_member is .*; expected what stands behind the first dot"):
+        open_dataset(DataConfig(train=str(folder), image_member=member), image_size=(8, 8), channels=3, global_batch=2)

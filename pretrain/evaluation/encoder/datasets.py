@@ -124,6 +124,7 @@ def _open_views(
                 bit_depth=loading.bit_depth,
                 max_pixels=loading.max_pixels,
                 label_key=loading.label_key,
+                image_member=loading.image_member,
                 storage=loading.storage,
             )
             for side, manifest in manifests.items()
@@ -145,6 +146,7 @@ def _open_views(
             short_side=video.short_side,
             max_pixels=loading.max_pixels,
             label_key=loading.label_key,
+            image_member=loading.image_member,
             storage=loading.storage,
         )
         for side, manifest in manifests.items()

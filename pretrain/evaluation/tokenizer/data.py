@@ -108,5 +108,6 @@ def _open(folder: str, transform: EvalTransform, channels: int, loading: DataCon
         bit_depth=loading.bit_depth,
         max_pixels=loading.max_pixels,
         label_key=loading.label_key,
+        image_member=loading.image_member,
         storage=loading.storage,
     )

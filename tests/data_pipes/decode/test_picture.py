@@ -15,6 +15,7 @@ from PIL import Image
 
 from data_pipes.decode.picture import decode_image
 from data_pipes.errors import DecodeError
+from data_pipes.pack.reencode_picture import PictureOptions, prepare_picture
 from tests.data_pipes.decode.picture_files import (
     GREY,
     GREY_ALPHA,
@@ -238,3 +239,39 @@ def test_damage_and_foreign_files() -> None:
         decode_image(encode(np.full((4, 4), 70_000, np.int32), "TIFF"), 1)
     with pytest.raises(DecodeError, match="beyond 16 bits"):
         decode_image(encode(np.full((4, 4), -1, np.int32), "TIFF"), 1)
+
+
+def test_damage_beside_the_pixels_of_a_png_costs_no_pixel() -> None:
+    """Texts, profiles and times may be damaged or huge; what the pixels need may not."""
+    values = noise(3, 8)
+    plain = png(values, RGB, 8)
+    wrong = bytearray(chunk(b"tEXt", b"Comment\0hello"))
+    wrong[-1] ^= 1
+    extras = {
+        "wrong checksum": bytes(wrong),
+        "2 MiB of text": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2 << 20))),
+        "much text": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(1 << 20))) * 70,
+        "no profile": chunk(b"iCCP", b"x"),
+        "no EXIF": chunk(b"eXIf", b"\xff" * 40),
+        "no time": chunk(b"tIME", b"\0"),
+    }
+    for name, extra in extras.items():
+        data = png(values, RGB, 8, extra)
+        assert np.array_equal(pixels_of(data, 3), values), name
+        assert np.array_equal(pixels_of(png(noise(2, 16), GREY_ALPHA, 16, extra), 4)[..., 3], noise(2, 16)[..., 1])
+        assert prepare_picture(data, PictureOptions()) == (data, "png")
+        small, _ = prepare_picture(data, PictureOptions(short_side=9))
+        assert torch.equal(
+            decode_image(small, 3), decode_image(prepare_picture(plain, PictureOptions(short_side=9))[0], 3)
+        )
+    broken = bytearray(plain)
+    broken[plain.index(b"IDAT") + 40] ^= 255
+    with pytest.raises(DecodeError, match="not a readable picture"):
+        decode_image(bytes(broken), 3)
+
+
+def test_png_cut_anywhere_in_its_header() -> None:
+    whole = png(noise(3, 16), RGB, 16)
+    for length in range(34):
+        with pytest.raises(DecodeError, match="not a readable picture"):
+            decode_image(whole[:length], 3)

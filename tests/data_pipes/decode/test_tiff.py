@@ -258,3 +258,69 @@ def test_mutations_end_in_time() -> None:
         slowest_s = max(slowest_s, time.process_time() - started)
     assert 500 < num_errors < 2000
     assert slowest_s < 2
+
+
+def without_segments(data: bytes, keep: set[int], zero: tuple[str, ...] = ("Offsets", "ByteCounts")) -> bytes:
+    """The file in which the writer left out all strips or tiles but some: their places and sizes are 0."""
+    changed = bytearray(data)
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        for tag in file.pages[0].tags:
+            if any(tag.name in (f"Strip{part}", f"Tile{part}") for part in zero):
+                form = file.byteorder + {3: "H", 4: "I", 16: "Q"}[int(tag.dtype)] * tag.count
+                values = [value if number in keep else 0 for number, value in enumerate(tag.value)]
+                struct.pack_into(form, changed, tag.valueoffset, *values)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib", "lzw", "zstd"])
+@pytest.mark.parametrize("options", [{}, {"byteorder": ">"}, {"bigtiff": True}])
+@pytest.mark.parametrize("layout", [{"tile": (16, 16)}, {"rowsperstrip": 16}])
+def test_segments_that_were_left_out_are_zeros(
+    compression: str | None, options: dict[str, Any], layout: dict[str, Any]
+) -> None:
+    for depth, channels in ((8, 1), (16, 3), (8, 5)):
+        pixels = noise(channels, depth, 48, 48)
+        stored = pixels if channels > 1 else pixels[..., 0]
+        photometric = "rgb" if channels == 3 else "minisblack"
+        planes = "contig" if channels > 1 else None
+        whole = as_tiff(
+            stored,
+            photometric=photometric,
+            planarconfig=planes,
+            compression=compression,
+            metadata=None,
+            **layout,
+            **options,
+        )
+        for keep in (set(), {0}, {2}):
+            data = without_segments(whole, keep)
+            expected = np.zeros_like(pixels)
+            for number in keep:
+                rows = slice(16 * number, 16 * number + 16) if "rowsperstrip" in layout else slice(0, 16)
+                columns = slice(None) if "rowsperstrip" in layout else slice(16 * number, 16 * number + 16)
+                expected[rows, columns] = pixels[rows, columns]
+            assert np.array_equal(pixels_of(data), expected)
+            assert np.array_equal(tifffile.imread(io.BytesIO(data)).reshape(expected.shape), expected) or not keep
+            assert describe(data) == (48, 48, channels, depth)
+
+
+def test_a_place_or_a_size_alone_is_damage() -> None:
+    whole = as_tiff(noise(3, 8, 48, 48), photometric="rgb", tile=(16, 16), compression="zlib", metadata=None)
+    for part in ("Offsets", "ByteCounts"):
+        with pytest.raises(DecodeError, match="beyond its"):
+            decode_image(without_segments(whole, {0}, (part,)), 3)
+
+
+@pytest.mark.parametrize(("number", "name"), [(50001, "WEBP"), (50002, "JPEGXL"), (34712, "JPEG2000"), (34887, "LERC")])
+def test_pictures_inside_of_a_tiff_are_named(number: int, name: str) -> None:
+    data = with_tag(as_tiff(noise(3, 8), photometric="rgb"), 259, number)
+    with pytest.raises(DecodeError, match=f"compression {name}; such pictures are read as .* convert"):
+        decode_image(data, 3)
+
+
+def test_a_cmyk_tiff_that_is_not_read_says_cmyk() -> None:
+    for channels, depth in ((4, 16), (5, 8)):
+        extra = ["unspecified"] * (channels - 4) or None
+        data = as_tiff(noise(channels, depth), photometric="separated", planarconfig="contig", extrasamples=extra)
+        with pytest.raises(DecodeError, match=r"photometric 5 \(CMYK\).*or as CMYK of 8 bits: convert"):
+            decode_image(data, 3)

@@ -19,7 +19,8 @@ from data_pipes.decode.video import Video, probe
 from data_pipes.decode.video_container import container_of
 from data_pipes.decode.video_frames import list_frames
 from data_pipes.errors import SampleError
-from tests.data_pipes.tiny_videos import decode_all, encode, pictures, rotated, sound, video
+from data_pipes.pack.reencode_video import VideoOptions, prepare_video
+from tests.data_pipes.tiny_videos import cut, decode_all, encode, pictures, rotated, sound, video, with_matrix
 
 KINDS: dict[str, dict[str, Any]] = {
     "h264 mp4": {},
@@ -101,6 +102,71 @@ def test_rotation_is_applied(quarter_turns: int) -> None:
         info = opened.info()
     assert (info.height, info.width) == expected.shape[1:3]
     assert info.rotation == (360 - 90 * quarter_turns) % 360
+
+
+EIGHT = [
+    (1, 0, 0, 1),
+    (0, 1, -1, 0),
+    (-1, 0, 0, -1),
+    (0, -1, 1, 0),
+    (-1, 0, 0, 1),
+    (0, 1, 1, 0),
+    (1, 0, 0, -1),
+    (0, -1, -1, 0),
+]
+"""a, b, c, d of the ways to lay a rectangle upon a rectangle; the last four are mirrored."""
+
+
+def shown(frames: np.ndarray, a: int, b: int, c: int, d: int) -> np.ndarray:
+    """[T, H, W, C] by the words of the standard: pixel (x, y) goes to (a x + c y, b x + d y), from the corner on."""
+    y, x = np.indices(frames.shape[1:3])
+    right, down = a * x + c * y, b * x + d * y
+    right, down = right - right.min(), down - down.min()
+    out = np.zeros((len(frames), down.max() + 1, right.max() + 1, 3), np.uint8)
+    out[:, down, right] = frames
+    return out
+
+
+@pytest.mark.parametrize("matrix", EIGHT)
+def test_every_display_matrix_is_applied(matrix: tuple[int, int, int, int]) -> None:
+    plain = video(20)
+    expected = shown(decode_all(plain), *matrix)
+    for scale in (1, 2, 0.5):  # a scale is no orientation
+        with Video(with_matrix(plain, *(scale * value for value in matrix))) as opened:
+            assert np.array_equal(opened.frames([3, 12]), expected[[3, 12]])
+            assert np.array_equal(opened.frames([3], channels=1).shape[1:3], expected.shape[1:3])
+            assert (opened.info().height, opened.info().width) == expected.shape[1:3]
+            assert opened.info().mirrored == (matrix[0] * matrix[3] < matrix[1] * matrix[2])
+
+
+@pytest.mark.parametrize("matrix", [(0, 0, 0, 0), (1, 0, 0, 0), (0.9, 0.4, -0.4, 0.9)])
+def test_matrices_that_lay_no_rectangle(matrix: tuple[float, float, float, float]) -> None:
+    """Of zeros or flat: as it is stored; by an angle of its own: the nearest quarter turn."""
+    with Video(with_matrix(video(20), *matrix)) as opened:
+        assert np.array_equal(opened.frames([3]), decode_all(video(20))[[3]])
+
+
+OPEN = {
+    "libx264": {"preset": "ultrafast", "x264-params": "keyint=12:open-gop=1:bframes=3:b-adapt=0:scenecut=0"},
+    "libx265": {"preset": "ultrafast", "x265-params": "log-level=none:keyint=12:open-gop=1:bframes=3:pools=1"},
+    "mpeg2video": {"bf": "2", "g": "12"},
+}
+
+
+@pytest.mark.parametrize("codec", OPEN)
+@pytest.mark.parametrize("kind", ["matroska", "mp4"])
+def test_a_cut_open_group_counts_the_frames_that_come_out(codec: str, kind: str) -> None:
+    """Frames that were shown before the first keyframe are not counted, so every index is the frame that it says."""
+    whole = encode(pictures(60), codec=codec, b_frames=3, options=OPEN[codec])
+    data = cut(whole, 0.6, kind)
+    with Video(data) as opened, Video(whole) as reference:
+        first = reference.num_frames - opened.num_frames
+        assert first in (12, 24)
+        expected = reference.frames(range(first, 60))
+        assert np.array_equal(opened.frames(range(opened.num_frames)), expected)
+        for index in (0, 1, 7, opened.num_frames - 1):
+            assert np.array_equal(opened.frames([index])[0], expected[index])
+    assert prepare_video(data, VideoOptions(verify="decode"))[0] == data
 
 
 def test_luma() -> None:

@@ -23,6 +23,7 @@ from data_pipes.index.walk import index_shard
 from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.manifest import Manifest
 from data_pipes.shards.tar import BLOCK, walk_tar
+from launchers.cli import main
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT}
 
@@ -338,3 +339,40 @@ def test_urls_that_are_no_path_are_refused(tmp_path: Path, url: str) -> None:
         remote.shard_path(0)
     with pytest.raises(ValueError, match="not a local path"):
         remote.index_path(0)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_all_shards_that_cannot_be_used_are_named_at_once(tmp_path: Path, workers: int) -> None:
+    good = [write_tar(tmp_path / f"{n}.tar", [(f"{n}.png", b"x")]) for n in range(3)]
+    empty = [write_tar(tmp_path / f"e{n}.tar", []) for n in range(2)]
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(good[0].read_bytes()[:700])
+    shards = [good[0], empty[0], good[1], cut, empty[1], good[2]]
+    for allow_empty, wrong in ((False, 3), (True, 1)):
+        with pytest.raises(ShardError) as caught:
+            index_shards(shards, tmp_path, workers=workers, allow_empty=allow_empty)
+        names = {shard.name for shard in shards if str(shard) in str(caught.value)}
+        assert names == ({"e0.tar", "e1.tar", "cut.tar"} if not allow_empty else {"cut.tar"})
+        assert ("3 of 6 shards cannot be used" in str(caught.value)) == (wrong == 3)
+        assert not (tmp_path / "manifest.json").exists()
+    assert all(shard.with_name(shard.name + ".idx").exists() for shard in good)  # kept for the next attempt
+    reports: list[bool] = []
+    shards.remove(cut)
+    manifest = index_shards(
+        shards, tmp_path, workers=workers, allow_empty=True, on_shard=lambda report: reports.append(report.kept)
+    )
+    assert [entry.url for entry in manifest.shards] == ["0.tar", "1.tar", "2.tar"]
+    assert reports == [True] * 3
+    with pytest.raises(ShardError, match="2 of 2 shards cannot be used"):
+        index_shards(empty, tmp_path / "none", allow_empty=True)
+
+
+def test_the_command_leaves_empty_shards_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "a.tar", [("0.png", b"x")])
+    write_tar(tmp_path / "b.tar", [])
+    assert main(["index", str(tmp_path), "--workers", "1"]) != 0
+    assert "b.tar: the shard holds no sample" in capsys.readouterr().err
+    assert main(["index", str(tmp_path), "--workers", "1", "--allow-empty", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["num_empty_shards"] == 1
+    assert "1 shards hold no sample and were left out" in printed.err

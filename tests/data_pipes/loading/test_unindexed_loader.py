@@ -271,3 +271,12 @@ def test_from_a_configuration(tmp_path: Path) -> None:
     assert batch.images.shape == (4, 3, 8, 8)
     assert batch.labels.tolist() == [3] * 4
     assert batch.captions == ["x"] * 4
+
+
+@pytest.mark.parametrize("member", ["left.png", "l*.png"])
+def test_the_member_that_is_named(tmp_path: Path, member: str) -> None:
+    members = [m for n in range(20) for m in ((f"{n:02d}.right.png", b"none"), (f"{n:02d}.left.png", picture(n)))]
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(tar_of(members)))
+    config = DataConfig(unindexed=UnindexedConfig([str(tmp_path / "a.tar.gz")]), image_member=member)
+    with closing(open_loader(config, BatchPlan(8, 4), image_size=(8, 8), channels=3, state=None)) as loader:
+        assert len(next(iter(loader.batches(0))).keys) == 4

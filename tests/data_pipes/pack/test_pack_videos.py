@@ -24,9 +24,10 @@ from data_pipes.pack.reencode_video import VideoOptions, prepare_video
 from data_pipes.shards.manifest import Manifest
 from data_pipes.transforms.clip_sampling import ClipSampling
 from launchers.cli import main
+from tests.data_pipes.decode.test_video import EIGHT
 from tests.data_pipes.pack.test_pack import content, samples
 from tests.data_pipes.tiny_shards import picture
-from tests.data_pipes.tiny_videos import decode_all, encode, pictures, rotated, sound, video
+from tests.data_pipes.tiny_videos import decode_all, encode, pictures, rotated, sound, video, with_matrix
 
 SMALL = PackOptions(shard_samples=3)
 KINDS = {
@@ -131,6 +132,7 @@ FINE = VideoOptions(gop=2, crf=4)
         pytest.param(lambda: video(20, "avi", "libx264", b_frames=2), id="avi, frames counted"),
         pytest.param(lambda: encode(pictures(8), [0, 40, 80, 400, 440, 1000, 1040, 1080], b_frames=0), id="vfr"),
         pytest.param(lambda: rotated(video(20), 1), id="rotated"),
+        *(pytest.param(lambda m=matrix: with_matrix(video(20), *m), id=f"matrix {matrix}") for matrix in EIGHT[4:]),
     ],
 )
 def test_the_frames_stay_what_and_when_they_were(data: Any) -> None:
@@ -141,7 +143,7 @@ def test_the_frames_stay_what_and_when_they_were(data: Any) -> None:
         assert np.allclose(before.times_s, after.times_s, atol=1e-4)
         pixels = [each.frames(np.arange(each.num_frames)).astype(float) for each in (before, after)]
         assert pixels[0].shape == pixels[1].shape
-        assert after.info().rotation == 0
+        assert after.info().orientation == (False, 0)
     difference = pixels[0] - pixels[1]
     assert np.abs(difference).mean() < 4  # the other way round of the same video: 40
     assert np.abs(difference.mean((0, 1, 2))).max() < 1.6, "the colours are shifted"
@@ -298,7 +300,9 @@ def test_files_that_only_the_list_has(source: Path, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("juggling/0.mp4,a\ngone.mp4,a\nabseiling/1,b\n")
     with pytest.raises(UnreadableFile, match=r"gone\.mp4 is not there, and 0 more of the list"):
         pack(source, tmp_path / "out", labels=tmp_path / "list.csv")
-    result = pack(source, tmp_path / "out", labels=tmp_path / "list.csv", options=PackOptions(skip_unreadable=True))
+    with pytest.raises(UnreadableFile, match=r"gone\.mp4 is not there.*--skip-missing"):
+        pack(source, tmp_path / "out", labels=tmp_path / "list.csv", options=PackOptions(skip_unreadable=True))
+    result = pack(source, tmp_path / "out", labels=tmp_path / "list.csv", options=PackOptions(skip_missing=True))
     assert [(entry["name"], entry["cause"]) for entry in result.skipped] == [("gone.mp4", "missing")]
     assert labels_of(tmp_path / "out" / "train") == {"juggling/0": "a", "abseiling/1": "b"}
 
@@ -336,7 +340,9 @@ def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     arguments += ["--short-side", "32", "--gop", "8", "--fps", "12.5", "--crf", "30", "--workers", "1"]
     assert main(arguments) != 0
     capsys.readouterr()
-    assert main([*arguments, "--skip-unreadable"]) == 0
+    assert main([*arguments, "--skip-unreadable"]) != 0  # forgives one thing, not the other
+    capsys.readouterr()
+    assert main([*arguments, "--skip-unreadable", "--skip-missing"]) == 0
     printed = capsys.readouterr()
     answer = json.loads(printed.out)
     assert (answer["media"], answer["num_skipped"]) == ("videos", 2)

@@ -36,7 +36,8 @@ from PIL import Image
 from data_pipes.errors import SampleError, ShardError
 from data_pipes.index.index import index_shards
 from data_pipes.index.walk import index_shard, split_name
-from data_pipes.inspect.verify import Check, verify_shard
+from data_pipes.inspect.content import Check
+from data_pipes.inspect.verify import verify_shard
 from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.manifest import Manifest
 from data_pipes.shards.members import label_of, picture_of
