@@ -78,6 +78,7 @@ def command(words: str) -> str:
         "report no_such_folder",
         "sync no_such_folder",
         "cache status no_such_folder",
+        "data stats no_such_folder",
         "index no_such_folder",
         "pack no_such_folder out",
     ],

@@ -15,17 +15,18 @@ TIFF does not call alpha is a channel. Of animations and multi-page files the fi
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from data_pipes.decode import jpeg, npy, pil, tiff, tiff_tags
 from data_pipes.decode.formats import extension_of
 from data_pipes.decode.limits import DEFAULT_MAX_PIXELS, Pixels, check_pixels
 from data_pipes.decode.stored import Stored, convert_channels, settle_alpha
 from data_pipes.errors import DecodeError, SampleError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["DEFAULT_MAX_PIXELS", "DecodeError", "Pixels", "SampleError", "decode_image"]
 
@@ -42,6 +43,17 @@ class PictureHeader(NamedTuple):
 
 
 def decode_image(data: bytes, channels: int | None, max_pixels: int = DEFAULT_MAX_PIXELS) -> Tensor:
+    """Decodes one picture into a tensor, see `decode_pixels`.
+
+    Returns:
+        uint8 or uint16 [C, H, W], a view of [H, W, C] memory.
+    """
+    import torch  # here, because packing and statistics need none of it
+
+    return torch.from_numpy(decode_pixels(data, channels, max_pixels)).permute(2, 0, 1)
+
+
+def decode_pixels(data: bytes, channels: int | None, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
     """Decodes one picture.
 
     Args:
@@ -49,7 +61,7 @@ def decode_image(data: bytes, channels: int | None, max_pixels: int = DEFAULT_MA
         channels: of the result; None keeps 1 or 3 (or N of a TIFF or an array).
         max_pixels: height * width, checked in the header before anything is decoded.
     Returns:
-        uint8 or uint16 [C, H, W], a view of [H, W, C] memory.
+        uint8 or uint16 [H, W, C].
     Raises:
         DecodeError: "pixels" (too many), "channels" (no conversion), or "decode" (truncated, corrupt, unknown).
         ImportError: the picture is a TIFF, and what reads it is not installed.
@@ -65,7 +77,7 @@ def decode_image(data: bytes, channels: int | None, max_pixels: int = DEFAULT_MA
         if data.startswith(jpeg.JPEG_MAGIC):
             jpeg.check_cmyk(data, max_pixels)
         pixels = pil.open_picture(data, max_pixels, lambda picture: pil.pixels_of(picture, channels))
-    return torch.from_numpy(convert_channels(pixels, channels)).permute(2, 0, 1)
+    return convert_channels(pixels, channels)
 
 
 def decode_stored(data: bytes, max_pixels: int) -> Stored | None:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from data_pipes.decode.limits import DEFAULT_MAX_PIXELS
-from data_pipes.decode.picture import decode_image
+from data_pipes.decode.picture import decode_pixels
 from data_pipes.decode.pil import PNG_MAGIC, is_needed_chunk
 from data_pipes.decode.video import VIDEO_EXTENSIONS, Video
 from data_pipes.decode.video_container import is_container
@@ -82,9 +82,9 @@ def _check_picture(data: bytes, max_pixels: int) -> None:
     once they are complete.
 
     Raises:
-        DecodeError: see `decode_image`; "checksum" for a damaged PNG that still decodes.
+        DecodeError: see `decode_pixels`; "checksum" for a damaged PNG that still decodes.
     """
-    decode_image(data, None, max_pixels)
+    decode_pixels(data, None, max_pixels)
     if not data.startswith(PNG_MAGIC):
         return
     start, part = len(PNG_MAGIC), b""

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 
 from data_pipes.decode import jpeg, npy, pil, tiff, tiff_tags
 from data_pipes.decode.limits import DEFAULT_MAX_PIXELS, Pixels
-from data_pipes.decode.picture import PictureHeader, check_header, decode_image, decode_stored
+from data_pipes.decode.picture import PictureHeader, check_header, decode_pixels, decode_stored
 from data_pipes.decode.stored import Stored
 from data_pipes.errors import SampleError
 
@@ -90,7 +90,7 @@ def prepare_picture(data: bytes, options: PictureOptions) -> tuple[bytes, str]:
         if options.short_side is not None and min(header.height, header.width) > options.short_side:
             return _shrink(data, header, options.short_side, options.quality)
         if options.verify == "decode":
-            decode_image(data, None, _MAX_PIXELS)
+            decode_pixels(data, None, _MAX_PIXELS)
         return data, header.extension
     except SampleError as error:
         raise UnreadableFile(str(error), "unreadable" if error.cause == "decode" else error.cause) from error

@@ -19,12 +19,13 @@ from data_pipes.decode.limits import DEFAULT_MAX_PIXELS
 from data_pipes.errors import SampleError
 from data_pipes.shards.collection import Place
 from data_pipes.shards.manifest import Manifest
-from data_pipes.shards.members import IMAGE_EXTENSIONS, label_of, picture_of
+from data_pipes.shards.members import IMAGE_EXTENSIONS, label_of
 from data_pipes.shards.reader import RawSample, ShardReader
 from data_pipes.shards.wanted import WantedMembers, checked_member
 from data_pipes.store.storage import Storage
 from data_pipes.store.transport import StorageConfig
 from data_pipes.transforms.image import EvalTransform
+from data_pipes.transforms.pictures import picture_of
 from data_pipes.transforms.recipe import DTYPES
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from data_pipes.decode.limits import DEFAULT_MAX_PIXELS
 from data_pipes.decode.video import VIDEO_EXTENSIONS
-from data_pipes.shards.members import IMAGE_EXTENSIONS, encoded_picture, encoded_video, picture_of, with_bit_depth
+from data_pipes.shards.members import IMAGE_EXTENSIONS, encoded_picture, encoded_video
 from data_pipes.shards.reader import RawSample
 from data_pipes.transforms.clips import ClipTransform
 from data_pipes.transforms.image import TrainTransform
+from data_pipes.transforms.pictures import picture_of, with_bit_depth
 
 DTYPES = {8: torch.uint8, 16: torch.uint16}
 """Bit depth -> type of a sample's tensor."""

@@ -25,9 +25,10 @@ from data_pipes.decode.picture import decode_image
 from data_pipes.errors import SampleError
 from data_pipes.shards.collection import Place
 from data_pipes.shards.manifest import Manifest
-from data_pipes.shards.members import IMAGE_EXTENSIONS, with_bit_depth
+from data_pipes.shards.members import IMAGE_EXTENSIONS
 from data_pipes.shards.reader import ShardReader
 from data_pipes.transforms.image import EvalTransform
+from data_pipes.transforms.pictures import with_bit_depth
 from pretrain.latents.coder import PictureCoder
 from pretrain.latents.options import LATENT_MEMBER
 from pretrain.losses.reconstruction import psnr

@@ -18,10 +18,11 @@ from torch import Tensor
 from data_pipes.errors import SampleError
 from data_pipes.shards.collection import Place
 from data_pipes.shards.manifest import Manifest
-from data_pipes.shards.members import IMAGE_EXTENSIONS, picture_of
+from data_pipes.shards.members import IMAGE_EXTENSIONS
 from data_pipes.shards.reader import RawSample, ShardReader
 from data_pipes.store.storage import Storage
 from data_pipes.store.transport import StorageConfig
+from data_pipes.transforms.pictures import picture_of
 from pretrain.latents.options import EncodeOptions
 
 _WINDOW_BATCHES = 4

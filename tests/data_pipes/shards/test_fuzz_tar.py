@@ -40,10 +40,11 @@ from data_pipes.inspect.content import Check
 from data_pipes.inspect.verify import verify_shard
 from data_pipes.shards.index_file import ShardIndex
 from data_pipes.shards.manifest import Manifest
-from data_pipes.shards.members import label_of, picture_of
+from data_pipes.shards.members import label_of
 from data_pipes.shards.reader import ShardReader
 from data_pipes.shards.tar import BLOCK, MAX_EXTENDED_HEADER_BYTES, TarProblem, walk_tar
 from data_pipes.store.storage import Storage
+from data_pipes.transforms.pictures import picture_of
 from tests.data_pipes.tiny_shards import picture
 
 NUM_TARS, NUM_INDEXES, NUM_MANIFESTS, NUM_PAYLOADS = 600, 150, 100, 150

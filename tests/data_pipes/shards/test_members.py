@@ -20,9 +20,9 @@ from data_pipes.shards.members import (
     encoded_picture,
     label_of,
     metadata_of,
-    picture_of,
 )
 from data_pipes.shards.reader import RawSample
+from data_pipes.transforms.pictures import picture_of
 from tests.data_pipes.tiny_shards import picture
 
 CLASSES = ("cat", "dog", "größe")
