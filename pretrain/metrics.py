@@ -6,6 +6,7 @@ all ranks, `data/wait_*` is the worst rank's, `memory/...` the largest rank's.
 
 from __future__ import annotations
 
+import functools
 import resource
 import sys
 import time
@@ -32,6 +33,10 @@ class PeakFlops:
     """`data sheet`, or `measured` where no data sheet is known (then MFU is a share of the matmul library's speed)."""
 
 
+_MEASURING_S = 0.15
+"""How long a peak is measured, after which only what has begun is completed."""
+
+
 def peak_flops(device: torch.device, *, bf16: bool) -> PeakFlops:
     """The device's peak by its data sheet, else by a short matrix product (CPU: 1024^3, with this rank's threads)."""
     if device.type == "cuda":
@@ -39,20 +44,39 @@ def peak_flops(device: torch.device, *, bf16: bool) -> PeakFlops:
         for part, peak in GPU_PEAK_FLOPS.items():
             if part in name and bf16:
                 return PeakFlops(peak, f"data sheet of {part}, dense bf16")
+    return _measured_peak(device, bf16, torch.get_num_threads())
+
+
+@functools.cache
+def _measured_peak(device: torch.device, bf16: bool, num_threads: int) -> PeakFlops:
+    """The peak by a matrix product; once per process, as it depends on nothing else.
+
+    In bf16 runs it is the faster of both precisions: some CPUs multiply bf16 matrices more slowly than fp32 ones, by so
+    much that a quarter of the size says which.
+    """
     size = 1024 if device.type == "cpu" else 8192
-    fastest_s, fastest = float("inf"), torch.float32
-    # In bf16 runs the faster of both precisions: some CPUs multiply bf16 matrices more slowly than fp32 ones.
-    for dtype in (torch.float32, torch.bfloat16) if bf16 else (torch.float32,):
-        matrix = torch.ones(size, size, dtype=dtype, device=device)
-        for _ in range(10):
-            _synchronize(device)
-            begin = time.perf_counter()
-            torch.mm(matrix, matrix)
-            _synchronize(device)
-            if time.perf_counter() - begin < fastest_s:
-                fastest_s, fastest = time.perf_counter() - begin, dtype
+    seconds = {torch.float32: _fastest_product_s(device, torch.float32, size)}
+    if bf16:
+        bf16_s, fp32_s = (_fastest_product_s(device, dtype, size // 4) for dtype in (torch.bfloat16, torch.float32))
+        if bf16_s < fp32_s:
+            seconds[torch.bfloat16] = _fastest_product_s(device, torch.bfloat16, size)
+    fastest = min(seconds, key=lambda dtype: seconds[dtype])
+    fastest_s = seconds[fastest]
     name = str(fastest).removeprefix("torch.")
     return PeakFlops(2.0 * size**3 / fastest_s, f"measured, {size}^3 matmul in {name}")
+
+
+def _fastest_product_s(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Seconds of a matrix product: the least of up to ten, within `_MEASURING_S`."""
+    matrix, seconds = torch.ones(size, size, dtype=dtype, device=device), [float("inf")]
+    started = time.perf_counter()
+    while len(seconds) <= 10 and (len(seconds) < 3 or time.perf_counter() - started < _MEASURING_S):
+        _synchronize(device)
+        begin = time.perf_counter()
+        torch.mm(matrix, matrix)
+        _synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
 
 
 @dataclass

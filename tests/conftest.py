@@ -6,12 +6,10 @@ processes, the longest, come first. Nothing else knows of other workers: each ha
 
 from __future__ import annotations
 
-import functools
 import gc
 import importlib.util
 import io
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,20 +86,6 @@ def _threads() -> None:
     import torch
 
     torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _peak_is_measured_once() -> Iterator[None]:
-    """Each run measures what its device can do: half a second here, half a minute in bf16 on some CPUs."""
-    if "pretrain.run_log" not in sys.modules:
-        yield
-        return
-    from pretrain import metrics, run_log
-
-    measured = functools.cache(lambda device: metrics.peak_flops(device, bf16=False))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_log, "peak_flops", lambda device, *, bf16: measured(device))
-        yield
 
 
 @pytest.fixture(scope="session")
