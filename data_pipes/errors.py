@@ -33,6 +33,14 @@ CAUSES: tuple[Cause, ...] = get_args(Cause)
 """The causes in the order in which every rank lists them."""
 
 
+class UserError(Exception):
+    """An error whose message is for the user: commands print it and exit 2, without a traceback.
+
+    So are ValueError (a mistake in the input), OSError (a disk, a store, a server) and ImportError (a package that is
+    missing); this is the base of those that are none of these.
+    """
+
+
 class ShardError(ValueError):
     """A shard or its index cannot be used: which one, what was found, what to do."""
 

@@ -11,6 +11,8 @@ import json
 import sys
 from collections.abc import Sequence
 
+from data_pipes.errors import UserError
+
 COMMANDS = (
     *("pack", "index", "data", "cache", "train", "eval", "export"),
     *("encode", "decode", "reconstruct", "report", "sync", "fork"),
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(given)
     try:
         result = arguments.run_command(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, UserError) as error:
         print(f"tessera {arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

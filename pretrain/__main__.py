@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipes.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `tessera train` and `python -m pretrain` take."""
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = os.environ.get("RANK", "0")
     try:
         summary = run(arguments)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError, UserError) as error:
         print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         return 2
     if rank != "0":

@@ -88,6 +88,12 @@ class RunLog:
             self.say(notice)
         if resumed_from is not None:
             self.say(f"resumed from {resumed_from} at sample {state.position:,} of {self.total:,}")
+            if not state.steps_left(self.total, plan.global_batch):
+                key = "steps" if config.train.steps is not None else "epochs"
+                self.say(
+                    f"the run has reached its end, step {state.step} of train.{key}={getattr(config.train, key)}; to "
+                    f"train on, start it with a larger train.{key} (the schedule then follows the new length)"
+                )
         if self.data.collection is None:
             self.say("data.unindexed: the shards are read from front to back, so resume is approximate")
         if plan.micro_batch != (config.train.micro_batch or plan.micro_batch):

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from data_pipes.decode.formats import refuse_unread
 from data_pipes.decode.limits import Pixels, check_pixels
@@ -70,6 +70,9 @@ def _open(data: bytes, max_pixels: int, read: Callable[[Image.Image], Result]) -
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DecodeError("pixels", f"picture bomb: {error}") from error
+    except UnidentifiedImageError as error:
+        found = f"{len(data):,} bytes that begin with {data[:12]!r}" if data else "a file of 0 bytes"
+        raise DecodeError("decode", f"{found}: not a picture of a format that is read") from error
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged input
         raise DecodeError(
             "decode", f"not a readable picture ({len(data):,} bytes): {type(error).__name__}: {error}"

@@ -72,11 +72,11 @@ class Quarantine:
             self._known.update(new)
         if self.num_bad > self._max_bad_fraction * max(self.num_seen, self._judged):
             last = bad[-1]
+            listed = f"All are listed in {self.path}. " if self.path else ""
             raise BadDataError(
-                f"{self.num_bad} of the first {self.num_seen} samples of this run are bad ({self.describe()}), more "
-                f"than data.max_bad_fraction = {self._max_bad_fraction} allows. The last: {last.key} in {last.shard}: "
-                f"{last.error}. " + (f"All are listed in {self.path}. " if self.path else "") + "Repair the data set, "
-                "or raise the limit"
+                f"{self.num_bad} of the first {max(self.num_seen, self.num_bad)} samples of this rank are bad "
+                f"({self.describe()}), more than data.max_bad_fraction = {self._max_bad_fraction} allows. The last: "
+                f"{last.key} in {last.shard}: {last.error}. {listed}Repair the data set, or raise the limit"
             )
 
     def describe(self) -> str:

@@ -21,7 +21,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data_pipes.errors import UserError
 from data_pipes.loading.dataset import Loaded, Request, SampleDataset
+
+
+class WorkerError(UserError, RuntimeError):
+    """A worker process died."""
 
 
 class Workers(ABC):
@@ -106,7 +111,7 @@ class ProcessWorkers(Workers):
                     # ConnectionError, EOFError: it died while its tensors were handed over
                     if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
                         raise
-                    raise RuntimeError(
+                    raise WorkerError(
                         f"a data worker process died ({error}); usually the machine's memory or /dev/shm ran out: "
                         "lower data.workers or data.prefetch, or set data.worker_kind=thread"
                     ) from error

@@ -50,8 +50,10 @@ def new_file(path: Path, *, durable: bool = True) -> Iterator[Draft]:
             os.replace(temporary, path)
         else:
             temporary.unlink()
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say which file
         raise
 
 

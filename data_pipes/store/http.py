@@ -13,7 +13,7 @@ import aiohttp
 import fsspec
 
 from data_pipes.store.counters import Counters
-from data_pipes.store.errors import StorageError, TransientError, error_of_status
+from data_pipes.store.errors import AccessDeniedError, StorageError, TransientError, error_of_status
 from data_pipes.store.transport import (
     ObjectInfo,
     Piece,
@@ -55,6 +55,7 @@ class HttpTransport(Transport):
         async with session.head(self._files.encode_url(url), headers=_HEADERS, allow_redirects=True) as answer:
             size = answer.headers.get("Content-Length")
             if answer.status == 200 and size is not None:
+                _refuse_page(url, answer)
                 return ObjectInfo(int(size), normal_etag(etag_of(answer.headers)))
             if answer.status not in (200, 403, 405, 501):  # these may be about HEAD alone
                 _raise_for_status(url, answer)
@@ -105,7 +106,12 @@ class HttpTransport(Transport):
             return error_of_status(url, error.status, f"{error.status} {error.message}")
         if isinstance(error, FileNotFoundError):
             return error_of_status(url, 404, "404")
-        if isinstance(error, (aiohttp.InvalidURL, aiohttp.TooManyRedirects, aiohttp.ClientSSLError)):
+        if isinstance(error, aiohttp.TooManyRedirects):
+            return StorageError(
+                f"{url}: the server redirects in a circle (last from {error.request_info.real_url}); check the URL, "
+                "and whether it wants a login"
+            )
+        if isinstance(error, (aiohttp.InvalidURL, aiohttp.ClientSSLError)):
             return StorageError(f"{url}: {error or type(error).__name__}; check the URL and the certificates")
         if isinstance(error, TimeoutError):
             return TransientError(f"nothing arrived in {self.config.timeout_s:g} s", cause="timeouts")
@@ -124,6 +130,17 @@ def _raise_for_status(url: str, answer: aiohttp.ClientResponse) -> None:
         raise error_of_status(url, answer.status, detail, answer.headers.get("Retry-After"))
     if answer.status not in (200, 201, 204, 206):
         raise StorageError(f"{url}: unexpected answer {answer.status} {answer.reason}")
+    _refuse_page(url, answer)
+
+
+def _refuse_page(url: str, answer: aiohttp.ClientResponse) -> None:
+    """Raises where a server gives a page for people in an object's place."""
+    wants_page = url.partition("?")[0].lower().endswith((".html", ".htm", "/"))
+    if answer.content_type == "text/html" and not wants_page:
+        raise AccessDeniedError(
+            f"{url}: the server answers with a web page ({answer.url}) and not with the object: a login page, perhaps. "
+            "Check the URL, and give credentials that the store accepts"
+        )
 
 
 def _total(answer: aiohttp.ClientResponse) -> int | None:

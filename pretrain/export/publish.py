@@ -16,8 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
+from data_pipes.errors import UserError
 
-class ExportError(RuntimeError):
+
+class ExportError(UserError, RuntimeError):
     """The exported model does not compute what ours does; nothing was published."""
 
 

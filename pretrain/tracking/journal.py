@@ -116,7 +116,10 @@ class JournalWriter:
 
     def _write_out(self) -> None:
         while self._unwritten:
-            num_written = os.write(self._open_descriptor(), self._unwritten)
+            try:
+                num_written = os.write(self._open_descriptor(), self._unwritten)
+            except OSError as error:  # a full disk does not say which file
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
             self._unwritten = self._unwritten[num_written:]
 
     def _open_descriptor(self) -> int:

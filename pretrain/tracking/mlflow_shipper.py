@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from data_pipes.errors import UserError
 from data_pipes.store.files import exclusive, write_atomically
 from pretrain.tracking.environment import redact_url
 from pretrain.tracking.journal import JOURNAL_NAME, JournalWriter, now_ms, read_lines
@@ -47,7 +48,7 @@ DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
 logger = logging.getLogger(__name__)
 
 
-class ShippingError(RuntimeError):
+class ShippingError(UserError, RuntimeError):
     """MLflow could not take the journal now; nothing is lost, the same call may simply be repeated later."""
 
 

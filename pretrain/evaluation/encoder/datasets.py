@@ -77,7 +77,8 @@ def open_evaluation_data(
     for side, folder in folders.items():
         if not folder:
             raise ValueError(f"no {side} data: {backbone.source} names none, set {side}=FOLDER (a packed dataset)")
-    manifests = {side: Manifest.load(str(folder)) for side, folder in folders.items()}
+    storage = Storage(loading_config(backbone).storage)
+    manifests = {side: Manifest.load(str(folder), storage) for side, folder in folders.items()}
     for side, manifest in manifests.items():
         if not manifest.classes:
             raise ValueError(
