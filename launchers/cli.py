@@ -15,7 +15,7 @@ from data_pipes.errors import UserError
 
 COMMANDS = (
     *("pack", "index", "data", "cache", "train", "eval", "export"),
-    *("encode", "decode", "reconstruct", "report", "sync", "fork"),
+    *("encode", "decode", "reconstruct", "report", "sync", "fork", "recipes"),
 )
 """Each is a module of `launchers/commands` with HELP, EXAMPLES, add_arguments and run."""
 

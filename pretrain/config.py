@@ -26,6 +26,7 @@ from pretrain.guard.guard import GuardConfig
 from pretrain.objectives.named import find_objective, known_objectives
 from pretrain.optim_config import OptimConfig
 from pretrain.parallel.config import ParallelConfig
+from pretrain.recipes import find_recipe, no_such_recipe
 from pretrain.tracking.tracker import TrackingConfig
 from pretrain.watchdog.config import WatchdogConfig
 from pretrain.yaml_values import ValueTextError, copied, parse_override, parse_yaml, set_value, typed_values
@@ -248,8 +249,9 @@ def _place(path: Path | str | Given) -> Path | str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    path = find_recipe(path)
     if not path.is_file():
-        raise ConfigError(f"no configuration file at {path}; the shipped ones are under configs/")
+        raise ConfigError(no_such_recipe(path))
     return _parse_yaml(path.read_bytes(), path)
 
 

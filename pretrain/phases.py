@@ -14,6 +14,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from pretrain.config import ConfigError, RunConfig, load_config, load_typed
+from pretrain.recipes import find_recipe
 from pretrain.yaml_values import parse_yaml
 
 
@@ -46,7 +47,7 @@ class Phase:
 def is_pipeline(path: Path) -> bool:
     """Whether a YAML file lists phases."""
     try:
-        return path.is_file() and "phases" in parse_yaml(path.read_text())
+        return "phases" in parse_yaml(find_recipe(path).read_text())
     except Exception:  # whatever is wrong with the file is said by whoever reads it in earnest
         return False
 
@@ -60,6 +61,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> list[Phase]:
     Raises:
         ConfigError: the pipeline or one of its phases is not valid.
     """
+    path = find_recipe(path)
     names = [Path(name).stem for name in parse_yaml(path.read_text())["phases"]]
     own = [text for text in overrides if text.split("=")[0] in ("name", "output_dir")]
     shared = [text for text in overrides if text not in own and text.split(".")[0] not in names]

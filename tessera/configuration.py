@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pretrain
-
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
 
@@ -16,8 +14,8 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     """Reads and checks a run's configuration; nothing is started.
 
     Args:
-        config: a YAML file; in a checkout also the name of a recipe below `configs/`, such as "mae/vit_base"; or the
-            content of such a file as a dictionary.
+        config: a YAML file, the name of a shipped recipe, such as "mae/vit_base", or the content of such a file as a
+            dictionary.
         overrides: changes, as `["train.steps=100"]` or `{"train.steps": 100}`.
 
     Raises:
@@ -27,10 +25,4 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     from pretrain.config import load_config as load
 
     given = [overrides] if isinstance(overrides, str) else overrides
-    return load(config if isinstance(config, Mapping) else _file(config), given)
-
-
-def _file(name: str | Path) -> Path:
-    """The file that a path or a recipe's name stands for; where there is none, the path itself."""
-    recipe = Path(pretrain.__file__).parent.parent / "configs" / f"{name}.yaml"
-    return recipe if not Path(name).is_file() and recipe.is_file() else Path(name)
+    return load(config, given)

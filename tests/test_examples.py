@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,11 @@ def test_the_examples_run_from_an_installed_wheel(tmp_path: Path) -> None:
     )
     uv, venv = Path(sys.executable).with_name("uv"), tmp_path / "venv"
     assert uv.is_file(), "uv stands beside the interpreter; `make test` puts it there"
-    build = [str(uv), "build", "--wheel", "--offline", "--no-build-isolation", "--python", sys.executable]
+    build = [str(uv), "build", "--offline", "--no-build-isolation", "--python", sys.executable]
     _run([*build, "--out-dir", str(tmp_path), str(source)], tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,), (source_archive,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    with tarfile.open(source_archive) as archive:
+        assert any(name.endswith("/configs/mae/vit_base.yaml") for name in archive.getnames())
     _run([str(uv), "venv", "--offline", "--python", sys.executable, str(venv)], tmp_path)
     python = str(venv / "bin" / "python")
     _run([str(uv), "pip", "install", "--offline", "--no-deps", "--python", python, str(wheel)], tmp_path)
@@ -66,9 +69,29 @@ def test_the_examples_run_from_an_installed_wheel(tmp_path: Path) -> None:
     for name, expected in EXPECTED.items():
         printed = _run([python, str(examples / f"{name}.py"), str(tmp_path / name)], tmp_path)
         assert re.search(expected, printed), printed
+    _use_the_commands(venv / "bin" / "tessera", tmp_path / "user")
     typed = (site / "tessera" / "py.typed", site / "pretrain" / "py.typed")
     assert all(path.is_file() for path in typed)
     assert _run([str(venv / "bin" / "tessera"), "export", "--help"], tmp_path).startswith("usage: tessera export")
+
+
+def _use_the_commands(tessera: Path, folder: Path) -> None:
+    """A user's first hour without a checkout: shipped recipes by their names, from data to a report."""
+    folder.mkdir()
+
+    def run(*arguments: str) -> str:
+        return _run([str(tessera), *arguments], folder)
+
+    assert "mae/vit_base " in run("recipes")
+    assert run("recipes", "show", "demo/digits") == (ROOT / "configs" / "demo" / "digits.yaml").read_text()
+    run("pack", "builtin:digits", "digits", "--val-fraction", "0.2")
+    small = ["train.epochs=null", "train.steps=2", "optim.warmup_epochs=0", "device=cpu"]
+    run("train", "demo/digits", "data.train=digits/train", "data.val=digits/val", *small)
+    run("eval", "runs/digits", "--suite", "eval/demo", "tasks.linear=null")
+    run("export", "runs/digits", "exported", "--to", "timm")
+    run("report", "runs/digits")
+    assert (folder / "exported" / "model.safetensors").is_file()
+    assert (folder / "runs" / "digits" / "report.html").is_file()
 
 
 def _run(command: list[str], folder: Path) -> str:

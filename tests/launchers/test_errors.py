@@ -62,8 +62,8 @@ def test_a_full_disk_has_the_files_name(tmp_path: Path, monkeypatch: pytest.Monk
 
     journal = JournalWriter(tmp_path / "journal.jsonl")
     os.dup2(os.open("/dev/full", os.O_WRONLY), journal._open_descriptor())
+    journal.append("event", {"name": "x"})  # its lines wait in memory
     with pytest.raises(OSError, match=r"No space left on device: '.*journal.jsonl'"):
-        journal.append("event", {"name": "x"})
         journal.flush_to_disk()
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
