@@ -1,4 +1,4 @@
-"""The packages of the wheel: those of the checkout, and `configs/` as `tessera_recipes`. The rest is in pyproject.toml."""
+"""The packages of the wheel: those of the checkout, and `configs/` as `tessera_recipes`."""
 
 from setuptools import find_packages, setup
 

@@ -87,7 +87,7 @@ def _use_the_commands(tessera: Path, folder: Path) -> None:
     run("pack", "builtin:digits", "digits", "--val-fraction", "0.2")
     small = ["train.epochs=null", "train.steps=2", "optim.warmup_epochs=0", "device=cpu"]
     run("train", "demo/digits", "data.train=digits/train", "data.val=digits/val", *small)
-    run("eval", "runs/digits", "--suite", "eval/demo", "tasks.linear=null")
+    run("eval", "runs/digits", "--suite", "eval/demo", "tasks.linear.settings.iterations=5")
     run("export", "runs/digits", "exported", "--to", "timm")
     run("report", "runs/digits")
     assert (folder / "exported" / "model.safetensors").is_file()
