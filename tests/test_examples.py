@@ -85,7 +85,7 @@ def _use_the_commands(tessera: Path, folder: Path) -> None:
     assert "mae/vit_base " in run("recipes")
     assert run("recipes", "show", "demo/digits") == (ROOT / "configs" / "demo" / "digits.yaml").read_text()
     run("pack", "builtin:digits", "digits", "--val-fraction", "0.2")
-    small = ["train.epochs=null", "train.steps=2", "optim.warmup_epochs=0", "device=cpu"]
+    small = ["name=digits", "train.epochs=null", "train.steps=2", "optim.warmup_epochs=0", "device=cpu"]
     run("train", "demo/digits", "data.train=digits/train", "data.val=digits/val", *small)
     run("eval", "runs/digits", "--suite", "eval/demo", "tasks.linear.settings.iterations=5")
     run("export", "runs/digits", "exported", "--to", "timm")
