@@ -46,7 +46,7 @@ def preprocess(
     for channel in np.moveaxis(values.reshape(height, width, -1), 2, 0):
         picture = Image.fromarray(channel).resize((resized[1], resized[0]), resample)
         channels.append(np.asarray(picture)[top : top + size[0], left : left + size[1]])
-    return np.clip(np.stack(channels), 0, full_scale).astype(np.float32) / full_scale
+    return np.clip(np.stack(channels), 0, full_scale).astype(np.float32) / np.float32(full_scale)
 
 
 def source_code() -> str:

@@ -35,9 +35,7 @@ _ROOM = 32 * _STEP
 def frame_files(channels: int, sizes: Sequence[tuple[int, int]] = FRAME_SIZES) -> list[PictureFile]:
     """Files of clips of these widths and heights, for `file_frames`."""
     return [
-        PictureFile(
-            f"clip of {width} x {height}", encode(detail(height + _ROOM, width + _ROOM, channels), 8), channels
-        )
+        PictureFile(f"clip of {width} x {height}", encode(detail(height + _ROOM, width + _ROOM, channels), 8), channels)
         for width, height in sizes
     ]
 

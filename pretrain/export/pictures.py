@@ -242,5 +242,6 @@ def pictures_text(errors: Errors) -> str:
     return (
         f"Compared from the file on, preprocessing included, with our evaluation: {', '.join(errors)}. Largest "
         f"difference of the pixels: {largest['pixels']:.3g} of 255 levels (root mean square; allowed: "
-        f"{PIXEL_TOLERANCE:g})" + (f"; relative errors: {relative} (allowed: {FEATURE_TOLERANCE:g})." if relative else ".")
+        f"{PIXEL_TOLERANCE:g})"
+        + (f"; relative errors: {relative} (allowed: {FEATURE_TOLERANCE:g})." if relative else ".")
     )

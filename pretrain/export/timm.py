@@ -103,9 +103,18 @@ def export_timm(backbone: Backbone, folder: Path, *, pool: Pool = "token", toler
         pictures, shifted = compare_from_files(
             backbone, partial, lambda images: reference_features(model.eval(), images, pool)
         )
-        exported = TimmExport(folder, description["architecture"], difference, backbone.digest, pictures, shifted)
-        (partial / "README.md").write_text(timm_card(backbone, exported, description, pool=pool, tolerance=tolerance))
-    return exported
+        card = timm_card(
+            backbone,
+            folder.name,
+            description,
+            pool=pool,
+            max_difference=difference.absolute,
+            tolerance=tolerance,
+            pictures=pictures,
+            shifted=shifted,
+        )
+        (partial / "README.md").write_text(card)
+    return TimmExport(folder, description["architecture"], difference, backbone.digest, pictures, shifted)
 
 
 def why_not(model: nn.Module) -> str | None:

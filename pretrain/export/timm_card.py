@@ -6,7 +6,7 @@ In: a `Backbone`, what was exported and how closely it was reproduced. Out: Mark
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pretrain.evaluation.encoder.views import view_short_side
 from pretrain.export.by_hand import source_code
@@ -20,12 +20,9 @@ from pretrain.export.card import (
     table,
     top1_results,
 )
-from pretrain.export.pictures import PIL_MODES, WHOLE_PICTURES, bit_depth_of, pictures_text
+from pretrain.export.pictures import PIL_MODES, WHOLE_PICTURES, Errors, bit_depth_of, pictures_text
 from pretrain.models.vit import ViT
 from pretrain.weights.backbone import Backbone
-
-if TYPE_CHECKING:
-    from pretrain.export.timm import TimmExport
 
 _TAGS = ("image-feature-extraction", "timm", "masked-autoencoder")
 """For model hubs."""
@@ -34,27 +31,37 @@ _METADATA = {"library_name": "timm", "pipeline_tag": "image-feature-extraction"}
 
 
 def timm_card(
-    backbone: Backbone, exported: TimmExport, description: Mapping[str, Any], *, pool: str, tolerance: float
+    backbone: Backbone,
+    name: str,
+    description: Mapping[str, Any],
+    *,
+    pool: str,
+    max_difference: float,
+    tolerance: float,
+    pictures: Errors,
+    shifted: float | None,
 ) -> str:
     """The README.md of an exported folder.
 
     Args:
         backbone: what was exported.
-        exported: what was published, with the differences that were measured; the folder's name is the title.
+        name: the folder's name, used as title.
         description: the export's config.json.
         pool: `token` or `avg`.
+        max_difference: largest absolute difference of timm's features from ours, as measured.
         tolerance: what was allowed, relative to the size of features larger than 1.
+        pictures: of `TimmExport`.
+        shifted: of `TimmExport`.
     """
-    name = exported.folder.name
     sections = {
         "Use": _snippets(name, description),
-        "Preprocessing": _preprocessing(backbone, exported),
+        "Preprocessing": _preprocessing(backbone, shifted),
         "Provenance": table(provenance(backbone)),
         "Reproduction": (
             "Reloaded with timm before publication, strictly and in both ways shown above. Largest absolute difference "
             "of any feature (all tokens and pooled, random inputs, fp32): "
-            f"{exported.difference.absolute:.3g}; allowed: {tolerance:.3g}, times the largest value where that exceeds "
-            f"1.\n\n{pictures_text(exported.pictures)} {WHOLE_PICTURES}"
+            f"{max_difference:.3g}; allowed: {tolerance:.3g}, times the largest value where that exceeds "
+            f"1.\n\n{pictures_text(pictures)} {WHOLE_PICTURES}"
         ),
         "Evaluation": _evaluation(backbone),
     }
@@ -76,16 +83,16 @@ def _summary(backbone: Backbone, pool: str) -> str:
     )
 
 
-def _preprocessing(backbone: Backbone, exported: TimmExport) -> str:
+def _preprocessing(backbone: Backbone, shifted: float | None) -> str:
     """How a picture becomes the model's input, and where that is not quite what our evaluation does."""
     size, bits, channels = backbone.interface.image_size, bit_depth_of(backbone), len(backbone.mean)
     full_scale = 2**bits - 1
-    if exported.shifted is None:
+    if shifted is None:
         mean, std = list(backbone.mean), list(backbone.std)
         return (
             "`timm.data.create_transform` resizes pictures for inputs that are not square in another way than our "
             "evaluation does. Use this function, which was compared:\n\n"
-            f"```python\n{source_code()}\n\n"
+            f"```py\n{source_code()}\n\n"
             "pixels = torch.from_numpy(preprocess(\n"
             f"    np.asarray(picture), {size!r}, {view_short_side(size)}, full_scale={full_scale}\n))\n"
             f"images = torchvision.transforms.functional.normalize(pixels, {mean}, {std})[None]\n```"
@@ -95,12 +102,12 @@ def _preprocessing(backbone: Backbone, exported: TimmExport) -> str:
         opened = f"torch.from_numpy(stored).float() / {full_scale}"
     kind = "a Pillow image" if bits == 8 and channels in PIL_MODES else "a float tensor [C, H, W] in [0, 1]"
     return (
-        "```python\ndata = timm.data.resolve_model_data_config(model)\n"
+        "```py\ndata = timm.data.resolve_model_data_config(model)\n"
         "transform = timm.data.create_transform(**data, is_training=False)\n"
         f"images = transform({opened})[None]\n```\n\n"
         f"The transform takes {kind}. Where the longer resized side of a picture exceeds the crop by 3, 7, 11, ... "
         "pixels, timm cuts one pixel beside the place where our evaluation does, for which timm has no setting; the "
-        f"pooled feature of such a picture differed by {exported.shifted:.3g} of its size."
+        f"pooled feature of such a picture differed by {shifted:.3g} of its size."
     )
 
 

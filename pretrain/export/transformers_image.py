@@ -20,10 +20,7 @@ import torch
 from torch import Tensor
 
 from pretrain.evaluation.encoder.views import view_short_side
-from pretrain.export.card import channels_text, compose_card, numbers, parameters_text, provenance, table
 from pretrain.export.pictures import (
-    PIL_MODES,
-    WHOLE_PICTURES,
     PictureFile,
     Side,
     bit_depth_of,
@@ -31,7 +28,6 @@ from pretrain.export.pictures import (
     evaluation_view,
     our_pixels,
     picture_files,
-    pictures_text,
 )
 from pretrain.export.publish import check_error, publish, relative_error
 from pretrain.export.transformers import (
@@ -43,6 +39,7 @@ from pretrain.export.transformers import (
     write_model,
 )
 from pretrain.export.transformers_arguments import side_or_sides
+from pretrain.export.transformers_image_card import vit_card
 from pretrain.models.config import MAEConfig, ViTConfig
 from pretrain.models.encoder import LAYER_NORM_EPS
 from pretrain.models.mae import MAE
@@ -121,7 +118,7 @@ def export_vit(
             check_error(what, error, tolerance)
         pictures = compare_from_files(source, theirs, partial, whole)
         exported = TransformersExport(out, architecture, errors, source.digest, pictures=pictures)
-        (partial / "README.md").write_text(_card(source, encoder, exported, tolerance))
+        (partial / "README.md").write_text(vit_card(source, encoder, exported, tolerance))
     return exported
 
 
@@ -269,7 +266,7 @@ def compare_from_files(
 
     if whole is None:
         ours: Callable[[Tensor], Tensor] = source.model.eval()
-        features: Callable[[Tensor], Tensor] = lambda images: theirs(images).last_hidden_state  # noqa: E731
+        features: Callable[[Tensor], Tensor] = lambda images: theirs(images).last_hidden_state
     else:
         ours, features = visible_features(whole, theirs)
     view = evaluation_view(source)
@@ -311,41 +308,3 @@ def _whole_model(source: Backbone) -> MAE:
     model = objective.players[objective.backbone_player]
     assert isinstance(model, MAE)
     return model
-
-
-def _opened(source: Backbone) -> str:
-    """The expression that reads a picture for the processor, and what else it needs."""
-    channels, bits = len(source.mean), bit_depth_of(source)
-    if bits == 8 and channels in PIL_MODES:
-        return f'Image.open("picture.jpg").convert("{PIL_MODES[channels]}")'
-    kind = "float32" if bits == 16 else "uint8"
-    return f'np.load("picture.npy").astype("{kind}"), input_data_format="channels_last"'
-
-
-def _card(source: Backbone, encoder: ViT, exported: TransformersExport, tolerance: float) -> str:
-    """The text of README.md."""
-    config, name = encoder.config, exported.folder.name
-    summary = (
-        f"A vision transformer (MAE, arXiv 2111.06377): width {config.width}, depth {config.depth}, {config.heads} "
-        f"heads, patches of {config.patch_size[0]} x {config.patch_size[1]} pixels, {parameters_text(encoder)} in the "
-        f"encoder. Input: {channels_text(config.in_channels)} of {config.image_size[0]} x {config.image_size[1]} "
-        f"pixels, in [0, 1], then normalised with mean {numbers(source.mean)} and std {numbers(source.std)}."
-    )
-    more = ", add_pooling_layer=False" if exported.architecture == "ViTModel" else ""
-    reader = "from PIL import Image" if "Image.open" in _opened(source) else "import numpy as np"
-    use = (
-        f"```python\n{reader}\nfrom transformers import AutoImageProcessor, {exported.architecture}\n\n"
-        f'processor = AutoImageProcessor.from_pretrained("{name}")\n'
-        f'model = {exported.architecture}.from_pretrained("{name}"{more}).eval()\n'
-        f"images = processor({_opened(source)}, return_tensors=\"pt\").pixel_values\n```"
-    )
-    if more:
-        use += "\n\nWith a pooling layer, which the model does not have, transformers would make a random one."
-    measured = ", ".join(f"of {what}: {error:.3g}" for what, error in exported.errors.items())
-    reproduction = (
-        "Reloaded with transformers before publication, every tensor and setting accounted for. Relative error, in "
-        f"fp32 and on fixed random images, {measured}; allowed: {tolerance:.3g}.\n\n{pictures_text(exported.pictures)} "
-        f"{WHOLE_PICTURES}"
-    )
-    sections = {"Use": use, "Provenance": table(provenance(source)), "Reproduction": reproduction}
-    return compose_card(name, ("transformers", "vit", "masked-autoencoder"), summary, sections)

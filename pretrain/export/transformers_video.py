@@ -185,9 +185,7 @@ def compare_pixels(source: Backbone, config: VideoViTConfig, folder: Path) -> fl
     return relative_error("pixels", processed[0], Normalise(source.mean, source.std)(cropped))
 
 
-def compare_from_files(
-    source: Backbone, encoder: VideoViT, theirs: Any, folder: Path
-) -> dict[str, dict[str, float]]:
+def compare_from_files(source: Backbone, encoder: VideoViT, theirs: Any, folder: Path) -> dict[str, dict[str, float]]:
     """Takes clips through `VideoMAEImageProcessor` and their model, and through our evaluation and model.
 
     Where the input is not square, our evaluation resizes frames to the smallest size that it fits into, which the
@@ -213,7 +211,9 @@ def compare_from_files(
         frames = file_frames(file.array(), config.num_frames)
         told: dict[str, Any] = {}
         if size[0] != size[1]:
-            told["size"] = dict(zip(("height", "width"), resized_size(*frames.shape[1:3], size, None), strict=True))
+            told["size"] = dict(
+                zip(("height", "width"), resized_size(frames.shape[1], frames.shape[2], size, None), strict=True)
+            )
         processed = processor(list(frames), input_data_format="channels_last", return_tensors="pt", **told)
         return cast(Tensor, processed.pixel_values).transpose(1, 2)
 

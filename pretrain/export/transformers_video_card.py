@@ -104,7 +104,7 @@ def _frames_text(encoder: VideoViT, exported: TransformersExport) -> str:
     height, width = encoder.config.image_size
     if not exported.has_processor:
         return (
-            "`VideoMAEImageProcessor` takes 1 or 3 channels, so there is none here. Our evaluation resizes frames "
+            "The library's processor takes 1 or 3 channels, so there is none here. Our evaluation resizes frames "
             f"(bilinearly, with antialias, uint8) to the smallest size that {height} x {width} fits into, rounded "
             "down, and cuts out the centre.\n\n"
         )
