@@ -46,7 +46,8 @@ def preprocess(
     for channel in np.moveaxis(values.reshape(height, width, -1), 2, 0):
         picture = Image.fromarray(channel).resize((resized[1], resized[0]), resample)
         channels.append(np.asarray(picture)[top : top + size[0], left : left + size[1]])
-    return np.clip(np.stack(channels), 0, full_scale).astype(np.float32) / np.float32(full_scale)
+    pixels: NDArray[np.float32] = np.clip(np.stack(channels), 0, full_scale).astype(np.float32)
+    return pixels / np.float32(full_scale)
 
 
 def source_code() -> str:
@@ -54,6 +55,5 @@ def source_code() -> str:
     source = inspect.getsource(preprocess)
     head, _, rest = source.partition('    """')
     body = rest.partition('"""\n')[2]
-    for annotation in ("NDArray[Any]", "NDArray[np.float32]"):
-        head = head.replace(annotation, "np.ndarray")
-    return f"import numpy as np\nfrom PIL import Image\n\n\n{head}{body}"
+    code = f"import numpy as np\nfrom PIL import Image\n\n\n{head}{body}"
+    return code.replace("NDArray[Any]", "np.ndarray").replace("NDArray[np.float32]", "np.ndarray")

@@ -211,9 +211,8 @@ def compare_from_files(source: Backbone, encoder: VideoViT, theirs: Any, folder:
         frames = file_frames(file.array(), config.num_frames)
         told: dict[str, Any] = {}
         if size[0] != size[1]:
-            told["size"] = dict(
-                zip(("height", "width"), resized_size(frames.shape[1], frames.shape[2], size, None), strict=True)
-            )
+            height, width = resized_size(frames.shape[1], frames.shape[2], size, None)
+            told["size"] = {"height": height, "width": width}
         processed = processor(list(frames), input_data_format="channels_last", return_tensors="pt", **told)
         return cast(Tensor, processed.pixel_values).transpose(1, 2)
 
