@@ -26,7 +26,7 @@ from data_pipes.shards.members import encoded_video
 from data_pipes.shards.reader import RawSample
 from data_pipes.store.transport import StorageConfig
 from data_pipes.transforms.clip_sampling import ClipSampling
-from data_pipes.transforms.image import MAX_ASPECT, size_of_short_side
+from data_pipes.transforms.image import MAX_ASPECT, centre_start, size_of_short_side
 
 _BELOW_ONE = 1 - 2**-53
 """The largest uniform number below 1: the end of a video."""
@@ -95,16 +95,33 @@ class SequentialClips(Sequential):
         windows = clip_windows(video, self.sampling)
         wanted, places = np.unique(windows, return_inverse=True)
         frames = torch.from_numpy(video.frames(wanted, self.channels)).permute(0, 3, 1, 2)  # [all, C, H, W]
-        resized = resized_size(frames.shape[2], frames.shape[3], self.size, self.short_side)
-        if tuple(frames.shape[2:]) != resized:
-            frames = functional.interpolate(frames, resized, mode="bilinear", antialias=True)
         views = torch.empty((clips, crops, self.channels, windows.shape[1], *self.size), dtype=torch.uint8)
-        height, width = self.size
-        for crop, (top, left) in enumerate(crop_places(resized, self.size, crops)):
-            part = frames[:, :, top : top + height, left : left + width].transpose(0, 1)
+        for crop, part in enumerate(cut_crops(frames, self.size, self.short_side, crops)):
             for clip, rows in enumerate(places.reshape(windows.shape)):
-                views[clip, crop] = part[:, torch.from_numpy(rows)]
+                views[clip, crop] = part[torch.from_numpy(rows)].transpose(0, 1)
         return views.flatten(0, 1)
+
+
+def cut_crops(frames: Tensor, size: tuple[int, int], short_side: int | None, crops: int) -> list[Tensor]:
+    """The crops of decoded frames, which are resized once, bilinearly with antialias.
+
+    Args:
+        frames: uint8 [T, C, H, W].
+        size: height and width of the crops, in pixels.
+        short_side: see `resized_size`.
+        crops: how many.
+
+    Returns:
+        Per crop, uint8 [T, C, *size].
+
+    Raises:
+        SampleError: "aspect" for frames that are too thin.
+    """
+    resized = resized_size(frames.shape[2], frames.shape[3], size, short_side)
+    if tuple(frames.shape[2:]) != resized:
+        frames = functional.interpolate(frames, resized, mode="bilinear", antialias=True)
+    places = crop_places(resized, size, crops)
+    return [frames[:, :, top : top + size[0], left : left + size[1]] for top, left in places]
 
 
 def clip_windows(video: Video, sampling: ClipSampling) -> Int64s:
@@ -129,6 +146,8 @@ def clip_windows(video: Video, sampling: ClipSampling) -> Int64s:
 def resized_size(height: int, width: int, size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
     """The size that frames are resized to before views are cut from them; frames of the size of a view stay.
 
+    The side that has to be computed is rounded down, as transformers and torchvision do.
+
     Args:
         height: of the frames, in pixels.
         width: of the frames, in pixels.
@@ -146,14 +165,15 @@ def resized_size(height: int, width: int, size: tuple[int, int], short_side: int
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise SampleError("aspect", f"frames of {height} x {width} pixels are too thin to resize their short side")
     if short_side is None:
-        scale = max(size[0] / height, size[1] / width)
-        return max(size[0], round(height * scale)), max(size[1], round(width * scale))
+        if size[0] * width >= size[1] * height:  # the height decides
+            return size[0], size[0] * width // height
+        return size[1] * height // width, size[1]
     return size_of_short_side(height, width, short_side)
 
 
 def crop_places(resized: tuple[int, int], size: tuple[int, int], crops: int) -> list[tuple[int, int]]:
     """Where views are cut: spread from one end of the frames to the other, along the side that leaves more room; a
-    single view is cut from the centre.
+    single view is cut from the centre. Places are rounded down, as in transformers and in VideoMAE's own code.
 
     Args:
         resized: height and width of the frames, in pixels.
@@ -163,8 +183,9 @@ def crop_places(resized: tuple[int, int], size: tuple[int, int], crops: int) -> 
     Returns:
         Top and left of each view, in pixels.
     """
-    room = resized[0] - size[0], resized[1] - size[1]
-    fractions = [0.5] if crops == 1 else [number / (crops - 1) for number in range(crops)]
-    if room[0] > room[1]:
-        return [(round(room[0] * fraction), round(room[1] / 2)) for fraction in fractions]
-    return [(round(room[0] / 2), round(room[1] * fraction)) for fraction in fractions]
+    rooms = resized[0] - size[0], resized[1] - size[1]
+    top, left = (centre_start(full, crop) for full, crop in zip(resized, size, strict=True))
+    if crops == 1:
+        return [(top, left)]
+    spread = [max(rooms) * number // (crops - 1) for number in range(crops)]
+    return [(place, left) if rooms[0] > rooms[1] else (top, place) for place in spread]

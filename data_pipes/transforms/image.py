@@ -187,7 +187,7 @@ class EvalTransform:
             )
         resized = size_of_short_side(height, width, self._short_side)
         image = resize(image, resized)
-        top, left = (round((full - crop) / 2) for full, crop in zip(resized, self.size, strict=True))
+        top, left = (centre_start(full, crop) for full, crop in zip(resized, self.size, strict=True))
         return image[:, top : top + self.size[0], left : left + self.size[1]]
 
 
@@ -200,6 +200,19 @@ def size_of_short_side(height: int, width: int, short_side: int) -> tuple[int, i
     """Height and width after the shorter side became `short_side` pixels; the longer one is rounded down."""
     long_side = short_side * max(height, width) // min(height, width)
     return (long_side, short_side) if height > width else (short_side, long_side)
+
+
+def centre_start(full: int, crop: int) -> int:
+    """The first pixel of a centre crop, rounded down where the room on both sides is odd.
+
+    So does transformers. torchvision and timm round half to even, which is one pixel further where the room is 3, 7,
+    11, ... pixels.
+
+    Args:
+        full: side of the picture, in pixels.
+        crop: side of the crop, in pixels; at most `full`.
+    """
+    return (full - crop) // 2
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -66,7 +66,8 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         arguments.model, arguments.out, arguments.to, ema=arguments.ema, architecture=arguments.arch, **options
     )
     model, console = exported.model, Console(stderr=True)
-    differences = _errors(exported.summary) or "not compared by this target"
+    differences = ", ".join(filter(None, (_errors(exported.summary), _pictures(exported.summary))))
+    differences = differences or "not compared by this target"
     console.print(f"[bold]exported[/] {model.label} to {arguments.out}; differences from ours: {differences}")
     console.print(f"load it: {exported.hint}", highlight=False)
     return {
@@ -88,6 +89,13 @@ def _own_options(overrides: list[str]) -> dict[str, object]:
         key, _, text = override.partition("=")
         set_value(options, key, plain_values(parse_override(text), lossless=False))
     return options
+
+
+def _pictures(summary: dict[str, object]) -> str:
+    """The largest difference of the pixels of pictures that were compared from the file on, as text, or nothing."""
+    found = summary.get("pictures")
+    levels = [errors["pixels"] for errors in found.values() if "pixels" in errors] if isinstance(found, dict) else []
+    return f"pictures from the file on {max(levels):.2g} of 255 levels" if levels else ""
 
 
 def _errors(summary: dict[str, object]) -> str:

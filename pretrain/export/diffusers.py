@@ -14,13 +14,15 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from pretrain.export.card import channels_text, compose_card, parameters_text, provenance, table
+from pretrain.export.pictures import PIL_MODES, Errors, PictureFile, Side, compare_pictures, pictures_text
 from pretrain.export.publish import check_error, load_completely, publish, relative_error, write_tensors
+from pretrain.export.tokenizer_pictures import bit_depth_of, our_input, tokenizer_files, unit_array
 from pretrain.models.tokenizers.dc_ae import DCAE
 from pretrain.weights.dc_ae import DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS
 from pretrain.weights.dc_ae_names import diffusers_config, to_diffusers
@@ -48,6 +50,8 @@ class DiffusersExport:
     """the same, of its reconstruction by their encoder and decoder"""
     digest: str
     """`weights_digest` of the tokenizer"""
+    pictures: Errors
+    """of the pictures that were compared from the file on, see `compare_pictures`"""
 
 
 def export_diffusers(
@@ -77,10 +81,12 @@ def export_diffusers(
     with publish(out) as partial:
         described = diffusers_config(model.config) | {"scaling_factor": factor}
         _write(partial, described, model)
-        latent_error, reconstruction_error = compare(model, load_strictly(partial, described))
+        theirs = load_strictly(partial, described)
+        latent_error, reconstruction_error = compare(model, theirs)
         check_error("latents", latent_error, tolerance)
         check_error("reconstructions", reconstruction_error, tolerance)
-        exported = DiffusersExport(out, factor, latent_error, reconstruction_error, tokenizer.digest)
+        pictures = compare_from_files(tokenizer, theirs)
+        exported = DiffusersExport(out, factor, latent_error, reconstruction_error, tokenizer.digest, pictures)
         (partial / "README.md").write_text(_card(tokenizer, model, exported, origin, tolerance))
     return exported
 
@@ -148,6 +154,44 @@ def compare(model: DCAE, theirs: Any) -> tuple[float, float]:
     return latent_error, reconstruction_error
 
 
+def compare_from_files(tokenizer: LoadedTokenizer, theirs: Any) -> dict[str, dict[str, float]]:
+    """Takes pictures through `VaeImageProcessor` and an `AutoencoderDC`, and through ours.
+
+    Returns:
+        See `compare_pictures`.
+
+    Raises:
+        ExportError: see `compare_pictures`.
+    """
+    from diffusers.image_processor import VaeImageProcessor
+
+    model = tokenizer.model
+    assert isinstance(model, DCAE)
+    processor = VaeImageProcessor(vae_scale_factor=model.config.factor)
+
+    def prepare(file: PictureFile) -> Tensor:
+        picture = file.pillow() if file.is_jpeg else unit_array(file, bit_depth_of(tokenizer))
+        return cast(Tensor, processor.preprocess(picture))
+
+    def outputs(latent: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+        return {"latent": latent, "reconstruction": reconstruction}
+
+    def our_outputs(images: Tensor) -> dict[str, Tensor]:
+        latent = model.eval().encode(images)
+        return outputs(latent, model.decode(latent))
+
+    def their_outputs(images: Tensor) -> dict[str, Tensor]:
+        latent = theirs.encode(images).latent
+        return outputs(latent, theirs.decode(latent).sample)
+
+    return compare_pictures(
+        tokenizer_files(tokenizer),
+        Side(lambda file: our_input(tokenizer, file), our_outputs),
+        Side(prepare, their_outputs),
+        tokenizer.std,
+    )
+
+
 def example_images(model: DCAE) -> list[Tensor]:
     """Pictures for comparisons: seeded noise in [-1, 1].
 
@@ -208,6 +252,14 @@ def _write(folder: Path, described: dict[str, Any], model: DCAE) -> None:
     write_tensors(folder / DIFFUSERS_WEIGHTS, to_diffusers(model.state_dict()))
 
 
+def _opened(tokenizer: LoadedTokenizer) -> str:
+    """The expression that is a picture for the processor."""
+    bits, channels = bit_depth_of(tokenizer), len(tokenizer.mean)
+    if bits == 8 and channels in PIL_MODES:
+        return "picture"
+    return f"stored[None] / {2**bits - 1}"
+
+
 def _card(tokenizer: LoadedTokenizer, model: DCAE, exported: DiffusersExport, origin: str, tolerance: float) -> str:
     """The text of README.md; `origin` says where the scaling factor comes from."""
     config, name = model.config, exported.folder.name
@@ -222,13 +274,18 @@ def _card(tokenizer: LoadedTokenizer, model: DCAE, exported: DiffusersExport, or
         "```python\nfrom diffusers import AutoencoderDC\n\n"
         f'model = AutoencoderDC.from_pretrained("{name}").eval()\n'
         "latents = model.encode(images).latent * model.config.scaling_factor\n"
-        "reconstructions = model.decode(latents / model.config.scaling_factor).sample\n```"
+        "reconstructions = model.decode(latents / model.config.scaling_factor).sample\n```\n\n"
+        "A picture becomes such images by\n\n"
+        "```py\nfrom diffusers.image_processor import VaeImageProcessor\n\n"
+        f"images = VaeImageProcessor(vae_scale_factor={config.factor}).preprocess({_opened(tokenizer)})\n```\n\n"
+        f"`VaeImageProcessor` resizes a picture whose sides are no multiples of {config.factor}; our commands repeat "
+        "its last row and column."
     )
     sizes = ", ".join(" x ".join(str(side) for side in images.shape[2:]) for images in example_images(model))
     reproduction = (
         "Reloaded with diffusers before publication, every tensor and setting accounted for. Largest relative error "
         f"(fp32, noise of {sizes} pixels) of latents: {exported.latent_error:.3g}, of reconstructions: "
-        f"{exported.reconstruction_error:.3g}; allowed: {tolerance:.3g}."
+        f"{exported.reconstruction_error:.3g}; allowed: {tolerance:.3g}.\n\n{pictures_text(exported.pictures)}"
     )
     sections = {"Use": use, "Provenance": table(provenance(tokenizer)), "Reproduction": reproduction}
     return compose_card(name, ("diffusers", "autoencoder", "dc-ae"), summary, sections)

@@ -8,8 +8,8 @@ tokenizers and backbones see `pretrain/export/onnx_models.py`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from pretrain.export.card import compose_card, table
+from pretrain.export.pictures import Errors, pictures_text
 from pretrain.export.publish import ExportError, check_error, publish, relative_error
 
 OPSET = 20
@@ -59,6 +60,8 @@ class OnnxExport:
     """the graphs; their weights lie beside them"""
     errors: Mapping[str, float]
     """per output, the largest |onnxruntime's - ours| / |ours| over what was compared"""
+    pictures: Errors = field(default_factory=dict)
+    """of the pictures that were compared from the file on, see `compare_pictures`"""
 
 
 def export_onnx(
@@ -103,7 +106,12 @@ def export_onnx(
 
 
 def export_graphs(
-    graphs: Sequence[Graph], out: Path, summary: str, sections: Mapping[str, str], tolerance: float = TOLERANCE
+    graphs: Sequence[Graph],
+    out: Path,
+    summary: str,
+    sections: Mapping[str, str],
+    tolerance: float = TOLERANCE,
+    compare_files: Callable[[Path], Errors] | None = None,
 ) -> OnnxExport:
     """Exports graphs with outputs of different names into the new folder `out`.
 
@@ -113,6 +121,7 @@ def export_graphs(
         summary: of the model card.
         sections: of the model card, which also lists the graphs and the errors that were measured.
         tolerance: largest allowed relative error of an output.
+        compare_files: takes pictures through the graphs of a folder, from the file on.
 
     Raises:
         FileExistsError: something is at `out`.
@@ -133,10 +142,13 @@ def export_graphs(
             "Run with onnxruntime before publication, on inputs of several sizes along the dynamic axes. Largest "
             f"relative error (fp32): {measured}; allowed: {tolerance:.3g}."
         )
+        pictures: Errors = {} if compare_files is None else compare_files(partial)
+        if pictures:
+            reproduction += f"\n\n{pictures_text(pictures)}"
         inventory = table({f"{graph.name}.onnx": _signature(graph) for graph in graphs})
         sections = {"Graphs": inventory, **sections, "Reproduction": reproduction}
         (partial / "README.md").write_text(compose_card(out.name, ("onnx",), summary, sections))
-    return OnnxExport(out, tuple(f"{graph.name}.onnx" for graph in graphs), errors)
+    return OnnxExport(out, tuple(f"{graph.name}.onnx" for graph in graphs), errors, pictures)
 
 
 def write_graph(graph: Graph, folder: Path) -> None:
@@ -190,6 +202,16 @@ def compare(graph: Graph, expected: Sequence[tuple[Tensor, ...]], folder: Path) 
         for name, their, our in zip(graph.output_names, theirs, ours, strict=True):
             errors[name] = max(errors[name], relative_error(name, torch.from_numpy(their), our))
     return errors
+
+
+def run_graph(path: Path, **inputs: Tensor) -> dict[str, Tensor]:
+    """The outputs of a graph, by name, with onnxruntime on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_outputs()]
+    outputs = session.run(names, {name: tensor.contiguous().numpy() for name, tensor in inputs.items()})
+    return {name: torch.from_numpy(output) for name, output in zip(names, outputs, strict=True)}
 
 
 def _check_installed() -> None:

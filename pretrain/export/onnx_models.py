@@ -16,8 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from pretrain.evaluation.encoder.views import view_short_side
+from pretrain.export.by_hand import source_code
 from pretrain.export.card import channels_text, numbers, provenance, table
 from pretrain.export.onnx import OPSET, TOLERANCE, Graph, OnnxExport, export_graphs
+from pretrain.export.onnx_pictures import compare_backbone, compare_tokenizer
+from pretrain.export.pictures import WHOLE_PICTURES, bit_depth_of
 from pretrain.models.video_vit import VideoViT
 from pretrain.models.vit import ViT
 
@@ -78,7 +82,14 @@ def export_tokenizer_onnx(
         Graph("decoder", decoder, example_latent, ("latent",), ("reconstruction",), (latent_axes,), latents),
     ]
     sections = {"Use": _tokenizer_use(out.name), "Provenance": table(provenance(tokenizer))}
-    return export_graphs(graphs, out, _tokenizer_summary(tokenizer, size), sections, tolerance)
+    return export_graphs(
+        graphs,
+        out,
+        _tokenizer_summary(tokenizer, size),
+        sections,
+        tolerance,
+        lambda folder: compare_tokenizer(tokenizer, encoder, decoder, size, folder),
+    )
 
 
 def export_backbone_onnx(backbone: Backbone, out: Path, *, tolerance: float = TOLERANCE) -> OnnxExport:
@@ -99,17 +110,29 @@ def export_backbone_onnx(backbone: Backbone, out: Path, *, tolerance: float = TO
         ExportError: onnxruntime computes something else.
     """
     model, shape = backbone.model, backbone.interface.input_shape
+    features = BackboneFeatures(model, backbone.mean, backbone.std, len(shape) - 1).eval()
     graph = Graph(
         "model",
-        BackboneFeatures(model, backbone.mean, backbone.std, len(shape) - 1).eval(),
+        features,
         (noise(2, *shape),),
         ("pixels",),
         feature_names(model),
         ({0: Dim("batch")},),
         ((noise(1, *shape),), (noise(3, *shape),)),
     )
-    sections = {"Use": _backbone_use(out.name, model), "Provenance": table(provenance(backbone))}
-    return export_graphs([graph], out, _backbone_summary(backbone), sections, tolerance)
+    sections = {
+        "Use": _backbone_use(out.name, model),
+        "Preprocessing": _backbone_preprocessing(backbone),
+        "Provenance": table(provenance(backbone)),
+    }
+    return export_graphs(
+        [graph],
+        out,
+        _backbone_summary(backbone),
+        sections,
+        tolerance,
+        lambda folder: compare_backbone(backbone, features, feature_names(model), folder),
+    )
 
 
 class Normalised(nn.Module):
@@ -210,6 +233,27 @@ def _backbone_summary(backbone: Backbone) -> str:
         f"The features of a {type(model).__name__} backbone as an ONNX graph (opset {OPSET}), after the final norm: "
         f"{pooled} [batch, {width}] and {tokens} [batch, {num_tokens}, {width}]. Pixels are "
         f"{_PIXELS}. The graph normalises them (mean {numbers(backbone.mean)}, std {numbers(backbone.std)})."
+    )
+
+
+def _backbone_preprocessing(backbone: Backbone) -> str:
+    """The code that makes the graph's pixels of a picture or of frames, as our evaluation does."""
+    size, full_scale = backbone.interface.image_size, 2 ** bit_depth_of(backbone) - 1
+    if backbone.interface.num_frames is None:
+        call = (
+            "pixels = preprocess(np.asarray(picture), "
+            f"{size!r}, {view_short_side(size)}, full_scale={full_scale})[None]"
+        )
+        more = WHOLE_PICTURES
+    else:
+        call = (
+            f"clip = [preprocess(frame, {size!r}, None, Image.Resampling.BILINEAR) for frame in frames]\n"
+            "pixels = np.stack(clip, axis=1)[None]"
+        )
+        more = "Frames are uint8 [H, W, channels]."
+    return (
+        "A graph brings no preprocessing. This is our evaluation's, and what the graph was compared through:\n\n"
+        f"```py\n{source_code()}\n\n{call}\n```\n\n{more}"
     )
 
 

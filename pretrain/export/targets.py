@@ -19,6 +19,7 @@ from pretrain.weights.backbone import Backbone, load_backbone
 from pretrain.weights.tokenizer import LoadedTokenizer, is_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from pretrain.export.onnx import OnnxExport
     from pretrain.export.original import OriginalExport
 
 Exporter = Callable[..., Mapping[str, object] | None]
@@ -156,13 +157,13 @@ def _export_tokenizer(
             "scaling_factor": exported.scaling_factor,
             "latent_error": exported.latent_error,
             "reconstruction_error": exported.reconstruction_error,
+            "pictures": dict(exported.pictures),
         }, f'diffusers.AutoencoderDC.from_pretrained("{out}")'
     if to == "original":
         return _about_original(export_original(tokenizer, out))
     size = options.get("size")
     graphs = export_tokenizer_onnx(tokenizer, out, size=tuple(size) if size else None)
-    summary: dict[str, object] = {"errors": dict(graphs.errors), "files": list(graphs.files)}
-    return summary, f'onnxruntime.InferenceSession("{out}/encoder.onnx")'
+    return _about_graphs(graphs), f'onnxruntime.InferenceSession("{out}/encoder.onnx")'
 
 
 def _export_backbone(
@@ -183,17 +184,24 @@ def _export_backbone(
             "architecture": ours.architecture,
             "pool": pool,
             "max_difference": ours.difference.absolute,
+            "pictures": dict(ours.pictures),
+            "one_pixel_beside": ours.shifted,
         }, f'timm.create_model("local-dir:{ours.folder}", pretrained=True)'
     if to == "transformers":
         export = export_videomae if isinstance(backbone.model, VideoViT) else export_vit
         theirs = export(backbone, out, pretraining=bool(options.get("pretraining")))
         hint = f'transformers.{theirs.architecture}.from_pretrained("{theirs.folder}")'
-        return {"architecture": theirs.architecture, "errors": theirs.errors}, hint
+        compared = dict(theirs.pictures) or "not compared: the library's processor takes 1 or 3 channels"
+        return {"architecture": theirs.architecture, "errors": theirs.errors, "pictures": compared}, hint
     if to == "original":
         return _about_original(export_original(backbone, out))
     graphs = export_backbone_onnx(backbone, out)
-    summary: dict[str, object] = {"errors": dict(graphs.errors), "files": list(graphs.files)}
-    return summary, f'onnxruntime.InferenceSession("{out}/{graphs.files[0]}")'
+    return _about_graphs(graphs), f'onnxruntime.InferenceSession("{out}/{graphs.files[0]}")'
+
+
+def _about_graphs(graphs: OnnxExport) -> dict[str, object]:
+    """What the summary says of ONNX graphs."""
+    return {"errors": dict(graphs.errors), "pictures": dict(graphs.pictures), "files": list(graphs.files)}
 
 
 def _about_original(exported: OriginalExport) -> tuple[dict[str, object], str]:

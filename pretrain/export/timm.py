@@ -18,9 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pretrain.evaluation.encoder.views import view_ratio
+from pretrain.evaluation.encoder.views import view_short_side
+from pretrain.export.pictures import Errors
 from pretrain.export.publish import ExportError, check_error, publish, write_tensors
 from pretrain.export.timm_card import timm_card
+from pretrain.export.timm_pictures import compare_from_files, crop_pct
 from pretrain.models.config import VIT_SIZES, ViTConfig
 from pretrain.models.video_vit import VideoViT
 from pretrain.models.vit import ViT
@@ -65,6 +67,11 @@ class TimmExport:
     """of timm's features from ours"""
     digest: str
     """`weights_digest` of the backbone"""
+    pictures: Errors
+    """of the pictures that were compared from the file on, see `compare_pictures`"""
+    shifted: float | None
+    """relative error of the features of a picture that timm cuts one pixel beside our place, see `compare_from_files`;
+    None: its transform was not compared, as the model's input is not square"""
 
 
 def export_timm(backbone: Backbone, folder: Path, *, pool: Pool = "token", tolerance: float = TOLERANCE) -> TimmExport:
@@ -93,11 +100,21 @@ def export_timm(backbone: Backbone, folder: Path, *, pool: Pool = "token", toler
         (partial / EXPORT_CONFIG).write_text(json.dumps(description, indent=2) + "\n")
         difference = compare(model, partial, description, pool)
         check_error("features", difference.relative, tolerance)
+        pictures, shifted = compare_from_files(
+            backbone, partial, lambda images: reference_features(model.eval(), images, pool)
+        )
         card = timm_card(
-            backbone, folder.name, description, pool=pool, max_difference=difference.absolute, tolerance=tolerance
+            backbone,
+            folder.name,
+            description,
+            pool=pool,
+            max_difference=difference.absolute,
+            tolerance=tolerance,
+            pictures=pictures,
+            shifted=shifted,
         )
         (partial / "README.md").write_text(card)
-    return TimmExport(folder, description["architecture"], difference, backbone.digest)
+    return TimmExport(folder, description["architecture"], difference, backbone.digest, pictures, shifted)
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -137,7 +154,7 @@ def timm_config(backbone: Backbone, pool: Pool) -> dict[str, Any]:
             "input_size": [config.in_channels, height, width],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": 1.0 / view_ratio(config.image_size),
+            "crop_pct": crop_pct(max(config.image_size), view_short_side(config.image_size)),
             "crop_mode": "center",
             "mean": list(backbone.mean),
             "std": list(backbone.std),

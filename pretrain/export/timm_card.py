@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pretrain.evaluation.encoder.views import view_short_side
+from pretrain.export.by_hand import source_code
 from pretrain.export.card import (
     NO_RESULTS,
     channels_text,
@@ -18,6 +20,7 @@ from pretrain.export.card import (
     table,
     top1_results,
 )
+from pretrain.export.pictures import PIL_MODES, WHOLE_PICTURES, Errors, bit_depth_of, pictures_text
 from pretrain.models.vit import ViT
 from pretrain.weights.backbone import Backbone
 
@@ -35,6 +38,8 @@ def timm_card(
     pool: str,
     max_difference: float,
     tolerance: float,
+    pictures: Errors,
+    shifted: float | None,
 ) -> str:
     """The README.md of an exported folder.
 
@@ -45,14 +50,18 @@ def timm_card(
         pool: `token` or `avg`.
         max_difference: largest absolute difference of timm's features from ours, as measured.
         tolerance: what was allowed, relative to the size of features larger than 1.
+        pictures: of `TimmExport`.
+        shifted: of `TimmExport`.
     """
     sections = {
         "Use": _snippets(name, description),
+        "Preprocessing": _preprocessing(backbone, shifted),
         "Provenance": table(provenance(backbone)),
         "Reproduction": (
             "Reloaded with timm before publication, strictly and in both ways shown above. Largest absolute difference "
-            f"of any feature (all tokens and pooled, random inputs, fp32): {max_difference:.3g}; allowed: "
-            f"{tolerance:.3g}, times the largest value where that exceeds 1."
+            "of any feature (all tokens and pooled, random inputs, fp32): "
+            f"{max_difference:.3g}; allowed: {tolerance:.3g}, times the largest value where that exceeds "
+            f"1.\n\n{pictures_text(pictures)} {WHOLE_PICTURES}"
         ),
         "Evaluation": _evaluation(backbone),
     }
@@ -71,6 +80,34 @@ def _summary(backbone: Backbone, pool: str) -> str:
         f"A vision transformer backbone without a head: width {config.width}, depth {config.depth}, {config.heads} "
         f"heads, patches of {patch} pixels, {parameters_text(backbone.model)}. Input: {pixels}, in [0, 1], then "
         f"normalised with mean {numbers(backbone.mean)} and std {numbers(backbone.std)}. Pooled feature: {pooled}."
+    )
+
+
+def _preprocessing(backbone: Backbone, shifted: float | None) -> str:
+    """How a picture becomes the model's input, and where that is not quite what our evaluation does."""
+    size, bits, channels = backbone.interface.image_size, bit_depth_of(backbone), len(backbone.mean)
+    full_scale = 2**bits - 1
+    if shifted is None:
+        mean, std = list(backbone.mean), list(backbone.std)
+        return (
+            "`timm.data.create_transform` resizes pictures for inputs that are not square in another way than our "
+            "evaluation does. Use this function, which was compared:\n\n"
+            f"```py\n{source_code()}\n\n"
+            "pixels = torch.from_numpy(preprocess(\n"
+            f"    np.asarray(picture), {size!r}, {view_short_side(size)}, full_scale={full_scale}\n))\n"
+            f"images = torchvision.transforms.functional.normalize(pixels, {mean}, {std})[None]\n```"
+        )
+    opened = f'Image.open("picture.jpg").convert("{PIL_MODES.get(channels)}")'
+    if bits != 8 or channels not in PIL_MODES:
+        opened = f"torch.from_numpy(stored).float() / {full_scale}"
+    kind = "a Pillow image" if bits == 8 and channels in PIL_MODES else "a float tensor [C, H, W] in [0, 1]"
+    return (
+        "```py\ndata = timm.data.resolve_model_data_config(model)\n"
+        "transform = timm.data.create_transform(**data, is_training=False)\n"
+        f"images = transform({opened})[None]\n```\n\n"
+        f"The transform takes {kind}. Where the longer resized side of a picture exceeds the crop by 3, 7, 11, ... "
+        "pixels, timm cuts one pixel beside the place where our evaluation does, for which timm has no setting; the "
+        f"pooled feature of such a picture differed by {shifted:.3g} of its size."
     )
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from pretrain.export.pictures import Errors
 from pretrain.export.publish import load_completely, write_tensors
 from pretrain.weights.files import EXPORT_WEIGHTS
 from pretrain.weights.finding import EXPORT_CONFIG
@@ -40,6 +41,8 @@ class TransformersExport:
     """`weights_digest` of the backbone"""
     has_processor: bool = True
     """there is a preprocessor_config.json"""
+    pictures: Errors = field(default_factory=dict)
+    """of the pictures that were compared from the file on, see `compare_pictures`"""
 
 
 def write_model(folder: Path, architecture: str, described: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:

@@ -11,17 +11,35 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.export.card import channels_text, compose_card, numbers, parameters_text, provenance, table
+from pretrain.evaluation.encoder.views import view_short_side
+from pretrain.export.pictures import (
+    PictureFile,
+    Side,
+    bit_depth_of,
+    compare_pictures,
+    evaluation_view,
+    our_pixels,
+    picture_files,
+)
 from pretrain.export.publish import check_error, publish, relative_error
-from pretrain.export.transformers import PREPROCESSOR, TOLERANCE, TransformersExport, load_strictly, write_model
+from pretrain.export.transformers import (
+    PREPROCESSOR,
+    TOLERANCE,
+    TransformersExport,
+    load_strictly,
+    transformers_library,
+    write_model,
+)
 from pretrain.export.transformers_arguments import side_or_sides
+from pretrain.export.transformers_image_card import vit_card
 from pretrain.models.config import MAEConfig, ViTConfig
 from pretrain.models.encoder import LAYER_NORM_EPS
 from pretrain.models.mae import MAE
@@ -91,13 +109,16 @@ def export_vit(
         write_model(partial, architecture, described | {"model_type": kind}, names)
         (partial / PREPROCESSOR).write_text(json.dumps(preprocessor(source), indent=2) + "\n")
         if whole is None:
-            errors = compare(encoder, load_strictly(partial, architecture, described, add_pooling_layer=False))
+            theirs = load_strictly(partial, architecture, described, add_pooling_layer=False)
+            errors = compare(encoder, theirs)
         else:
-            errors = compare_pretraining(whole, load_strictly(partial, architecture, described))
+            theirs = load_strictly(partial, architecture, described)
+            errors = compare_pretraining(whole, theirs)
         for what, error in errors.items():
             check_error(what, error, tolerance)
-        exported = TransformersExport(out, architecture, errors, source.digest)
-        (partial / "README.md").write_text(_card(source, encoder, exported, tolerance))
+        pictures = compare_from_files(source, theirs, partial, whole)
+        exported = TransformersExport(out, architecture, errors, source.digest, pictures=pictures)
+        (partial / "README.md").write_text(vit_card(source, encoder, exported, tolerance))
     return exported
 
 
@@ -195,28 +216,81 @@ def compare_pretraining(whole: MAE, theirs: Any) -> dict[str, float]:
         The relative errors of the "features" of the visible patches, of "predictions" and of "loss".
     """
     images = _images(whole.config.encoder)
+    ours_features, their_features = visible_features(whole, theirs)
     noise = torch.rand(len(images), whole.config.encoder.num_patches, generator=torch.Generator().manual_seed(1))
     ours, output = whole.eval()(images, noise), theirs(images, noise=noise)
-    ascending = torch.arange(noise.shape[1]).expand_as(noise)  # else their encoder shuffles what it sees
-    kept = ascending[:, : whole.config.num_kept]
-    features = theirs.vit(images, noise=ascending.float()).last_hidden_state
     return {
-        "features": relative_error("features", features, whole.encoder(images, kept)),
+        "features": relative_error("features", their_features(images), ours_features(images)),
         "predictions": relative_error("predictions", output.logits, ours.prediction),
         "loss": relative_error("loss", output.loss, ours.loss),
     }
 
 
+def visible_features(whole: MAE, theirs: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """What (our, their) encoder makes of the first patches of images [B, C, H, W]; the others are hidden."""
+
+    def order(images: Tensor) -> Tensor:  # ascending, else their encoder shuffles what it sees
+        return torch.arange(whole.config.encoder.num_patches).expand(len(images), -1)
+
+    return (
+        lambda images: whole.encoder(images, order(images)[:, : whole.config.num_kept]),
+        lambda images: theirs.vit(images, noise=order(images).float()).last_hidden_state,
+    )
+
+
+def compare_from_files(
+    source: Backbone, theirs: Any, folder: Path, whole: MAE | None = None
+) -> dict[str, dict[str, float]]:
+    """Takes pictures through `AutoImageProcessor` and their model, and through our evaluation and model.
+
+    Args:
+        source: ours.
+        theirs: the model of the folder.
+        folder: holds the export.
+        whole: our model with its decoder, where theirs is a `ViTMAEForPreTraining`.
+
+    Returns:
+        See `compare_pictures`.
+
+    Raises:
+        ExportError: see `compare_pictures`.
+    """
+    processor = transformers_library().AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
+
+    def prepare(file: PictureFile) -> Tensor:
+        if file.is_jpeg:
+            return cast(Tensor, processor(file.pillow(), return_tensors="pt").pixel_values)
+        stored = file.array()
+        stored = stored.astype(np.float32) if stored.dtype == np.uint16 else stored
+        return cast(Tensor, processor(stored, input_data_format="channels_last", return_tensors="pt").pixel_values)
+
+    if whole is None:
+        ours: Callable[[Tensor], Tensor] = source.model.eval()
+        features: Callable[[Tensor], Tensor] = lambda images: theirs(images).last_hidden_state
+    else:
+        ours, features = visible_features(whole, theirs)
+    view = evaluation_view(source)
+    files = picture_files(view.size, view_short_side(view.size), len(source.mean), bit_depth=bit_depth_of(source))
+    return compare_pictures(
+        files,
+        Side(our_pixels(source), lambda images: {"features": ours(images)}),
+        Side(prepare, lambda images: {"features": features(images)}),
+        source.std,
+    )
+
+
 def preprocessor(source: Backbone) -> dict[str, Any]:
-    """The contents of preprocessor_config.json: resized to the input's size, bicubic, and the statistics."""
+    """The contents of preprocessor_config.json: our evaluation's view (short side, centre crop) and the statistics."""
     height, width = source.interface.image_size
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        "size": {"height": height, "width": width},
+        "size": {"shortest_edge": view_short_side((height, width))},
         "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": 1 / (2 ** bit_depth_of(source) - 1),
         "do_normalize": True,
         "image_mean": list(source.mean),
         "image_std": list(source.std),
@@ -234,28 +308,3 @@ def _whole_model(source: Backbone) -> MAE:
     model = objective.players[objective.backbone_player]
     assert isinstance(model, MAE)
     return model
-
-
-def _card(source: Backbone, encoder: ViT, exported: TransformersExport, tolerance: float) -> str:
-    """The text of README.md."""
-    config, name = encoder.config, exported.folder.name
-    summary = (
-        f"A vision transformer (MAE, arXiv 2111.06377): width {config.width}, depth {config.depth}, {config.heads} "
-        f"heads, patches of {config.patch_size[0]} x {config.patch_size[1]} pixels, {parameters_text(encoder)} in the "
-        f"encoder. Input: {channels_text(config.in_channels)} of {config.image_size[0]} x {config.image_size[1]} "
-        f"pixels, in [0, 1], then normalised with mean {numbers(source.mean)} and std {numbers(source.std)}."
-    )
-    more = ", add_pooling_layer=False" if exported.architecture == "ViTModel" else ""
-    use = (
-        f"```python\nfrom transformers import {exported.architecture}\n\n"
-        f'model = {exported.architecture}.from_pretrained("{name}"{more}).eval()\n```'
-    )
-    if more:
-        use += "\n\nWith a pooling layer, which the model does not have, transformers would make a random one."
-    measured = ", ".join(f"of {what}: {error:.3g}" for what, error in exported.errors.items())
-    reproduction = (
-        "Reloaded with transformers before publication, every tensor and setting accounted for. Relative error, in "
-        f"fp32 and on fixed random images, {measured}; allowed: {tolerance:.3g}."
-    )
-    sections = {"Use": use, "Provenance": table(provenance(source)), "Reproduction": reproduction}
-    return compose_card(name, ("transformers", "vit", "masked-autoencoder"), summary, sections)

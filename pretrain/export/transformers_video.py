@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from data_pipes.sequential.clips import resized_size
 from pretrain.export.card import numbers
+from pretrain.export.clips import CLIP_SIZES, file_frames, frame_files, our_clips
+from pretrain.export.pictures import PictureFile, Side, compare_pictures
 from pretrain.export.publish import check_error, publish, relative_error
 from pretrain.export.transformers import (
     PREPROCESSOR,
@@ -88,9 +91,11 @@ def export_videomae(
                 check_error("predictions (the decoder norm's eps is 1e-5 there)", error, EPS_TOLERANCE)
             else:
                 check_error(what, error, tolerance)
+        pictures: dict[str, dict[str, float]] = {}
         if has_processor:
             check_error("preprocessed pixels", compare_pixels(source, encoder.config, partial), tolerance)
-        exported = TransformersExport(out, architecture, errors, source.digest, has_processor)
+            pictures = compare_from_files(source, encoder, theirs, partial)
+        exported = TransformersExport(out, architecture, errors, source.digest, has_processor, pictures)
         (partial / "README.md").write_text(video_card(source, encoder, exported, tolerance))
     return exported
 
@@ -169,7 +174,7 @@ def compare_pretraining(objective: ClipMAEObjective, theirs: Any) -> dict[str, f
 
 @torch.no_grad()
 def compare_pixels(source: Backbone, config: VideoViTConfig, folder: Path) -> float:
-    """The relative error of what `VideoMAEImageProcessor` makes of stored frames that it need not resize."""
+    """The relative error of what `VideoMAEImageProcessor` makes of noise that it need not resize, to the last bit."""
     processor = transformers_library().VideoMAEImageProcessor.from_pretrained(str(folder), local_files_only=True)
     (height, width), side = config.image_size, max(config.image_size)
     shape = (config.num_frames, config.in_channels, side, side)
@@ -178,6 +183,47 @@ def compare_pixels(source: Backbone, config: VideoViTConfig, folder: Path) -> fl
     top, left = (side - height) // 2, (side - width) // 2
     cropped = frames[:, :, top : top + height, left : left + width]
     return relative_error("pixels", processed[0], Normalise(source.mean, source.std)(cropped))
+
+
+def compare_from_files(source: Backbone, encoder: VideoViT, theirs: Any, folder: Path) -> dict[str, dict[str, float]]:
+    """Takes clips through `VideoMAEImageProcessor` and their model, and through our evaluation and model.
+
+    Where the input is not square, our evaluation resizes frames to the smallest size that it fits into, which the
+    processor's settings cannot say; it is told the size, as the card says.
+
+    Args:
+        source: ours.
+        encoder: its model.
+        theirs: a `VideoMAEModel`, or a `VideoMAEForPreTraining`, whose encoder is taken.
+        folder: holds the export.
+
+    Returns:
+        See `compare_pictures`.
+
+    Raises:
+        ExportError: see `compare_pictures`.
+    """
+    processor = transformers_library().VideoMAEImageProcessor.from_pretrained(str(folder), local_files_only=True)
+    config, backbone = encoder.config, getattr(theirs, "videomae", theirs)
+    size = config.image_size
+
+    def prepare(file: PictureFile) -> Tensor:
+        frames = file_frames(file.array(), config.num_frames)
+        told: dict[str, Any] = {}
+        if size[0] != size[1]:
+            height, width = resized_size(frames.shape[1], frames.shape[2], size, None)
+            told["size"] = {"height": height, "width": width}
+        processed = processor(list(frames), input_data_format="channels_last", return_tensors="pt", **told)
+        return cast(Tensor, processed.pixel_values).transpose(1, 2)
+
+    def their_features(clips: Tensor) -> dict[str, Tensor]:
+        return {"features": backbone(clips.transpose(1, 2)).last_hidden_state}
+
+    ours = Side(our_clips(source, config.num_frames), lambda clips: {"features": encoder.eval()(clips)})
+    pixels = Side(ours.prepare, lambda clips: {})
+    found = compare_pictures(frame_files(config.in_channels), pixels, Side(prepare, lambda clips: {}), source.std)
+    clips = frame_files(config.in_channels, CLIP_SIZES)
+    return found | compare_pictures(clips, ours, Side(prepare, their_features), source.std)
 
 
 def _whole_model(source: Backbone) -> ClipMAEObjective:

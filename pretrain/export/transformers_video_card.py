@@ -16,6 +16,7 @@ from pretrain.export.card import (
     table,
     top1_results,
 )
+from pretrain.export.pictures import pictures_text
 from pretrain.export.transformers import TransformersExport
 from pretrain.models.video_vit import VideoViT
 from pretrain.weights.backbone import Backbone
@@ -41,7 +42,7 @@ def video_card(source: Backbone, encoder: VideoViT, exported: TransformersExport
         tolerance: largest relative error that was allowed.
     """
     sections = {
-        "Use": f"```python\n{_code(exported)}\n```\n\n{_FINE_TUNING}",
+        "Use": f"```python\n{_code(exported)}\n```\n\n{_frames_text(encoder, exported)}{_FINE_TUNING}",
         "Provenance": table(provenance(source) | {"frames": _frames(source)}),
         "Reproduction": _reproduction(exported, tolerance),
         "Evaluation": _evaluation(source),
@@ -98,6 +99,24 @@ def _code(exported: TransformersExport) -> str:
     return "\n".join(lines)
 
 
+def _frames_text(encoder: VideoViT, exported: TransformersExport) -> str:
+    """What else users have to know of the frames, as a paragraph, or nothing."""
+    height, width = encoder.config.image_size
+    if not exported.has_processor:
+        return (
+            "The library's processor takes 1 or 3 channels, so there is none here. Our evaluation resizes frames "
+            f"(bilinearly, with antialias, uint8) to the smallest size that {height} x {width} fits into, rounded "
+            "down, and cuts out the centre.\n\n"
+        )
+    if height == width:
+        return ""
+    return (
+        f"The input is not square. Our evaluation resizes frames to the smallest size that {height} x {width} fits "
+        "into, rounded down; the processor's settings cannot say this. Pass that size: "
+        '`processor(frames, size={"height": ..., "width": ...})`.\n\n'
+    )
+
+
 def _reproduction(exported: TransformersExport, tolerance: float) -> str:
     """What was compared, and how close it was."""
     text = (
@@ -105,13 +124,14 @@ def _reproduction(exported: TransformersExport, tolerance: float) -> str:
         f"fp32 and on fixed random clips, of the features of all tokens: {exported.errors['features']:.3g}"
     )
     errors = exported.errors
+    pictures = f"\n\n{pictures_text(exported.pictures)}" if exported.pictures else ""
     if "loss" not in errors:
-        return f"{text}; allowed: {tolerance:.3g}."
+        return f"{text}; allowed: {tolerance:.3g}.{pictures}"
     return (
         f"{text}, of the predictions: {errors['predictions']:.3g}, of the loss: {errors['loss']:.3g}; allowed: "
         f"{tolerance:.3g}. Predictions and loss were compared with transformers' eps of the norm after the decoder, "
         "which is fixed there to 1e-5; the model was trained with 1e-6, which changes the predictions by "
-        f"{errors['eps_effect']:.3g} of their size. The loss there counts all hidden tokens."
+        f"{errors['eps_effect']:.3g} of their size. The loss there counts all hidden tokens.{pictures}"
     )
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from data_pipes.decode.picture import decode_pixels
-from data_pipes.errors import DecodeError
-from data_pipes.loading.quarantine import BadDataError, BadSample, Quarantine
+from data_pipes.errors import BadDataError, DecodeError
+from data_pipes.loading.quarantine import BadSample, Quarantine
 from data_pipes.loading.workers import WorkerError
 from data_pipes.store.files import write_atomically
 from launchers import cli

@@ -110,6 +110,17 @@ def vote(logits: Tensor, views: int) -> Tensor:
     return scores
 
 
+def view_short_side(image_size: tuple[int, int]) -> int:
+    """Short side, in pixels, of a picture before the usual view is cut from it: 256 for 224 and its like for others,
+    and the input's own for small inputs, whose borders count.
+
+    Both borders are equally wide: libraries differ in which one gets the odd pixel, so a square picture of an export
+    would be cut one pixel beside the place where evaluation cuts it (of 160 pixels, say, from 183).
+    """
+    side = max(image_size)
+    return side if side <= 64 else side + 2 * round(side * (256 / 224 - 1) / 2)
+
+
 def view_ratio(image_size: tuple[int, int]) -> float:
-    """Short side / crop of the usual evaluation view: 256/224, and 1 for small inputs, whose borders count."""
-    return 1.0 if max(image_size) <= 64 else 256 / 224
+    """Short side / crop of the usual evaluation view, see `view_short_side`."""
+    return view_short_side(image_size) / max(image_size)

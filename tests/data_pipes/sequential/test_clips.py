@@ -95,7 +95,11 @@ def test_where_crops_lie() -> None:
     assert crop_places((24, 32), (24, 24), 3) == [(0, 0), (0, 4), (0, 8)]
     assert crop_places((40, 30), (24, 24), 3) == [(0, 3), (8, 3), (16, 3)]
     assert crop_places((40, 30), (24, 24), 1) == [(8, 3)]
-    assert resized_size(240, 320, (224, 224), None) == (224, 299)
+    assert resized_size(240, 320, (224, 224), None) == (224, 298)
+    assert resized_size(320, 240, (224, 224), None) == (298, 224)
+    assert resized_size(100, 301, (16, 48), None) == (16, 48)
+    assert resized_size(99, 301, (16, 48), None) == (16, 48)
+    assert resized_size(301, 100, (16, 48), None) == (144, 48)
     assert resized_size(320, 240, (224, 224), 256) == (341, 256)
     assert resized_size(100, 100, (16, 64), None) == (64, 64)
     assert resized_size(16, 64, (16, 64), 80) == (16, 64)

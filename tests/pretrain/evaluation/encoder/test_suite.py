@@ -19,7 +19,7 @@ from pretrain.checkpoint.read import load_weights, newest_complete
 from pretrain.config import load_typed
 from pretrain.evaluation.encoder.datasets import open_evaluation_data
 from pretrain.evaluation.encoder.suite import SuiteConfig
-from pretrain.evaluation.encoder.views import view_ratio
+from pretrain.evaluation.encoder.views import view_ratio, view_short_side
 from pretrain.models.config import ViTConfig
 from pretrain.models.vit import ViT
 from pretrain.tracking.journal import read_metrics
@@ -243,6 +243,14 @@ def test_datasets_that_cannot_give_a_figure_are_refused(run_dir: Path, pictures:
 
 def test_small_inputs_keep_their_borders() -> None:
     assert (view_ratio((32, 64)), view_ratio((224, 224))) == (1.0, 256 / 224)
+
+
+def test_both_borders_of_the_usual_view_are_equally_wide() -> None:
+    for side in range(65, 1025):
+        short_side = view_short_side((side, 48))
+        assert (short_side - side) % 2 == 0
+        assert abs(short_side - side * 256 / 224) <= 1.0
+        assert round(side * view_ratio((48, side))) == short_side  # as callers that take the ratio compute it
 
 
 def test_what_is_no_model_is_refused(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
