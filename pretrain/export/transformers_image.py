@@ -283,7 +283,8 @@ def preprocessor(source: Backbone) -> dict[str, Any]:
     """The contents of preprocessor_config.json: our evaluation's view (short side, centre crop) and the statistics."""
     height, width = source.interface.image_size
     return {
-        "image_processor_type": "ViTImageProcessor",
+        "image_processor_type": "BitImageProcessor",  # DINOv2's; older ViTImageProcessors cannot crop
+        "do_convert_rgb": False,
         "do_resize": True,
         "size": {"shortest_edge": view_short_side((height, width))},
         "resample": 3,  # bicubic
