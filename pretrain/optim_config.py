@@ -14,9 +14,9 @@ from pretrain.yaml_values import typed_values
 class OptimConfig:
     """AdamW and its schedule. Defaults: MAE's pretraining recipe (He et al., arXiv 2111.06377, table 8)."""
 
-    base_lr: float | None = bounded(1.5e-4, above=0)
+    base_lr: float | None = bounded(1.5e-4, least=0)
     """Learning rate per 256 samples of global batch: lr = base_lr * global_batch / 256. Give this or `lr`."""
-    lr: float | None = bounded(None, above=0)
+    lr: float | None = bounded(None, least=0)
     """Peak learning rate, used as it is. Overrides nothing: set base_lr to null with it."""
     betas: tuple[float, float] = bounded((0.9, 0.95), least=0, below=1)
     """AdamW's decay rates of the first and second moments, per step."""

@@ -44,7 +44,7 @@ def test_train_prints_one_json_line(tiny_dataset: Path, tmp_path: Path, capsys: 
         ("train.stepz=3", "did you mean train.steps"),
         ("data.train=/nowhere", "/nowhere"),
         ("train.global_batch=64", "shorter than one step|lower the batch"),
-        ("train.micro_batch=0", "expected 1 or more"),
+        ("train.micro_batch=0", "train.micro_batch is 0; expected at least 1"),
         ("train.epochs=1", "exactly one"),
         ("device=cuda", "no CUDA device"),
         ("parallel.strategy=fsdp2", "not started by torchrun"),

@@ -36,6 +36,7 @@ def overrides_of(data: Path, output: Path, name: str, *more: str) -> list[str]:
         f"data.val={data}",
         f"train.steps={STEPS}",
         "train.global_batch=4",
+        "optim.warmup_steps=4",
         "train.log_every=1",
         "train.val_every=1000",
         "train.val_samples=4",

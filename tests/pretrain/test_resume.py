@@ -22,6 +22,7 @@ import pytest
 from pretrain.checkpoint.open_folder import open_folder
 from pretrain.checkpoint.read import list_checkpoints, newest_complete, read_complete
 from pretrain.config import ConfigError
+from pretrain.run_owner import OWNER_FILE
 from pretrain.tracking.journal import read_journal
 from tests.faults.harness import JournalTail, Start
 from tests.pretrain.runs import (
@@ -163,8 +164,9 @@ def test_another_model_or_seed_is_refused_and_nothing_is_lost(tiny_dataset: Path
     run_here(overrides)
 
     def written() -> dict[Path, int]:
-        """Of everything but where the ranks of a start stand."""
+        """Of everything but where the ranks of a start stand, and who tried last."""
         files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.parent.name != "watchdog"]
+        files = [path for path in files if path.name != OWNER_FILE]
         return {path: path.stat().st_mtime_ns for path in files}
 
     before = written()

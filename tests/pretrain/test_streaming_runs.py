@@ -36,6 +36,7 @@ def mixed(sources: list[Path], output: Path, name: str, *more: str) -> list[str]
         "data.mixture.schedule=[{at_sample: 48, weights: [0, 1, 1]}]",
         f"train.steps={STEPS}",
         "checkpoint.every_steps=5",
+        "checkpoint.keep_last=3",
         "data.order.run=2",
         *more,
     ]

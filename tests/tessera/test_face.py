@@ -29,6 +29,15 @@ from tests.pretrain.tiny_tokenizer import train_tokenizer, write_photos
 from tests.process_server import ENVIRONMENT
 from tests.processes import wait_until
 
+
+@pytest.fixture(autouse=True)
+def _as_in_a_fresh_process() -> None:
+    """Other tests of this process may have left accelerate in another precision, which it keeps for good."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 SUITE: dict[str, Any] = {"tasks": {"knn": {"protocol": "knn_dino", "settings": {"k": [3], "primary_k": 3}}}}
 
 

@@ -30,6 +30,7 @@ SMALL = [
     "objective.model.encoder.depth=4",
     "objective.model.decoder_width=64",
     "objective.model.decoder_depth=4",
+    "optim.warmup_epochs=0",
     "optim.ema_decay=0.99",
     "optim.clip_norm=1.0",
     "device=cpu",

@@ -129,7 +129,7 @@ def test_all_losses_compare_with_the_moved_image(size: tuple[int, int]) -> None:
     objective = make(equivariance=ALWAYS, adversarial=GAME, image_size=size, seed=3)
     data, shapes = batch(size=size), set()
     for step in range(6):
-        view = ALWAYS.draw(step, (6, 8), 3)
+        view = draw_transform(ALWAYS, step, (6, 8), 3)
         padded = F.pad(data.images / 255.0 * 2.0 - 1.0, (0, -size[1] % 4, 0, -size[0] % 4), mode="replicate")
         latent, wanted = objective.autoencoder.encode(padded), padded
         if view.size is not None:

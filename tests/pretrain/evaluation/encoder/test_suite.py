@@ -204,8 +204,8 @@ def test_an_unknown_setting_names_the_nearest_one(suite: Path, capsys: pytest.Ca
     ("override", "message"),
     [
         ("tasks.linear.settings.iterations=many", "tasks.linear.settings"),
-        ("tasks.linear.settings.iterations=0", "iterations=0"),
-        ("resize_ratio=0.5", "resize_ratio=0.5"),
+        ("tasks.linear.settings.iterations=0", "iterations"),
+        ("resize_ratio=0.5", "resize_ratio is 0.5; expected at least 1"),
     ],
 )
 def test_a_wrong_value_is_found_before_anything_runs(
