@@ -28,8 +28,8 @@ demo: $(BIN)/.installed
 	$(BIN)/python tools/demo.py
 
 # Two workers, each with one thread; the files of the suite are compiled once, also where Python is told to write no bytecode.
-PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS)
 WORKERS ?= 2
+PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS)
 
 test: $(BIN)/.installed
 	$(PYTEST)
