@@ -74,7 +74,7 @@ class Quarantine:
             last = bad[-1]
             listed = f"All are listed in {self.path}. " if self.path else ""
             raise BadDataError(
-                f"{self.num_bad} of the first {max(self.num_seen, self.num_bad)} samples of this rank are bad "
+                f"{self.num_bad} of the first {max(self.num_seen, self.num_bad)} samples of this run are bad "
                 f"({self.describe()}), more than data.max_bad_fraction = {self._max_bad_fraction} allows. The last: "
                 f"{last.key} in {last.shard}: {last.error}. {listed}Repair the data set, or raise the limit"
             )

@@ -82,7 +82,7 @@ def test_what_is_no_picture_is_described_by_what_it_holds(content: bytes) -> Non
 
 def test_bad_samples_are_never_more_than_those_seen() -> None:
     bad = BadSample("shard-000000.tar", "a", "decode", "damaged", 0)
-    with pytest.raises(BadDataError, match=r"^1 of the first 1 samples of this rank are bad"):
+    with pytest.raises(BadDataError, match=r"^1 of the first 1 samples of this run are bad"):
         Quarantine(None, 0.0, 100).record(0, [bad])
 
 
