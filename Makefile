@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all test-faults lint docs bench bench-peers constraints clean
+.PHONY: help demo test test-slow test-wheel test-all test-faults lint docs bench bench-peers constraints clean
 
 help:
 	@echo "make demo   install, then pretrain, evaluate, export and report a small masked autoencoder (about 5 minutes)"
-	@echo "make test   install, then run the default test suite (under 5 minutes on two cores)"
+	@echo "make test   install, then run the default test suite (about 20 minutes on two cores)"
 	@echo "make test-all   install, then the default suite and all slow tests but the fault suite's (about 30 minutes)"
+	@echo "make test-wheel   build wheel and sdist, and use the wheel alone: examples, and from packing to a report"
 	@echo "make test-faults   install, then kill real runs at random moments (about an hour on two cores)"
 	@echo "make lint   install, then ruff, mypy and the import contracts"
 	@echo "make docs   install, then build the documentation into site/"
@@ -36,6 +37,9 @@ test: $(BIN)/.installed
 
 test-slow: $(BIN)/.installed
 	$(PYTEST) -m slow --ignore=tests/faults
+
+test-wheel: $(BIN)/.installed
+	$(PYTEST) -n 0 -m slow tests/test_examples.py
 
 test-all: test test-slow
 

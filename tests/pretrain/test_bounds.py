@@ -139,7 +139,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 def test_a_player_of_its_own_is_looked_at_too() -> None:
     overrides = ["objective.name=tokenizer", "optim.players.discriminator.lr=-1"]
-    with pytest.raises(ConfigError, match=r"optim.players.discriminator.lr is -1; expected more than 0"):
+    with pytest.raises(ConfigError, match=r"optim.players.discriminator.lr is -1; expected at least 0"):
         load_config({"name": "x", "train": {"global_batch": 8, "steps": 2}, "objective": {}}, overrides)
     config = load_config(
         {"name": "x", "train": {"global_batch": 8, "steps": 2}, "objective": {}},

@@ -273,5 +273,5 @@ def test_damage_beside_the_pixels_of_a_png_costs_no_pixel() -> None:
 def test_png_cut_anywhere_in_its_header() -> None:
     whole = png(noise(3, 16), RGB, 16)
     for length in range(34):
-        with pytest.raises(DecodeError, match="not a readable picture"):
+        with pytest.raises(DecodeError, match=r"not a (readable )?picture"):
             decode_image(whole[:length], 3)

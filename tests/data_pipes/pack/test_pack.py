@@ -561,7 +561,7 @@ def test_pictures_that_would_lose_something_or_run_something() -> None:
     assert prepare_picture(out.getvalue(), PictureOptions()) == (out.getvalue(), "tif")
     eps = io.BytesIO()
     frames[0].save(eps, "EPS")
-    with pytest.raises(UnreadableFile, match="cannot identify"):
+    with pytest.raises(UnreadableFile, match="not a picture of a format that is read"):
         prepare_picture(eps.getvalue(), PictureOptions(verify="decode"))
     deep = bytearray(picture(0, (40, 30), "PNG"))
     deep[24] = 16
