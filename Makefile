@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo   install, then pretrain, evaluate, export and report a small masked autoencoder (about 5 minutes)"
 	@echo "make test   install, then run the default test suite (about 20 minutes on two cores)"
-	@echo "make test-all   install, then the default suite and all slow tests but the fault suite's (about 30 minutes)"
+	@echo "make test-all   install, then the default suite and all slow tests but the fault suite's"
 	@echo "make test-wheel   build wheel and sdist, and use the wheel alone: examples, and from packing to a report"
 	@echo "make test-faults   install, then kill real runs at random moments (about an hour on two cores)"
 	@echo "make lint   install, then ruff, mypy and the import contracts"
