@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from data_pipes.bounds import bounded, check_bounds
+from data_pipes.bounds import bounded, check_bounds, check_given
 from pretrain.yaml_values import typed_values
 
 
@@ -34,29 +34,28 @@ class OptimConfig:
     """Learning rate at the end of the schedule; a constant one does not fall to it."""
     clip_norm: float | None = bounded(None, above=0)
     """Largest global gradient norm; null = no clipping (the norm is still measured)."""
-    ema_decay: float | None = bounded(None, least=0, below=1)
+    ema_decay: float | None = bounded(None, above=0, below=1)
     """Decay per step of the exponential moving average of the weights; null = no average."""
     players: dict[str, Any] = field(default_factory=dict)
     """What differs for an objective's other players, by name: `discriminator: {lr: 1e-4, betas: [0.5, 0.9]}`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
+        check_bounds(self, "optim")
         if (self.base_lr is None) == (self.lr is None):
             raise ValueError(
                 f"optim.base_lr is {self.base_lr} and optim.lr is {self.lr}; give exactly one and set the other to null"
             )
         if self.warmup_epochs and self.warmup_steps:
             raise ValueError("optim.warmup_epochs and optim.warmup_steps are both set; give one")
-        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
-            raise ValueError(f"optim.ema_decay is {self.ema_decay}; expected a value between 0 and 1, or null")
         for player in self.players:
-            check_bounds(self.of(player), f"optim.players.{player}")
+            self.of(player)
 
     def of(self, player: str) -> OptimConfig:
         """One player's own settings: these, with what `players` changes for it.
 
         Raises:
-            ValueError: `players` has a key for it that is no setting.
+            ValueError: `players` has a key for it that is no setting, or a value outside of the setting's range.
         """
         changes = dict(self.players.get(player) or {})
         known = [entry.name for entry in dataclasses.fields(self) if entry.name != "players"]
@@ -67,6 +66,7 @@ class OptimConfig:
             if changes.get(given) is not None:  # one rate for all players must not be unset for one of them by hand
                 changes.setdefault(other, 0.0 if given == "warmup_steps" else None)
         typed = typed_values(changes, OptimConfig, f"optim.players.{player}")
+        check_given(OptimConfig, typed, f"optim.players.{player}")
         return dataclasses.replace(self, players={}, **typed)
 
     def peak_lr(self, global_batch: int) -> float:

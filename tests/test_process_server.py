@@ -92,6 +92,7 @@ def test_nothing_outlives_the_server(tmp_path: Path) -> None:
     for name in ("pid", "child"):
         pid = int((tmp_path / name).read_text())
         wait_until(lambda pid=pid: _is_gone(pid), f"the end of the {name}")  # type: ignore[misc]
+        assert _is_gone(pid)
 
 
 def _written(folder: Path) -> bool:

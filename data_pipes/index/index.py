@@ -109,11 +109,7 @@ def index_shards(
     if index_root is None and any_remote and not is_remote(root):
         index_root = join_url(root, "index")
     journal = IndexJournal(root, storage) if any_remote else None
-    jobs = []
-    for place in places:
-        url = _relative_to(place, root)
-        known = journal.known.get(url) if journal is not None else None
-        jobs.append(_Job(place, index_url(place, url, index_root), url, known, storage))
+    jobs = list(_jobs(places, root, index_root, journal, storage))
     entries, errors = [], list[ShardError]()
     try:
         for indexed in _index_all(jobs, workers, force, allow_missing_end):
@@ -132,15 +128,34 @@ def index_shards(
                 journal.flush()
         raise
     manifest = Manifest(root, tuple(entries), names, None if index_root is None else _relative_to(index_root, root))
+    _save_manifest(manifest, root, storage)
+    if journal is not None:
+        journal.finish()
+    return manifest
+
+
+def _jobs(
+    places: Sequence[str], root: str, index_root: str | None, journal: IndexJournal | None, storage: Storage
+) -> Iterator[_Job]:
+    """What is to be done for each shard; arguments as `index_shards` has them."""
+    for place in places:
+        url = _relative_to(place, root)
+        known = journal.known.get(url) if journal is not None else None
+        yield _Job(place, index_url(place, url, index_root), url, known, storage)
+
+
+def _save_manifest(manifest: Manifest, root: str, storage: Storage) -> None:
+    """Writes `manifest.json`.
+
+    Raises:
+        ShardError: it cannot be written.
+    """
     try:
         manifest.save(root, storage)
     except OSError as error:
         raise ShardError(
             f"{root}: the manifest cannot be written ({error.strerror or error}); name a writable folder with --out"
         ) from error
-    if journal is not None:
-        journal.finish()
-    return manifest
 
 
 def _refuse(errors: Sequence[ShardError], num_shards: int, allow_empty: bool) -> None:

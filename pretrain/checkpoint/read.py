@@ -103,10 +103,10 @@ def checkpoints_of(identity: Mapping[str, Any], folders: Iterable[Folder]) -> li
     uids = {identity.get("run_uid"), *identity.get("ancestors", ())}
 
     def belongs(checkpoint: Folder) -> bool:
-        uid = _uid_of(checkpoint)
-        if uid is None or identity.get("run_uid") in (None, uid):
+        if identity.get("run_uid") is None:
             return True
-        return uid in uids and step_of(checkpoint) <= parent.get("step", 0)
+        uid = _uid_of(checkpoint)
+        return uid in (None, identity["run_uid"]) or (uid in uids and step_of(checkpoint) <= parent.get("step", 0))
 
     return sorted((checkpoint for checkpoint in listed if belongs(checkpoint)), key=step_of)
 

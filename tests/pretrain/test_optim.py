@@ -53,7 +53,7 @@ def test_linear_scaling_rule() -> None:
         ({"base_lr": 1e-3, "lr": 1e-3}, "exactly one"),
         ({"base_lr": None}, "exactly one"),
         ({"warmup_epochs": 1, "warmup_steps": 1}, "give one"),
-        ({"ema_decay": 1.5}, "between 0 and 1"),
+        ({"ema_decay": 1.5}, "optim.ema_decay is 1.5; expected more than 0 and less than 1"),
     ],
 )
 def test_contradictions_are_errors(settings: dict[str, float], words: str) -> None:
